@@ -1,0 +1,384 @@
+"""The formulas that every room uses, each with its hand-derived gradient right below it.
+
+Shapes stand in the signatures; `...` is any number of leading axes. A backward takes `dout`, the
+gradient of the loss with respect to the output, and the forward's inputs. The gradient of `x` is
+always called `dx`. No dtype is fixed: float32 in, float32 out; float64 in, float64 out.
+"""
+
+import numpy as np
+
+from miniflamingo.autograd import Tensor, differentiable
+from miniflamingo.module import Module, Parameter
+
+# --- arithmetic and shapes: what lets `x + y`, `x.reshape(...)` and `x[i]` be recorded ------------
+
+
+def _unbroadcast(dx, shape):
+    """Sum dx over the axes along which an input of `shape` was broadcast."""
+    dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
+    return dx.sum(axis=repeated, keepdims=True) if repeated else dx
+
+
+@differentiable
+def add(x, y):  # [...], [...] -> [...], broadcast
+    return x + y
+
+
+@add.gradient
+def add_backward(dout, x, y):
+    return _unbroadcast(dout, np.shape(x)), _unbroadcast(dout, np.shape(y))
+
+
+@differentiable
+def multiply(x, y):  # [...], [...] -> [...], broadcast
+    return x * y
+
+
+@multiply.gradient
+def multiply_backward(dout, x, y):
+    return _unbroadcast(dout * y, np.shape(x)), _unbroadcast(dout * x, np.shape(y))
+
+
+@differentiable
+def matmul(x, y):  # [..., I, J], [..., J, K] -> [..., I, K]
+    return x @ y
+
+
+@matmul.gradient
+def matmul_backward(dout, x, y):
+    dx = dout @ y.swapaxes(-1, -2)
+    dy = x.swapaxes(-1, -2) @ dout
+    return _unbroadcast(dx, x.shape), _unbroadcast(dy, y.shape)
+
+
+@differentiable
+def reshape(x, *shape):  # [...] -> shape
+    return x.reshape(*shape)
+
+
+@reshape.gradient
+def reshape_backward(dout, x, *shape):
+    return dout.reshape(x.shape)
+
+
+@differentiable
+def transpose(x, *axes):  # [...] -> the axes in the given order
+    return x.transpose(*axes)
+
+
+@transpose.gradient
+def transpose_backward(dout, x, *axes):
+    return dout.transpose(*np.argsort(axes))
+
+
+@differentiable
+def getitem(x, index):  # [...] -> x[index]
+    return x[index]
+
+
+@getitem.gradient
+def getitem_backward(dout, x, index):
+    dx = np.zeros_like(x)
+    np.add.at(dx, index, dout)  # an index may name one element twice
+    return dx
+
+
+@differentiable
+def concat(*xs, axis):  # n arrays -> one
+    return np.concatenate(xs, axis=axis)
+
+
+@concat.gradient
+def concat_backward(dout, *xs, axis):
+    ends = np.cumsum([x.shape[axis] for x in xs])
+    return tuple(np.split(dout, ends[:-1], axis=axis))
+
+
+@differentiable
+def broadcast_to(x, *shape):  # [...] -> shape
+    return np.broadcast_to(x, shape)
+
+
+@broadcast_to.gradient
+def broadcast_to_backward(dout, x, *shape):
+    return _unbroadcast(dout, x.shape)
+
+
+@differentiable
+def total(x, axis=None):  # [...] -> the sum over `axis` (all axes by default)
+    return x.sum(axis=axis)
+
+
+@total.gradient
+def total_backward(dout, x, axis=None):
+    dout = dout if axis is None else np.expand_dims(dout, axis)
+    return np.broadcast_to(dout, x.shape)
+
+
+@differentiable
+def mean(x, axis=None):  # [...] -> the mean over `axis` (all axes by default)
+    return x.mean(axis=axis)
+
+
+@mean.gradient
+def mean_backward(dout, x, axis=None):
+    return total_backward(dout, x, axis) * (np.size(dout) / x.size)
+
+
+@differentiable
+def exp(x):  # [...] -> [...]
+    return np.exp(x)
+
+
+@exp.gradient
+def exp_backward(dout, x):
+    return dout * np.exp(x)
+
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__mul__ = Tensor.__rmul__ = multiply
+Tensor.__matmul__, Tensor.__getitem__ = matmul, getitem
+Tensor.__rmatmul__ = lambda self, other: matmul(other, self)
+Tensor.__neg__ = lambda self: multiply(self, -1)
+Tensor.__sub__ = lambda self, other: add(self, -other)
+Tensor.__rsub__ = lambda self, other: add(other, -self)
+Tensor.reshape, Tensor.transpose = reshape, transpose
+Tensor.sum, Tensor.mean = total, mean
+
+
+# --- linear -------------------------------------------------------------------------------------
+
+
+@differentiable
+def linear(x, weight, bias=None):  # [..., I], [O, I], [O] -> [..., O]
+    # one product of two matrices is much faster than one for each leading index
+    out = x.reshape(-1, x.shape[-1]) @ weight.T
+    return (out if bias is None else out + bias).reshape(*x.shape[:-1], len(weight))
+
+
+@linear.gradient
+def linear_backward(dout, x, weight, bias=None, needs=(True, True, True)):
+    rows = dout.reshape(-1, dout.shape[-1])
+    # out = x @ weight.T + bias
+    dx = (rows @ weight).reshape(x.shape) if needs[0] else None
+    dweight = rows.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+    dbias = None if bias is None else rows.sum(axis=0)
+    return dx, dweight, dbias
+
+
+class Linear(Module):
+    """x -> x weight^T + bias, weight [O, I] drawn with standard deviation I^-1/2 * scale."""
+
+    def __init__(self, in_features, out_features, bias=False, scale=1.0, *, rng):
+        weight = rng.normal(0, scale * in_features**-0.5, (out_features, in_features))
+        self.weight = Parameter(weight.astype(np.float32))
+        self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
+
+    def forward(self, x):  # [..., I] -> [..., O]
+        return linear(x, self.weight, self.bias)
+
+
+# --- normalisation ------------------------------------------------------------------------------
+
+
+@differentiable
+def layer_norm(x, weight, bias, eps=1e-5):  # [..., D], [D], [D] -> [..., D]
+    return _standardise(x, eps)[0] * weight + bias
+
+
+def _standardise(x, eps):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    inv_std = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + eps)
+    return centred * inv_std, inv_std
+
+
+@layer_norm.gradient
+def layer_norm_backward(dout, x, weight, bias, eps=1e-5):
+    x_hat, inv_std = _standardise(x, eps)
+    # out = x_hat * weight + bias
+    lead = tuple(range(x.ndim - 1))
+    dweight, dbias = (dout * x_hat).sum(axis=lead), dout.sum(axis=lead)
+    # x_hat = (x - mean(x)) * inv_std: x moves its own x_hat, the mean and the deviation
+    dx_hat = dout * weight
+    dx = dx_hat - dx_hat.mean(axis=-1, keepdims=True)
+    dx -= x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)
+    return dx * inv_std, dweight, dbias
+
+
+class LayerNorm(Module):
+    """Layer normalisation over the last axis (Ba et al., 2016) with weight and bias [D]."""
+
+    def __init__(self, dim):
+        self.weight = Parameter(np.ones(dim, np.float32))
+        self.bias = Parameter(np.zeros(dim, np.float32))
+
+    def forward(self, x):  # [..., D] -> [..., D]
+        return layer_norm(x, self.weight, self.bias)
+
+
+@differentiable
+def rms_norm(x, weight, eps=1e-6):  # [..., D], [D] -> [..., D]
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+@rms_norm.gradient
+def rms_norm_backward(dout, x, weight, eps=1e-6):
+    inv_rms = 1 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps)
+    x_hat = x * inv_rms
+    # out = x_hat * weight
+    dweight = (dout * x_hat).sum(axis=tuple(range(x.ndim - 1)))
+    # x_hat = x * inv_rms
+    dx_hat = dout * weight
+    dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)) * inv_rms
+    return dx, dweight
+
+
+class RMSNorm(Module):
+    """Division by the root mean square of the last axis (Zhang and Sennrich, 2019), weight [D]."""
+
+    def __init__(self, dim):
+        self.weight = Parameter(np.ones(dim, np.float32))
+
+    def forward(self, x):  # [..., D] -> [..., D]
+        return rms_norm(x, self.weight)
+
+
+# --- activations --------------------------------------------------------------------------------
+
+
+@differentiable
+def relu(x):  # [...] -> [...]
+    return np.maximum(x, 0)
+
+
+@relu.gradient
+def relu_backward(dout, x):
+    return dout * (x > 0)
+
+
+@differentiable
+def squared_relu(x):  # [...] -> [...], Flamingo's activation (So et al., 2021)
+    return np.square(np.maximum(x, 0))
+
+
+@squared_relu.gradient
+def squared_relu_backward(dout, x):
+    return dout * (2 * np.maximum(x, 0))
+
+
+def _gelu_tanh(x):
+    return np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x))
+
+
+@differentiable
+def gelu(x):  # [...] -> [...], the tanh form (Hendrycks and Gimpel, 2016)
+    return 0.5 * x * (1 + _gelu_tanh(x))
+
+
+@gelu.gradient
+def gelu_backward(dout, x):
+    t = _gelu_tanh(x)
+    dinner = np.sqrt(2 / np.pi).astype(x.dtype) * (1 + 3 * 0.044715 * x * x)
+    # out = 0.5 * x * (1 + t): the product rule
+    return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * dinner)
+
+
+ACTIVATIONS = {"relu": relu, "squared_relu": squared_relu, "gelu": gelu}
+
+
+@differentiable
+def softmax(x):  # [..., V] -> [..., V], over the last axis
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@softmax.gradient
+def softmax_backward(dout, x):
+    p = softmax(x)
+    return p * (dout - (dout * p).sum(axis=-1, keepdims=True))
+
+
+# --- embedding ----------------------------------------------------------------------------------
+
+
+@differentiable
+def embedding(ids, weight):  # int [...], [V, D] -> [..., D]
+    return weight[ids]
+
+
+@embedding.gradient
+def embedding_backward(dout, ids, weight):
+    dweight = np.zeros_like(weight)
+    np.add.at(dweight, ids, dout)
+    return None, dweight
+
+
+class Embedding(Module):
+    """A table [V, D] with one row for each token, drawn with standard deviation D^-1/2."""
+
+    def __init__(self, num_embeddings, dim, *, rng):
+        weight = rng.normal(0, dim**-0.5, (num_embeddings, dim))
+        self.weight = Parameter(weight.astype(np.float32))
+
+    def forward(self, ids):  # int [...] -> [..., D]
+        return embedding(ids, self.weight)
+
+
+@differentiable
+def replace_row(table, row, index):  # [V, D], [D], int -> [V, D], a copy with table[index] = row
+    out = table.copy()
+    out[index] = row
+    return out
+
+
+@replace_row.gradient
+def replace_row_backward(dout, table, row, index):
+    dtable = dout.copy()
+    dtable[index] = 0
+    return dtable, dout[index]
+
+
+# --- cross-entropy ------------------------------------------------------------------------------
+
+
+def log_softmax(x):  # [..., V] -> [..., V], for scoring; cross_entropy has its own gradient
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@differentiable
+def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+    """Mean over the counted targets of -sum_v t_v log softmax(logits)_v  ([..., V], [...] -> []).
+
+    t is one-hot, mixed with the uniform distribution by label_smoothing. Targets equal to
+    ignore_index count for nothing. ValueError if none is left or one lies outside 0..V-1.
+    """
+    logp, _, ids = _counted(logits, targets, ignore_index)
+    hit = logp[np.arange(len(ids)), ids]
+    return -((1 - label_smoothing) * hit + label_smoothing * logp.mean(axis=-1)).mean()
+
+
+def _counted(logits, targets, ignore_index):
+    """The rows that count: log-probabilities [C, V], their indices [C], their targets [C]."""
+    V = logits.shape[-1]
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets must be {list(logits.shape[:-1])}, got {list(targets.shape)}")
+    rows = np.flatnonzero(targets.ravel() != ignore_index)
+    ids = targets.ravel()[rows]
+    if not len(ids):
+        raise ValueError(f"every target is ignore_index ({ignore_index}): there is no loss")
+    if ids.min() < 0 or ids.max() >= V:
+        raise ValueError(f"targets must lie in 0..{V - 1}, got {ids.min()}..{ids.max()}")
+    return log_softmax(logits.reshape(-1, V)[rows]), rows, ids
+
+
+@cross_entropy.gradient
+def cross_entropy_backward(dout, logits, targets, ignore_index=-100, label_smoothing=0.0):
+    logp, rows, ids = _counted(logits, targets, ignore_index)
+    # d(-sum_v t_v log p_v) / d logits = p - t
+    drows = np.exp(logp) - label_smoothing / logits.shape[-1]
+    drows[np.arange(len(ids)), ids] -= 1 - label_smoothing
+    dlogits = np.zeros((targets.size, logits.shape[-1]), logits.dtype)
+    dlogits[rows] = drows * (dout / len(ids))
+    return dlogits.reshape(logits.shape), None
