@@ -80,7 +80,10 @@ def getitem(x, index):  # [...] -> x[index]
 @getitem.gradient
 def getitem_backward(dout, x, index):
     dx = np.zeros_like(x)
-    np.add.at(dx, index, dout)  # an index may name one element twice
+    if any(isinstance(i, (list, np.ndarray)) for i in np.atleast_1d(np.array(index, object))):
+        np.add.at(dx, index, dout)  # an index array may name one element twice
+    else:
+        dx[index] = dout
     return dx
 
 
@@ -172,7 +175,7 @@ class Linear(Module):
 
     def __init__(self, in_features, out_features, bias=False, scale=1.0, *, rng):
         weight = rng.normal(0, scale * in_features**-0.5, (out_features, in_features))
-        self.weight = Parameter(weight.astype(np.float32))
+        self.weight = Parameter(weight.astype(np.float32, copy=False))
         self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
     def forward(self, x):  # [..., I] -> [..., O]
@@ -284,6 +287,17 @@ def gelu_backward(dout, x):
     return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * dinner)
 
 
+@differentiable
+def sigmoid(x):  # [...] -> [...]
+    return 0.5 * (1 + np.tanh(0.5 * x))  # never overflows
+
+
+@sigmoid.gradient
+def sigmoid_backward(dout, x):
+    s = sigmoid(x)
+    return dout * s * (1 - s)
+
+
 ACTIVATIONS = {"relu": relu, "squared_relu": squared_relu, "gelu": gelu}
 
 
@@ -319,7 +333,7 @@ class Embedding(Module):
 
     def __init__(self, num_embeddings, dim, *, rng):
         weight = rng.normal(0, dim**-0.5, (num_embeddings, dim))
-        self.weight = Parameter(weight.astype(np.float32))
+        self.weight = Parameter(weight.astype(np.float32, copy=False))
 
     def forward(self, ids):  # int [...] -> [..., D]
         return embedding(ids, self.weight)

@@ -1,0 +1,194 @@
+"""Flamingo: a frozen eye and a frozen language model, bridged by two trained parts.
+
+    images, videos -> vision encoder (frozen) -> Perceiver Resampler -> R visual tokens each
+    text -> embedding -> [ GATED XATTN-DENSE -> frozen LM block ] x depth -> logits
+
+Letters: B batch, L text tokens, N images or videos in a sequence, T frames, S features of a frame,
+R visual tokens of an image, D_v, D_m, D the widths of features, visual tokens and text, V words.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from miniflamingo.functional import replace_row
+from miniflamingo.language import LanguageConfig, LanguageModel
+from miniflamingo.module import Module, Parameter
+from miniflamingo.perceiver import MLPResampler, PerceiverResampler, TransformerResampler
+from miniflamingo.vision import NFNET_F6, NormalizerFreeResNet, VisionConfig, check_pixels
+from miniflamingo.xattn import GatedCrossAttentionDense, compute_phi
+
+
+@dataclass(frozen=True)
+class FlamingoConfig:
+    """All sizes of a Flamingo. `FlamingoConfig.preset(name)` gives mini, 3B, 9B and 80B.
+
+    resampler is "perceiver", "mlp" or "transformer"; only_last=False is the paper's ablation in
+    which a token attends to all previous images; train_eoc gives the model its own, trained
+    embedding of `<EOC>`, for a frozen LM that has never seen it.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    lm: LanguageConfig = field(default_factory=LanguageConfig)
+    media_dim: int = 64
+    resampler: str = "perceiver"
+    num_latents: int = 8
+    resampler_depth: int = 2
+    resampler_heads: int = 4
+    resampler_head_dim: int = 16
+    num_frames: int = 8
+    spatial_embeddings: bool = True
+    xattn_every: int = 1
+    xattn_heads: int = 4
+    xattn_head_dim: int = 16
+    only_last: bool = True
+    train_eoc: bool = False
+    eoc_token: int = 2
+    image_token: int = 3
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """One of "mini", "3B", "9B", "80B", with fields replaced; ValueError for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+
+def _paper(depth, dim, heads, every):
+    """A preset of the paper's Table 5: every size has the same eye and the same resampler."""
+    lm = LanguageConfig(32_000, dim, depth, heads, tie_embeddings=True)
+    return FlamingoConfig(
+        NFNET_F6, lm, 1536, "perceiver", 64, 6, 16, 128, 8, False,
+        xattn_every=every, xattn_heads=heads, xattn_head_dim=128, train_eoc=True,
+    )  # fmt: skip
+
+
+PRESETS = {
+    # the ALiBi slopes with which a small LM generalises to 32 shots
+    "mini": FlamingoConfig(lm=LanguageConfig(alibi_slopes=(1, 1 / 4, 1 / 16, 0))),
+    "3B": _paper(depth=24, dim=2048, heads=16, every=1),
+    "9B": _paper(depth=40, dim=4096, heads=32, every=4),
+    "80B": _paper(depth=80, dim=8192, heads=64, every=7),
+}
+
+
+class Flamingo(Module):
+    """The whole model (paper, figure 3). The vision encoder and the LM are built frozen."""
+
+    def __init__(self, config, *, rng):
+        c = self.config = config
+        self.vision_encoder = NormalizerFreeResNet(c.vision, rng=rng).freeze()
+        self.resampler = build_resampler(c, rng=rng)
+        self.gated_xattn = [
+            GatedCrossAttentionDense(
+                c.lm.dim,
+                c.media_dim,
+                c.xattn_heads,
+                c.xattn_head_dim,
+                only_last=c.only_last,
+                rng=rng,
+            )
+            for _ in range(0, c.lm.depth, c.xattn_every)
+        ]
+        self.lm = LanguageModel(c.lm, rng=rng).freeze()
+        self.eoc_embedding = self.eoc_head = None
+        if c.train_eoc:
+            self.eoc_embedding = Parameter(self.lm.embedding.weight.data[c.eoc_token].copy())
+            if not c.lm.tie_embeddings:
+                self.eoc_head = Parameter(self.lm.head.weight.data[c.eoc_token].copy())
+
+    def encode(self, pixels):
+        """pixels [B, N, T, height, width, 3] in [0, 1] -> features [B, N, T, S, D_v].
+
+        Frames are encoded one by one. ValueError for a wrong size or dtype, NaN, or a wrong range.
+        """
+        pixels = check_pixels(pixels, self.config.vision.image_size)
+        if pixels.ndim != 6:
+            raise ValueError(f"pixels must be [B, N, T, height, width, 3], got {pixels.shape}")
+        frames = pixels.reshape(-1, *pixels.shape[3:])
+        return self.vision_encoder(frames).reshape(
+            *pixels.shape[:3], self.config.vision.num_features, self.config.vision.out_dim
+        )
+
+    def forward(self, tokens, pixels, *, phi=None, num_images=None, num_frames=None):
+        """Text and images -> logits [B, L, V] of the next token.
+
+        tokens int[B, L], padded at the end; pixels [B, N, T, height, width, 3]. Ragged batches say
+        how many of the N images a row has in num_images int[B], and how many of the T frames are
+        real in num_frames int[B, N]. phi int[B, L] is computed from the tokens unless given.
+        ValueError when a row has more `<image>` tags than images.
+        """
+        media = self.resampler(self.encode(pixels), num_frames)
+        if phi is None:
+            num_images = np.full(len(tokens), pixels.shape[1]) if num_images is None else num_images
+            phi = compute_phi(tokens, self.config.image_token, num_images=num_images)
+        return self.read(tokens, media, phi)
+
+    def read(self, tokens, media, phi, cache=None, positions=None):
+        """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> logits [B, L, V].
+
+        A DecodingCache holds the past tokens' keys and values and the projected media; the tokens
+        then stand at `positions` int[B, L], and media may be None.
+        """
+        L = tokens.shape[1]
+        positions = np.arange(L)[None] if positions is None else positions
+        mask, bias = self.lm.causality(positions, L if cache is None else cache.length)
+        table, head = self._rows_with_eoc()
+        x = self.lm.embed(tokens, positions, table)
+        for i, block in enumerate(self.lm.blocks):
+            j, between = divmod(i, self.config.xattn_every)
+            if not between:
+                x = self.gated_xattn[j](x, media, phi, cache and cache.media[j])
+            x = block(x, mask, bias, cache and cache.tokens[i], positions)
+        return self.lm.predict(x, table, head)
+
+    def _rows_with_eoc(self):
+        """The LM's embedding (and head) with the trained `<EOC>` row, or None where it has none."""
+        table = head = None
+        if self.eoc_embedding is not None:
+            eoc = self.config.eoc_token
+            table = replace_row(self.lm.embedding.weight, self.eoc_embedding, index=eoc)
+            if self.eoc_head is not None:
+                head = replace_row(self.lm.head.weight, self.eoc_head, index=eoc)
+        return table, head
+
+    def alphas(self):
+        """{"alpha_xattn": [...], "alpha_dense": [...]}, one number for each inserted layer."""
+        names = ("alpha_xattn", "alpha_dense")
+        return {n: [float(getattr(g, n).data) for g in self.gated_xattn] for n in names}
+
+
+def build_resampler(config, *, rng):
+    """The resampler that the config names; ValueError for an unknown one."""
+    c = config
+    shared = dict(num_latents=c.num_latents, depth=c.resampler_depth, num_frames=c.num_frames)
+    features = c.vision.num_features if c.spatial_embeddings or c.resampler == "mlp" else None
+    sizes = (c.vision.out_dim, c.media_dim)
+    shared |= dict(num_features=features, rng=rng)
+    if c.resampler == "perceiver":
+        heads, head_dim = c.resampler_heads, c.resampler_head_dim
+        return PerceiverResampler(*sizes, heads=heads, head_dim=head_dim, **shared)
+    if c.resampler == "transformer":
+        return TransformerResampler(*sizes, heads=c.resampler_heads, **shared)
+    if c.resampler == "mlp":
+        return MLPResampler(*sizes, **shared)
+    raise ValueError(f"resampler must be perceiver, mlp or transformer, got {c.resampler!r}")
+
+
+class _ShapesOnly:
+    """Stands in for a random generator: arrays with a shape and no storage, to count by."""
+
+    def normal(self, loc=0.0, scale=1.0, size=()):
+        return np.broadcast_to(np.float32(0), size)
+
+
+def count_parameters(config):
+    """Parameters of each part, {"lm", "vision_encoder", "gated_xattn", "resampler", ...: int}.
+
+    Builds the real model, of any size, with arrays that take no memory.
+    """
+    model, counts = Flamingo(config, rng=_ShapesOnly()), {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.size
+    return counts

@@ -1,0 +1,113 @@
+"""The decoder-only language model that Flamingo freezes.
+
+Pre-norm transformer blocks with RMSNorm. Positions are ALiBi (Press et al., 2022), a linear penalty
+on distance that extrapolates to prompts longer than any seen in training, or a learned table. The
+paper's LM, Chinchilla, uses relative positions of the Transformer-XL kind instead.
+
+Letters: B batch, L tokens, D width, H heads, V vocabulary, Lk keys (the length of a cache, or L).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from miniflamingo.attention import TransformerBlock
+from miniflamingo.functional import Embedding, Linear, RMSNorm, embedding, linear
+from miniflamingo.module import Module, Parameter
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A language model. The defaults are the mini model's.
+
+    positions is "alibi" or "learned" (max_positions rows); alibi_slopes [H] default to the
+    geometric series of the ALiBi paper, 2^(-8/H), 2^(-16/H), ...
+    """
+
+    vocab_size: int = 128
+    dim: int = 64
+    depth: int = 3
+    heads: int = 4
+    ffw_mult: int = 4
+    positions: str = "alibi"
+    alibi_slopes: tuple | None = None
+    max_positions: int = 2048
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.positions not in ("alibi", "learned"):
+            raise ValueError(f'positions must be "alibi" or "learned", got {self.positions!r}')
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.heads:
+            raise ValueError(f"{self.heads} heads need as many slopes, got {self.alibi_slopes}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
+
+
+def alibi_slopes(heads):  # -> [H]
+    """2^(-8 h / H) for h = 1..H (Press et al., 2022, section 3)."""
+    return 2.0 ** (-8 / heads * np.arange(1, heads + 1))
+
+
+class LanguageModel(Module):
+    """tokens -> embed -> blocks -> predict -> logits; Flamingo's layers go between the blocks."""
+
+    def __init__(self, config, *, rng):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.dim, rng=rng)
+        self.positions = None
+        if config.positions == "learned":
+            table = rng.normal(0, 0.02, (config.max_positions, config.dim))
+            self.positions = Parameter(table.astype(np.float32, copy=False))
+        self.blocks = [
+            TransformerBlock(
+                config.dim, config.heads, config.ffw_mult * config.dim,
+                out_scale=(2 * config.depth) ** -0.5, rng=rng,
+            )
+            for _ in range(config.depth)
+        ]  # fmt: skip
+        self.norm = RMSNorm(config.dim)
+        tied = config.tie_embeddings
+        self.head = None if tied else Linear(config.dim, config.vocab_size, rng=rng)
+
+    def embed(self, tokens, positions, table=None):
+        """tokens, positions int[B, L] (or [1, L]) -> [B, L, D]; `table` [V, D] replaces the own."""
+        x = self.embedding(tokens) if table is None else embedding(tokens, table)
+        if self.positions is None:
+            return x
+        if positions.size and positions.max() >= len(self.positions):
+            most = len(self.positions)
+            raise ValueError(f"positions go up to {most - 1}, got {positions.max()}")
+        return x + embedding(positions, self.positions)
+
+    def causality(self, positions, num_keys):
+        """What a token at `positions` int[B, L] may see of keys 0..num_keys - 1.
+
+        -> mask bool[B, 1, L, Lk], and the ALiBi bias [B, H, L, Lk] or None.
+        """
+        distance = positions[:, None, :, None] - np.arange(num_keys)
+        if self.config.positions == "learned":
+            return distance >= 0, None
+        slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
+        slopes = np.array(slopes, self.embedding.weight.dtype)
+        return distance >= 0, -slopes[:, None, None] * distance.astype(slopes.dtype)
+
+    def predict(self, x, table=None, head=None):
+        """[B, L, D] -> logits [B, L, V]; `table` or `head` [V, D] replaces the model's own."""
+        x = self.norm(x)
+        if self.head is None:
+            return linear(x, self.embedding.weight if table is None else table)
+        return linear(x, self.head.weight if head is None else head)
+
+    def forward(self, tokens, positions=None, cache=None):
+        """tokens int[B, L] -> logits [B, L, V].
+
+        With a cache (one KeyValueCache a block), tokens stand at `positions` int[B, L]; without
+        one, positions are 0..L-1. Rows of different lengths are padded at the END.
+        """
+        positions = np.arange(tokens.shape[1])[None] if positions is None else positions
+        num_keys = tokens.shape[1] if cache is None else cache[0].k.shape[1]
+        mask, bias = self.causality(positions, num_keys)
+        x = self.embed(tokens, positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, bias, None if cache is None else cache[i], positions)
+        return self.predict(x)
