@@ -19,7 +19,7 @@ from miniflamingo.xattn import compute_phi
 
 @dataclass
 class DecodingCache:
-    """The past tokens' keys and values, and each image's projected ones; room for `length` tokens."""
+    """The past tokens' keys and values and each image's projected ones, for `length` tokens."""
 
     tokens: list  # a KeyValueCache for each LM block
     media: list  # (k, v), [B, N, R, H, K] each, for each inserted layer
@@ -194,7 +194,7 @@ def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
 
 
 def log_likelihood(model, batch, candidates, cached=True):
-    """log p(candidate | prompt) of C candidates (lists of ids): [B, C]; ValueError for an empty one.
+    """log p(candidate | prompt) of C candidates (lists of ids), [B, C]; ValueError if one is empty.
 
     The paper's close-ended evaluation ranks the answers by it. Put `<EOC>` at the end of a
     candidate to count that it ends there.

@@ -85,8 +85,8 @@ def build_batch(prompts, tokenizer, image_size, close=True, use_next=False):
     Text is a str; an image is a PIL image, a pathlib.Path or an array [height, width, 3]; a video
     is a list of images, an array [T, height, width, 3] or the Path of an animated GIF. PIL images
     and files are cropped to a square and scaled to image_size; arrays must have that size already,
-    and hold uint8 or floating point values in [0, 1]. close=False leaves out the last `<EOC>`, for a
-    prompt that the model is to go on with. use_next (bool or bool[B]): see compute_phi.
+    and hold uint8 or floating point values in [0, 1]. close=False leaves out the last `<EOC>`, for
+    a prompt that the model is to go on with. use_next (bool or bool[B]): see compute_phi.
     ValueError for an unknown word, an `<image>` in a text, or an image that does not fit.
     """
     rows = [_sequence(prompt, tokenizer, image_size, close) for prompt in prompts]
