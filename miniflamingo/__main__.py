@@ -42,8 +42,8 @@ def sizes(presets):
             print(f"  {part:<20} {short(count):>9} {quoted:>9}".rstrip())
     if any(name in PAPER_SIZES for name in presets):
         print(
-            "\nrelative positions: one D x D projection in each layer of Chinchilla, the paper's LM;"
-            "\nthe LM here has ALiBi, which needs none. The total counts them."
+            "\nrelative positions: one D x D projection in each layer of the paper's LM, Chinchilla"
+            "\n(the LM here has ALiBi, which needs none); the total counts them."
         )
     if "9B" in presets:
         print("\n" + "\n".join(inconsistencies_of_9b()))
