@@ -26,7 +26,8 @@ def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    scores -= np.where(np.isfinite(top), top, 0)
+    weights = np.exp(scores, out=scores)  # in place: a large array costs more to get than to fill
     total = weights.sum(axis=-1, keepdims=True)
     weights /= np.where(total > 0, total, 1)
     return weights

@@ -132,14 +132,14 @@ class Flamingo(Module):
         """
         L = tokens.shape[1]
         positions = np.arange(L)[None] if positions is None else positions
-        mask, bias = self.lm.causality(positions, L if cache is None else cache.length)
+        bias = self.lm.causality(positions, L if cache is None else cache.length)
         table, head = self._rows_with_eoc()
         x = self.lm.embed(tokens, positions, table)
         for i, block in enumerate(self.lm.blocks):
             j, between = divmod(i, self.config.xattn_every)
             if not between:
                 x = self.gated_xattn[j](x, media, phi, cache and cache.media[j])
-            x = block(x, mask, bias, cache and cache.tokens[i], positions)
+            x = block(x, None, bias, cache and cache.tokens[i], positions)
         return self.lm.predict(x, table, head)
 
     def _rows_with_eoc(self):

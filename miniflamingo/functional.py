@@ -171,10 +171,13 @@ def linear_backward(dout, x, weight, bias=None, needs=(True, True, True)):
 
 
 class Linear(Module):
-    """x -> x weight^T + bias, weight [O, I] drawn with standard deviation I^-1/2 * scale."""
+    """x -> x weight^T + bias, weight [O, I] drawn with standard deviation (3 I)^-1/2 * scale.
+
+    A choice that matters: with I^-1/2 the small language model never learned to bind names.
+    """
 
     def __init__(self, in_features, out_features, bias=False, scale=1.0, *, rng):
-        weight = rng.normal(0, scale * in_features**-0.5, (out_features, in_features))
+        weight = rng.normal(0, scale * (3 * in_features) ** -0.5, (out_features, in_features))
         self.weight = Parameter(weight.astype(np.float32, copy=False))
         self.bias = Parameter(np.zeros(out_features, np.float32)) if bias else None
 
@@ -270,21 +273,30 @@ def squared_relu_backward(dout, x):
     return dout * (2 * np.maximum(x, 0))
 
 
-def _gelu_tanh(x):
-    return np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x))
+GELU_SCALE, GELU_CUBE = float(np.sqrt(8 / np.pi)), 0.044715
+
+
+def _gelu_gate(x):  # (1 + tanh(u / 2)) / 2 = sigmoid(u), u = sqrt(8 / pi) (x + 0.044715 x^3)
+    gate = x * x
+    gate *= -GELU_SCALE * GELU_CUBE
+    gate -= GELU_SCALE
+    gate *= x  # -u
+    np.exp(np.minimum(gate, 80, out=gate), out=gate)
+    gate += 1
+    return np.reciprocal(gate, out=gate)
 
 
 @differentiable
 def gelu(x):  # [...] -> [...], the tanh form (Hendrycks and Gimpel, 2016)
-    return 0.5 * x * (1 + _gelu_tanh(x))
+    return x * _gelu_gate(x)
 
 
 @gelu.gradient
 def gelu_backward(dout, x):
-    t = _gelu_tanh(x)
-    dinner = np.sqrt(2 / np.pi).astype(x.dtype) * (1 + 3 * 0.044715 * x * x)
-    # out = 0.5 * x * (1 + t): the product rule
-    return dout * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * dinner)
+    gate = _gelu_gate(x)
+    du = GELU_SCALE * (1 + 3 * GELU_CUBE * (x * x))
+    # out = x * gate, gate = sigmoid(u): the product rule
+    return dout * (gate + x * du * (gate * (1 - gate)))
 
 
 @differentiable

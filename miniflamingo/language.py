@@ -80,16 +80,15 @@ class LanguageModel(Module):
         return x + embedding(positions, self.positions)
 
     def causality(self, positions, num_keys):
-        """What a token at `positions` int[B, L] may see of keys 0..num_keys - 1.
+        """How a token at `positions` int[B, L] sees keys 0..num_keys - 1: a bias [B, H, L, Lk].
 
-        -> mask bool[B, 1, L, Lk], and the ALiBi bias [B, H, L, Lk] or None.
+        -inf for the future; for the past minus slope times distance (ALiBi), or 0 (H = 1 then).
         """
         distance = positions[:, None, :, None] - np.arange(num_keys)
-        if self.config.positions == "learned":
-            return distance >= 0, None
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
-        slopes = np.array(slopes, self.embedding.weight.dtype)
-        return distance >= 0, -slopes[:, None, None] * distance.astype(slopes.dtype)
+        slopes = (0.0,) if self.config.positions == "learned" else slopes
+        slopes = np.array(slopes, self.embedding.weight.dtype)[:, None, None]
+        return np.where(distance >= 0, -slopes * distance.astype(slopes.dtype), -np.inf)
 
     def predict(self, x, table=None, head=None):
         """[B, L, D] -> logits [B, L, V]; `table` or `head` [V, D] replaces the model's own."""
@@ -106,8 +105,8 @@ class LanguageModel(Module):
         """
         positions = np.arange(tokens.shape[1])[None] if positions is None else positions
         num_keys = tokens.shape[1] if cache is None else cache[0].k.shape[1]
-        mask, bias = self.causality(positions, num_keys)
+        bias = self.causality(positions, num_keys)
         x = self.embed(tokens, positions)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, bias, None if cache is None else cache[i], positions)
+            x = block(x, None, bias, None if cache is None else cache[i], positions)
         return self.predict(x)
