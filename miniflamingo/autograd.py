@@ -110,6 +110,11 @@ class Tape:
 
     def backward(self, loss, dout=None):
         """Add d loss / d leaf to `leaf.grad` for every leaf; dout [like loss] is 1 by default."""
+        for leaf, dx in self.gradients(loss, dout):
+            leaf.grad = dx if leaf.grad is None else leaf.grad + dx
+
+    def gradients(self, loss, dout=None):
+        """The pairs (leaf, d loss / d leaf), without touching `leaf.grad`."""
         dout = np.ones_like(loss.data) if dout is None else dout
         grads, tensors = {id(loss): dout}, {id(loss): loss}
         for out, backward, args, needs, options in reversed(self.records):
@@ -120,6 +125,4 @@ class Tape:
                 if need and dx is not None:
                     grads[id(arg)] = grads[id(arg)] + dx if id(arg) in grads else dx
                     tensors[id(arg)] = arg
-        for key, dx in grads.items():  # what no record produced is a leaf
-            leaf = tensors[key]
-            leaf.grad = dx if leaf.grad is None else leaf.grad + dx
+        return [(tensors[key], dx) for key, dx in grads.items()]  # no record produced these: leaves

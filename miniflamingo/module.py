@@ -112,7 +112,7 @@ def _walk(value, name):
 def save_tensors(path, tensors, metadata=None):
     """Write {name: array} to a safetensors file, whole or not at all."""
     write_atomically(
-        path, to_bytes({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+        path, to_bytes({k: np.array(v, order="C") for k, v in tensors.items()}, metadata)
     )
 
 
