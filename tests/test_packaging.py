@@ -58,3 +58,12 @@ def test_what_the_readme_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"`make ([\w-]+)", readme):
         assert target in targets, f"README.md names `make {target}`, which does not exist"
+
+
+def test_the_readme_s_python_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for code in blocks:
+        if "torch" in code:
+            pytest.importorskip("triton")
+        exec(code, {})
+    assert blocks and "[[0 1 1 1 2 2 2 2]]" in capsys.readouterr().out
