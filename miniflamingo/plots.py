@@ -1,0 +1,183 @@
+"""Every figure of the course and of the reports, in one style.
+
+A function takes arrays and returns a matplotlib Figure that belongs to the caller: pyplot's global
+state is not touched, nothing is shown and nothing stays open. An image has one colour in all
+figures (Okabe and Ito's palette, which colour-blind readers can tell apart), and wherever a colour
+says something a number or a word says it too, for print in black and white.
+"""
+
+import functools
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from miniflamingo.xattn import check_phi, image_causal_mask
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # matplotlib brings it: the same letters on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+}
+INK, GREY, PAPER = "#222222", "#777777", "#e6e6e6"
+VISIBLE, MASKED = "#0b3c78", "#cfe1f2"  # the paper's dark and light blue
+WRONG = "#d55e00"
+IMAGE_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00")
+MONO = "DejaVu Sans Mono"
+
+
+def styled(plot):
+    """Draw under STYLE, whatever the caller's matplotlib settings are."""
+
+    @functools.wraps(plot)
+    def draw(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return draw
+
+
+def image_colour(j):
+    """The colour of image j, counted from 1; grey for 0, no image."""
+    return IMAGE_COLOURS[(j - 1) % len(IMAGE_COLOURS)] if j else PAPER
+
+
+def _check_row(words, phi, N):
+    """phi of one sequence; ValueError unless it fits the words and N, and there are any."""
+    if N < 1 or not len(words):
+        raise ValueError(f"the figure needs a token and an image, got {len(words)} and {N}")
+    return check_phi(np.asarray(phi)[None], 1, len(words), N)[0]
+
+
+def _canvas(width, height):
+    """A Figure whose only axes measure it in points, from the upper left corner."""
+    figure = Figure((width / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+# --- phi ----------------------------------------------------------------------------------------
+
+BOX, GAP, MARGIN, THUMB = 22, 4, 12, 64  # points
+LETTER = 9 * 0.602  # the width of every letter of the monospaced font, at 9 points
+
+
+@styled
+def plot_phi(words, phi, images=None):
+    """The tokens of a prompt, coloured by the image that each looks at; phi below each token.
+
+    words: L strings; phi int[L]; images: N arrays [height, width, 3] in [0, 1], drawn as
+    thumbnails. Long prompts are wrapped. ValueError when phi does not fit the words or the images.
+    """
+    N = max(1, np.max(phi, initial=0)) if images is None else len(images)
+    phi = _check_row(words, phi, N)
+    places, rows = _wrap([len(word) * LETTER + 10 for word in words], 640)
+    top = MARGIN + (THUMB + 2 if images is not None else 0) + 28
+    wide = max((N + 1) * (THUMB + 20), *(x + width for x, _, width in places))
+    figure, axes = _canvas(wide + 2 * MARGIN + 12, top + rows * (BOX + 20) + 2)
+    _draw_images(axes, N, images)
+    for word, j, (x, row, width) in zip(words, phi, places):
+        x, y = x + MARGIN + 12, top + row * (BOX + 20)
+        _draw_box(axes, x, y, width, word, image_colour(j))
+        axes.text(x + width / 2, y + BOX + 8, str(j), ha="center", va="center", color=GREY)
+    for row in range(rows):
+        axes.text(MARGIN, top + row * (BOX + 20) + BOX + 8, "φ", va="center", color=GREY)
+    return figure
+
+
+def _wrap(widths, most):
+    """Boxes of these widths, left to right in lines: [(x, line, width)], number of lines."""
+    places, x, line = [], 0, 0
+    for width in widths:
+        if x and x + width > most:
+            x, line = 0, line + 1
+        places.append((x, line, width))
+        x += width + GAP
+    return places, line + 1
+
+
+def _draw_box(axes, x, y, width, text, colour, **style):
+    """A rounded box of height BOX with monospaced text in it."""
+    shape = "round,pad=0,rounding_size=4"
+    box = FancyBboxPatch((x, y), width, BOX, shape, fc=colour, ec="white", lw=0.8, **style)
+    axes.add_patch(box)
+    axes.text(
+        x + width / 2, y + BOX / 2, text, ha="center", va="center", color=INK,
+        family=MONO, fontsize=9, parse_math=False,
+    )  # fmt: skip
+
+
+def _draw_images(axes, N, images):
+    """The images in a row in their colours, as thumbnails or as names alone, and the grey of 0."""
+    for j in range(N + 1):
+        x, y = MARGIN + 12 + j * (THUMB + 20), MARGIN
+        if images is not None:
+            if j:
+                axes.imshow(images[j - 1], extent=(x, x + THUMB, y + THUMB, y), aspect="auto")
+            y += THUMB + 2
+        axes.add_patch(Rectangle((x, y), THUMB, 5, fc=image_colour(j)))
+        name = f"image {j}" if j else "0: no image"
+        axes.text(x, y + 12, name, va="center", fontsize=8, color=INK)
+
+
+# --- the image-causal mask ----------------------------------------------------------------------
+
+
+@styled
+def plot_image_causal_mask(words, phi, N, R):
+    """The paper's figure 7: tokens x visual tokens, dark blue = visible, light blue = masked.
+
+    words: L strings; phi int[L] in 0..N; each of the N images has R columns. ValueError when phi
+    does not fit the words or N.
+    """
+    phi = _check_row(words, phi, N)
+    L, cell = len(words), 15 if len(words) <= 60 else 9
+    left, top = 24 + LETTER * max(map(len, words)), 40
+    width = min(max(N * R * cell, 200), 480)
+    figure, axes = _canvas(left + width + 60, top + L * cell + 42)
+    mask = image_causal_mask(phi[None], N, R)[0]
+    _draw_cells(axes, mask, left, top, width, cell)
+    size = 9 if cell > 9 else 6
+    for i, word in enumerate(words):
+        y = top + (i + 0.5) * cell
+        axes.text(left - 6, y, word, ha="right", va="center", family=MONO, fontsize=size,
+                  color=INK, parse_math=False)  # fmt: skip
+        axes.text(left + width + 14, y, str(phi[i]), ha="center", va="center", fontsize=size)
+    axes.text(left + width + 14, top - 12, "φ", ha="center", va="center", fontsize=10)
+    for j in range(1, N + 1):
+        x = left + (j - 1) * width / N
+        axes.add_patch(Rectangle((x + 1, top - 6), width / N - 2, 4, fc=image_colour(j)))
+        name = f"image {j}" if width / N > 45 else str(j)
+        axes.text(x + width / N / 2, top - 14, name, ha="center", va="center")
+    _legend(axes, {"visible": VISIBLE, "masked": MASKED}, left, top + L * cell + 20)
+    return figure
+
+
+def _draw_cells(axes, mask, left, top, width, cell):
+    """A boolean [rows, columns] as dark and light blue cells, with white lines where they fit."""
+    rows, columns = mask.shape
+    x, y = np.linspace(left, left + width, columns + 1), top + cell * np.arange(rows + 1)
+    colours = matplotlib.colors.ListedColormap([MASKED, VISIBLE])
+    line = {"edgecolors": "white", "linewidth": 0.7} if width / columns > 4 else {}
+    axes.pcolormesh(x, y, mask.astype(float), cmap=colours, vmin=0, vmax=1, **line)
+
+
+def _legend(axes, colours, x, y):
+    """Coloured squares with names, in a line that starts at (x, y)."""
+    for name, colour in colours.items():
+        axes.add_patch(Rectangle((x, y - 5), 10, 10, fc=colour))
+        axes.text(x + 15, y, name, va="center")
+        x += 32 + 6 * len(name)
