@@ -15,7 +15,7 @@ def test_sizes_counts_what_the_model_holds(capsys):
     printed = capsys.readouterr().out
     for part, count in count_parameters(PRESETS["3B"]).items():
         assert f"{part:<20} {short(count):>9}" in printed
-    assert "9B row is not consistent" in printed and "8 inserted layers hold 1.6" in printed
+    assert "9B row is not consistent" in printed and "8 inserted layers hold 1.44B" in printed
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,7 @@ def test_demo_shows_what_it_says(tmp_path, capsys):
 def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(["sizes", "5B"]) == 2
     error = capsys.readouterr().err
-    assert error == (
-        "miniflamingo: error: unknown preset '5B': choose from mini, 3B, 9B, 80B\n"
-    )
+    assert error == ("miniflamingo: error: unknown preset '5B': choose from mini, 3B, 9B, 80B\n")
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
