@@ -7,6 +7,7 @@ says something a number or a word says it too, for print in black and white.
 """
 
 import functools
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -181,3 +182,106 @@ def _legend(axes, colours, x, y):
         axes.add_patch(Rectangle((x, y - 5), 10, 10, fc=colour))
         axes.text(x + 15, y, name, va="center")
         x += 32 + 6 * len(name)
+
+
+# --- training and evaluation --------------------------------------------------------------------
+
+LAYER_COLOURS = ("#9ecae1", "#4292c6", "#084594")  # shallow to deep, light to dark
+LINES = ("-", "--", ":", "-.")
+
+
+@styled
+def plot_alphas(steps, alpha_xattn, alpha_dense):
+    """How alpha evolves (paper, appendix): |tanh(alpha)| of every layer, one panel a gate.
+
+    steps int[S]; alpha_xattn, alpha_dense [S, layers].
+    """
+    figure = Figure((8, 3.2), layout="constrained")
+    panels = zip(figure.subplots(1, 2, sharey=True), (alpha_xattn, alpha_dense))
+    for axes, alpha in panels:
+        layers = np.shape(alpha)[1]
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("depth", LAYER_COLOURS)
+        for layer, values in enumerate(np.abs(np.tanh(alpha)).T):
+            colour = shades(layer / max(layers - 1, 1))
+            axes.plot(steps, values, color=colour, ls=LINES[layer % 4], lw=1.8)
+            axes.annotate(f"layer {layer}", (steps[-1], values[-1]), (4, 0), fontsize=8,
+                          textcoords="offset points", va="center", color=INK)  # fmt: skip
+        axes.set(xlabel="step", ylim=(0, 1), xlim=(0, max(steps[-1], 1)))
+        axes.grid(True)
+    left, right = figure.axes
+    left.set(title="attention", ylabel="|tanh(alpha)|")
+    right.set(title="feed-forward")
+    return figure
+
+
+@styled
+def plot_few_shot(curves, ceilings):
+    """Accuracy against the number of shots, with what can be known from the shots at all.
+
+    curves {name: {shots: accuracy in 0..1}}; ceilings, the same, for some of the names: how often
+    the query's class was among the shots.
+    """
+    figure = Figure((6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, curve) in enumerate(curves.items()):
+        shots = sorted(curve, key=int)
+        x = np.log2(np.array(shots, int) + 1)
+        colour = IMAGE_COLOURS[i % len(IMAGE_COLOURS)]
+        axes.plot(x, [curve[k] for k in shots], "osD^v"[i % 5], ls="-", color=colour, label=name)
+        if name in ceilings:
+            axes.plot(x, [ceilings[name][k] for k in shots], ":", color=colour)
+    axes.plot([], [], ":", color=GREY, label="ceiling: the class was shown")
+    axes.set_xticks(x, [str(k) for k in shots])
+    axes.set(xlabel="shots", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.grid(True)
+    axes.legend(fontsize=8)
+    return figure
+
+
+@styled
+def plot_answers(images, answers, correct, columns=6):
+    """A sheet of images with the model's answer below each; a wrong one is marked.
+
+    images [n, height, width, 3], or clips [n, T, height, width, 3], of which four frames are shown
+    side by side; answers: n strings; correct bool[n].
+    """
+    rows = -(-len(images) // columns)
+    clips = np.ndim(images[0]) == 4
+    width, height = (4.2, 1.5) if clips else (1.75, 2.15)
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, image, answer, right in zip(panels, images, answers, correct):
+        axes.imshow(np.clip(_film_strip(image) if clips else image, 0, 1), interpolation="nearest")
+        text = textwrap.fill(answer if right else f"{answer} (wrong)", 24)
+        style = {"color": INK if right else WRONG, "fontsize": 8}
+        axes.text(0.5, -0.05, text, transform=axes.transAxes, ha="center", va="top", **style)
+    return figure
+
+
+def _film_strip(clip, most=4):  # [T, height, width, 3] -> [height, ..., 3], frames side by side
+    some = np.linspace(0, len(clip) - 1, most).round().astype(int)
+    framed = np.pad(clip[some], ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=1)
+    return np.concatenate(framed, axis=1)[:, :-2]
+
+
+@styled
+def plot_latents(image, maps):
+    """Where each latent looks: image [height, width, 3]; maps [R, h, w], the attention it pays."""
+    half = -(-len(maps) // 2)
+    columns = 1 + half
+    figure = Figure((1.5 * columns, 3.3), layout="constrained")
+    grid = figure.add_gridspec(2, columns)
+    first = figure.add_subplot(grid[:, 0])
+    first.imshow(np.clip(image, 0, 1), interpolation="nearest")
+    first.set_title("image", loc="center")
+    first.set_axis_off()
+    for r, attention in enumerate(maps):
+        axes = figure.add_subplot(grid[r // half, 1 + r % half])
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        axes.imshow(np.clip(image, 0, 1).mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0)
+        axes.set_title(f"latent {r}", loc="center", fontsize=8, fontweight="normal")
+        axes.set_axis_off()
+    return figure
