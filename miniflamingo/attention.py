@@ -95,6 +95,12 @@ class MultiHeadAttention(Module):
         """Apply one of the three projections and split the heads."""
         return projection(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
 
+    def weights(self, x, context=None, mask=None, bias=None):
+        """How much each query looks at each key, [B, H, Lq, Lk]; arguments as in forward."""
+        q = self.project(self.q_proj, x)
+        k = self.project(self.k_proj, x if context is None else context)
+        return attention_weights(swap_heads(q), swap_heads(k), mask, bias)
+
     def forward(self, x, context=None, mask=None, bias=None, cache=None, positions=None):
         """x [B, Lq, D], context [B, Lk, C] -> [B, Lq, D]; mask, bias broadcast to [B, H, Lq, Lk].
 

@@ -247,7 +247,7 @@ def plot_answers(images, answers, correct, columns=6):
     """
     rows = -(-len(images) // columns)
     clips = np.ndim(images[0]) == 4
-    width, height = (4.2, 1.5) if clips else (1.75, 2.15)
+    width, height = (4.2, 1.5) if clips else (1.75, 2.25)
     figure = Figure((width * columns, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
