@@ -145,22 +145,28 @@ def _sample(probabilities, rng):  # [B, V] -> int[B]
 # --- whole answers ------------------------------------------------------------------------------
 
 
-def generate(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
-    """Write on until `<EOC>` or max_new_tokens: a list of ids for each row, without `<EOC>`.
+def stream(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
+    """Yield each row's next token, int[B], one step at a time; `<pad>` behind a row's `<EOC>`.
 
-    choose is greedy, temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng.
+    Ends when every row has written `<EOC>`, or after max_new_tokens. choose is greedy,
+    temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng.
     """
     decoder = Decoder(model, batch, max_new_tokens, cached)
-    answers, done = [[] for _ in batch.tokens], np.zeros(len(batch.tokens), bool)
+    done = np.zeros(len(batch.tokens), bool)
     for step in range(max_new_tokens):
-        token = choose(decoder.allowed_logits(), rng)
+        if step:
+            decoder.extend(token[:, None])
+        token = np.where(done, PAD, choose(decoder.allowed_logits(), rng))
+        yield token
         done |= token == EOC
-        for b in np.flatnonzero(~done):
-            answers[b].append(int(token[b]))
-        if done.all() or step == max_new_tokens - 1:
-            break
-        decoder.extend(np.where(done, PAD, token)[:, None])
-    return answers
+        if done.all():
+            return
+
+
+def generate(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
+    """What `stream` writes, as a list of ids for each row, without `<EOC>`."""
+    steps = list(stream(model, batch, max_new_tokens, choose, cached, rng))
+    return [[int(i) for i in row if i not in (PAD, EOC)] for row in np.transpose(steps)]
 
 
 def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
