@@ -154,13 +154,12 @@ def stream(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None
     decoder = Decoder(model, batch, max_new_tokens, cached)
     done = np.zeros(len(batch.tokens), bool)
     for step in range(max_new_tokens):
-        if step:
-            decoder.extend(token[:, None])
         token = np.where(done, PAD, choose(decoder.allowed_logits(), rng))
         yield token
         done |= token == EOC
-        if done.all():
+        if done.all() or step == max_new_tokens - 1:
             return
+        decoder.extend(token[:, None])
 
 
 def generate(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
