@@ -149,8 +149,11 @@ def stream(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None
     """Yield each row's next token, int[B], one step at a time; `<pad>` behind a row's `<EOC>`.
 
     Ends when every row has written `<EOC>`, or after max_new_tokens. choose is greedy,
-    temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng.
+    temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng. ValueError unless
+    max_new_tokens >= 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     decoder = Decoder(model, batch, max_new_tokens, cached)
     done = np.zeros(len(batch.tokens), bool)
     for step in range(max_new_tokens):
