@@ -112,13 +112,15 @@ class Documents(NamedTuple):
     """Rows of tokens and the pictures that their `<image>` tags stand for.
 
     tokens int[B, L]; targets int[B, L], the tokens that count in the loss, IGNORED elsewhere;
-    pictures int[B, N], indices into the pool's `source`, "images" or "videos".
+    pictures int[B, N], indices into the pool's `source`, "images" or "videos"; use_next bool[B],
+    the rows in which a text stands before its picture.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     pictures: np.ndarray
     source: str
+    use_next: np.ndarray
 
 
 def _documents(chunks, pictures, uncounted=None, source="images"):
@@ -130,15 +132,31 @@ def _documents(chunks, pictures, uncounted=None, source="images"):
     ignored = (tokens == PAD) | (tokens == IMAGE)
     if uncounted is not None:
         ignored[:, 1:] |= uncounted.reshape(len(tokens), -1)
-    return Documents(tokens, np.where(ignored, IGNORED, tokens), pictures, source)
+    previous = np.zeros(len(tokens), bool)
+    return Documents(tokens, np.where(ignored, IGNORED, tokens), pictures, source, previous)
 
 
 def together(parts):
     """Several Documents of one source and of equally many pictures as one."""
     targets = [np.where(p.targets == IGNORED, PAD, p.targets) for p in parts]
     targets = np.where((padded := stack_rows(targets)) == PAD, IGNORED, padded)
-    pictures = np.concatenate([p.pictures for p in parts])
-    return Documents(stack_rows([p.tokens for p in parts]), targets, pictures, parts[0].source)
+    pictures, use_next = (np.concatenate([p[i] for p in parts]) for i in (2, 4))
+    tokens = stack_rows([p.tokens for p in parts])
+    return Documents(tokens, targets, pictures, parts[0].source, use_next)
+
+
+def text_first(documents, rows):  # rows bool[B]
+    """Put the texts of some rows before their pictures (the paper's augmentation, p_next).
+
+    <BOS><image>dax<EOC><image>wug<EOC> becomes <BOS>dax<EOC><image>wug<EOC><image>.
+    """
+    tokens, targets = documents.tokens.copy(), documents.targets.copy()
+    for b in np.flatnonzero(rows):
+        end = 1 + np.flatnonzero(tokens[b] != PAD)[-1]
+        for array in (tokens, targets):
+            array[b, 1:end] = np.roll(array[b, 1:end], -1)
+    use_next = documents.use_next | rows
+    return documents._replace(tokens=tokens, targets=targets, use_next=use_next)
 
 
 # --- datasets: N pictures a document --------------------------------------------------------------
