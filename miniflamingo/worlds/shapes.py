@@ -29,7 +29,8 @@ RGB = np.array(
 WIDTH = 24  # of a picture
 RADII = ((2.6, 3.3), (4.6, 5.4))  # of a small and of a large geometric shape
 GLYPH_WIDTHS = (12, 16)  # of a small and of a large digit
-TRAIN_GLYPHS = 1300  # the digit images from here on are kept for the test split
+# which of the 1,797 images of digits each split draws from
+GLYPHS = {"train": slice(0, 1200), "validation": slice(1200, 1450), "test": slice(1450, None)}
 
 
 # --- the parts of a picture -----------------------------------------------------------------------
@@ -62,12 +63,11 @@ def geometric_cover(shape, x, y, radius):  # int[B], [B], [B], [B] -> [B, 24, 24
 @cache
 def glyphs(split):
     """The digits of a split: ({size: [G, w, w] in [0, 1]}, int[10 + 1] where each class starts)."""
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    if split not in GLYPHS:
+        raise ValueError(f"split must be one of {', '.join(GLYPHS)}, got {split!r}")
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         images, labels = file["images"] / np.float32(16), file["labels"]
-    part = slice(TRAIN_GLYPHS) if split == "train" else slice(TRAIN_GLYPHS, None)
-    images, labels = images[part], labels[part]
+    images, labels = images[GLYPHS[split]], labels[GLYPHS[split]]
     images = images[np.argsort(labels, kind="stable")]
     starts = np.searchsorted(np.sort(labels), np.arange(len(DIGITS) + 1))
     return [_enlarge(images, width) for width in GLYPH_WIDTHS], starts
