@@ -1,0 +1,549 @@
+"""Training: a weighted mixture of datasets, one optimiser, three stages, and runs that survive.
+
+    language model   next word, on text alone                                   (then frozen)
+    vision encoder   pictures against captions, contrastively                   (then frozen)
+    bridge           resampler and GATED XATTN-DENSE between the two            (the paper's part)
+
+The bridge minimises  sum_m lambda_m E_m[ -sum_l log p(y_l | y_<l, x_<=l) ]  over M datasets (paper,
+equation 2): each step takes one batch from EACH dataset, adds up the gradients times lambda_m and
+makes ONE update (section 3.2). A run writes a log line a step and a checkpoint now and then;
+killed at any moment, it goes on from the last checkpoint as if nothing had happened, bit for bit
+(with as many BLAS threads as before).
+"""
+
+import hashlib
+import json
+import signal
+import threading
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from miniflamingo.autograd import Tape
+from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
+from miniflamingo.functional import cross_entropy
+from miniflamingo.language import LanguageConfig, LanguageModel
+from miniflamingo.module import load_tensors, save_tensors
+from miniflamingo.prompt import IMAGE, PAD
+from miniflamingo.vision import ContrastiveModel, NormalizerFreeResNet, TextEncoder, VisionConfig
+from miniflamingo.worlds import datasets, grammar
+from miniflamingo.worlds.datasets import IGNORED
+from miniflamingo.xattn import compute_phi
+
+# --- the optimiser --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with a warm-up. schedule is "cosine" (down to 5 %) or "constant" (the paper's).
+
+    alpha_rate multiplies the rate of the gates. ValueError for values that cannot work.
+    """
+
+    steps: int = 1000
+    rate: float = 2e-3
+    warmup: int = 100
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    alpha_rate: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f'schedule must be "cosine" or "constant", got {self.schedule!r}')
+        for name in ("steps", "rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+def scheduled_rate(config, step):
+    """The learning rate of update `step`, counted from 0."""
+    warm = min(1, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return config.rate * warm
+    return config.rate * warm * max(0.05, 0.5 * (1 + np.cos(np.pi * step / config.steps)))
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), on one flat vector.
+
+    The trainable parameters become views into `weights` [P], so that an update is a few operations
+    on long vectors. Decay acts on matrices, but not on the resampler (paper, appendix B.1.2), nor
+    on gates, norms and other vectors.
+    """
+
+    def __init__(self, model, config):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.config, self.step = config, 0
+        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
+        self.ends = np.cumsum([p.size for p in self.parameters])
+        self.weights = np.concatenate([p.data.ravel() for p in self.parameters])
+        self.mean, self.square = np.zeros_like(self.weights), np.zeros_like(self.weights)
+        self.decay, self.rate_scale = np.zeros_like(self.weights), np.ones_like(self.weights)
+        views = zip(self.parts(self.weights), self.parts(self.decay), self.parts(self.rate_scale))
+        for (name, parameter), (weights, decay, rate_scale) in zip(named, views):
+            parameter.data = weights
+            if parameter.ndim > 1 and not name.startswith("resampler."):
+                decay[...] = config.weight_decay
+            if name.endswith(("alpha_xattn", "alpha_dense")):
+                rate_scale[...] = config.alpha_rate
+
+    def parts(self, vector):
+        """Views of a vector [P], one for each parameter and of its shape."""
+        pieces = np.split(vector, self.ends[:-1])
+        return [piece.reshape(p.shape) for piece, p in zip(pieces, self.parameters)]
+
+    def gradient(self):
+        """The parameters' gradients as one vector [P], zeros where there is none."""
+        grads = [np.zeros(p.shape) if p.grad is None else p.grad for p in self.parameters]
+        return np.concatenate([g.ravel() for g in grads]).astype(self.weights.dtype, copy=False)
+
+    def largest(self, gradient):
+        """(name, value) of the largest component; NaN counts as the largest."""
+        i = int(np.argmax(np.abs(gradient)))
+        return self.names[int(np.searchsorted(self.ends, i, side="right"))], float(gradient[i])
+
+    def update(self, gradient):
+        """One step with a gradient [P], scaled to a norm of at most `clip`; -> (norm, rate)."""
+        c, rate = self.config, scheduled_rate(self.config, self.step)
+        norm = float(np.sqrt(np.dot(gradient, gradient)))
+        gradient = gradient * min(1, c.clip / max(norm, 1e-12))
+        self.step += 1
+        self.mean += (1 - c.beta1) * (gradient - self.mean)
+        self.square += (1 - c.beta2) * (gradient * gradient - self.square)
+        unbiased = np.sqrt(self.square / (1 - c.beta2**self.step))
+        direction = self.mean / (1 - c.beta1**self.step) / (unbiased + 1e-8)
+        self.weights -= rate * self.rate_scale * (direction + self.decay * self.weights)
+        return norm, rate
+
+    def state(self):
+        """{name: array}, the moments of each parameter."""
+        moments = (("adamw.mean.", self.mean), ("adamw.square.", self.square))
+        return {prefix + name: part for prefix, vector in moments
+                for name, part in zip(self.names, self.parts(vector))}  # fmt: skip
+
+    def load(self, state, step):
+        """Take up the moments of a checkpoint."""
+        self.step = step
+        for name, part in self.state().items():
+            part[...] = state[name]
+
+
+# --- the mixture ----------------------------------------------------------------------------------
+
+STRATEGIES = ("accumulate", "round_robin", "merge")
+
+
+def check_weights(weights):
+    """Return {dataset: lambda}; ValueError unless all are >= 0, finite, and some are above 0."""
+    values = list(weights.values())
+    if not all(np.isfinite(v) and v >= 0 for v in values) or not sum(values) > 0:
+        raise ValueError(f"dataset weights must be >= 0 and not all 0, got {weights}")
+    return weights
+
+
+def step_weights(strategy, weights, step, counts):
+    """What each dataset's mean loss counts in update `step`: {dataset: weight}, without zeros.
+
+    "accumulate" (the paper's choice): lambda_m, all datasets in every step. "round_robin": one
+    dataset after the other. "merge": one batch of all examples, so every token counts the same;
+    counts {dataset: int} says how many there are.
+    """
+    if strategy == "round_robin":
+        name = list(weights)[step % len(weights)]
+        return {name: weights[name]}
+    if strategy == "merge":
+        return {name: counts[name] / sum(counts.values()) for name in weights}
+    return dict(weights)
+
+
+class Stage:
+    """What a Run trains: `model`, `config` (with .optimiser and .seed), {dataset: lambda}.
+
+    A stage draws a batch of a dataset from an rng, counts its targets, and gives its mean loss.
+    """
+
+    name, strategy = "", "accumulate"
+
+    def draw(self, dataset, rng):
+        """A batch of one dataset."""
+        raise NotImplementedError
+
+    def count(self, batch):
+        """How many targets a batch has."""
+        raise NotImplementedError
+
+    def loss(self, batch):
+        """The mean loss of a batch, []."""
+        raise NotImplementedError
+
+    def identity(self):
+        """What must be the same for a run to be resumed, as JSON values."""
+        return {"stage": self.name, **asdict(self.config)}
+
+    def gates(self):
+        """What of the gates goes into the log: {} where there are none."""
+        return {}
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A stage being trained into a folder: checkpoint.safetensors, log.jsonl, model.safetensors.
+
+    ValueError when the folder cannot be written to, holds a run that is not to be resumed, or holds
+    one with another config.
+    """
+
+    def __init__(self, stage, out, resume=False, checkpoint_every=100):
+        self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
+        self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
+        self.optimiser = AdamW(stage.model, stage.config.optimiser)
+        self.rng = np.random.default_rng([stage.config.seed, 1])
+        self.last_gradient = None
+        self.checkpoint, self.log_path = self.out / "checkpoint.safetensors", self.out / "log.jsonl"
+        _prepare_folder(self.out)
+        if resume and self.checkpoint.exists():
+            self.load()
+        elif self.checkpoint.exists() or (self.log_path.exists() and not resume):
+            raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
+        _truncate_log(self.log_path, self.optimiser.step)
+
+    def train(self, progress=True):
+        """Go on until the last step; returns True when that was reached, False when interrupted.
+
+        Writes model.safetensors at the end. FloatingPointError when the loss or the gradient is not
+        finite: the last checkpoint stays.
+        """
+        steps, done = self.stage.config.optimiser.steps, self.optimiser.step
+        bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
+        with bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
+            while self.optimiser.step < steps and not stop.is_set():
+                record = self.step()
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}")
+                bar.update()
+                if self.optimiser.step % self.checkpoint_every == 0:
+                    self.save()
+            self.save()
+        if self.optimiser.step < steps:
+            done = self.optimiser.step
+            print(f"Interrupted after step {done}; go on with --resume --out {self.out}")
+            return False
+        self.stage.save(self.out / "model.safetensors")
+        return True
+
+    def step(self):
+        """One update; returns its log record."""
+        stage, step = self.stage, self.optimiser.step
+        batches = {name: stage.draw(name, self.rng) for name in self.weights}
+        counts = {name: stage.count(batch) for name, batch in batches.items()}
+        weights = step_weights(stage.strategy, self.weights, step, counts)
+        stage.model.zero_grad()
+        losses = {}
+        for name, weight in weights.items():
+            with Tape() as tape:
+                loss = stage.loss(batches[name])
+            losses[name] = float(loss.data)
+            if not np.isfinite(losses[name]):
+                self._stop(f"the loss of dataset {name!r} is {losses[name]}", self.last_gradient)
+            tape.backward(loss, np.asarray(weight, loss.dtype))
+        gradient = self.optimiser.gradient()
+        if not np.isfinite(gradient).all():
+            self._stop(f"the gradient of datasets {', '.join(weights)} is not finite", gradient)
+        norm, rate = self.optimiser.update(gradient)
+        self.last_gradient = gradient
+        parts = {name: weights[name] * losses[name] for name in losses}
+        return {
+            "step": step + 1, "loss": sum(parts.values()), "losses": losses, "weighted": parts,
+            "gradient_norm": norm, "rate": float(rate), **stage.gates(),
+        }  # fmt: skip
+
+    def _stop(self, what, gradient):
+        step = self.optimiser.step + 1
+        largest = "there was none before"
+        if gradient is not None:
+            largest = "{1:.3g}, in {0}".format(*self.optimiser.largest(gradient))
+        kept = f"the last checkpoint is in {self.out}" if self.checkpoint.exists() else "none saved"
+        raise FloatingPointError(f"step {step}: {what}; largest gradient: {largest}; {kept}")
+
+    def save(self):
+        """Write the checkpoint: weights, moments, rng, step and config, whole or not at all."""
+        state = self.stage.model.state_dict() | self.optimiser.state()
+        metadata = {
+            "step": str(self.optimiser.step),
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "config": json.dumps(self.stage.identity()),
+        }
+        save_tensors(self.checkpoint, state, metadata)
+
+    def load(self):
+        """Take up the checkpoint; ValueError that lists the differences of another config."""
+        state, metadata = load_tensors(self.checkpoint)
+        theirs, ours = json.loads(metadata["config"]), self.stage.identity()
+        if different := list(_differences(theirs, json.loads(json.dumps(ours)))):
+            raise ValueError(
+                f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
+            )
+        for name, parameter in self.stage.model.named_parameters():
+            parameter.data[...] = state[name]
+        self.optimiser.load(state, int(metadata["step"]))
+        self.rng.bit_generator.state = json.loads(metadata["rng"])
+
+
+def _prepare_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {out}: {error.strerror}") from None
+
+
+def _truncate_log(path, step):
+    """Drop the lines of steps behind `step`, which will be made again, and a half-written one."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    path.write_text("".join(kept))
+
+
+def _differences(theirs, ours, path=""):
+    """Yield 'optimiser.steps: 1500 there, 2000 here' for every value that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            yield from _differences(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
+    elif theirs != ours:
+        yield f"{path}: {theirs} there, {ours} here"
+
+
+@contextmanager
+def _asked_to_stop():
+    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, lambda *_: stop.set()) for s in signals]
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(signals, before):
+            signal.signal(s, handler)
+
+
+# --- stage 1: the language model ------------------------------------------------------------------
+
+
+MINI_LM = replace(PRESETS["mini"].lm, vocab_size=len(grammar.TOKENIZER))
+MINI_VISION = PRESETS["mini"].vision
+
+
+@dataclass(frozen=True)
+class LanguageRun:
+    """Texts of the small world; one batch in ten holds long binding episodes."""
+
+    optimiser: OptimiserConfig = OptimiserConfig(steps=1000)
+    model: LanguageConfig = MINI_LM
+    batch: int = 48
+    length: int = 48
+    long_share: float = 0.1
+    seed: int = 0
+
+
+class LanguageStage(Stage):
+    """Next-word prediction (Vaswani et al., 2017)."""
+
+    name = "lm"
+
+    def __init__(self, config):
+        self.config, self.weights = config, {"text": 1.0}
+        self.model = LanguageModel(config.model, rng=np.random.default_rng([config.seed, 0]))
+
+    def draw(self, dataset, rng):
+        c = self.config
+        if rng.random() < c.long_share:
+            return grammar.long_text_batch(c.batch // 4, rng)
+        return grammar.text_batch(c.batch, rng, c.length)
+
+    def count(self, batch):
+        return int((batch[:, 1:] != PAD).sum())
+
+    def loss(self, batch):
+        targets = np.where(batch == PAD, IGNORED, batch)[:, 1:]
+        return cross_entropy(self.model(batch[:, :-1]), targets)
+
+    def save(self, path):
+        self.model.save(path, {"lm": json.dumps(asdict(self.config.model))})
+
+
+# --- stage 2: the vision encoder ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionRun:
+    """Pictures and captions, contrastively, with a text encoder that is thrown away afterwards."""
+
+    optimiser: OptimiserConfig = OptimiserConfig(
+        steps=600, warmup=50, weight_decay=1e-3, beta2=0.999
+    )
+    model: VisionConfig = MINI_VISION
+    batch: int = 96
+    text_dim: int = 64
+    joint_dim: int = 64
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+
+class VisionStage(Stage):
+    """The two-term contrastive loss (paper, appendix B.1.3)."""
+
+    name = "vision"
+
+    def __init__(self, config):
+        self.config, self.weights = config, {"pictures": 1.0}
+        rng = np.random.default_rng([config.seed, 0])
+        encoder = NormalizerFreeResNet(config.model, rng=rng)
+        text = TextEncoder(len(grammar.TOKENIZER), config.text_dim, rng=rng)
+        self.model = ContrastiveModel(encoder, text, config.text_dim, config.joint_dim, rng=rng)
+
+    def draw(self, dataset, rng):
+        return datasets.contrastive_batch(self.config.batch, rng)
+
+    def count(self, batch):
+        return len(batch[0])
+
+    def loss(self, batch):
+        return self.model(*batch, label_smoothing=self.config.label_smoothing)
+
+    def save(self, path):
+        self.model.vision_encoder.save(path, {"vision": json.dumps(asdict(self.config.model))})
+
+
+# --- stage 3: the bridge --------------------------------------------------------------------------
+
+Lambda = namedtuple("Lambda", "documents captions pairs clips")
+
+
+@dataclass(frozen=True)
+class BridgeRun:
+    """Interleaved documents of 5 pictures, captions, captions of two objects, clips.
+
+    weights is lambda_m and batches the number of rows, in the order of Lambda's fields. p_next: the
+    share of documents in which the text stands before its picture and tokens get the NEXT picture.
+    caption_noise: see caption_documents.
+    """
+
+    optimiser: OptimiserConfig = OptimiserConfig(steps=1500, alpha_rate=10.0)
+    model: FlamingoConfig = field(default_factory=lambda: PRESETS["mini"])
+    weights: tuple = (1.0, 0.2, 0.2, 0.5)
+    batches: tuple = (32, 16, 16, 12)
+    pictures: int = 5
+    strategy: str = "accumulate"
+    p_next: float = 0.0
+    caption_noise: float = 0.1
+    pool_per_class: int = 100
+    pool_pairs: int = 4000
+    pool_clips: int = 1200
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}")
+        check_weights(Lambda(*self.weights)._asdict())
+
+
+class BridgeStage(Stage):
+    """The paper's training: everything pre-trained is frozen, the two new parts learn.
+
+    lm and vision are the folders of the two earlier stages.
+    """
+
+    name = "flamingo"
+
+    def __init__(self, config, lm, vision, progress=False):
+        paths = {"lm": Path(lm) / "model.safetensors", "vision": Path(vision) / "model.safetensors"}
+        self.frozen = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in paths.items()}
+        self.config, self.strategy = config, config.strategy
+        self.model = assemble(config.model, paths["lm"], paths["vision"], config.seed)
+        self.weights = Lambda(*config.weights)._asdict()
+        self.batches = Lambda(*config.batches)._asdict()
+        bar = (lambda work: tqdm(work, desc="pictures")) if progress else (lambda work: work)
+        self.pool = datasets.Pool.draw(
+            self.model.vision_encoder, [config.seed, 2], "train", config.pool_per_class,
+            config.pool_pairs, config.pool_clips, datasets.SEEN, bar,
+        )  # fmt: skip
+
+    def identity(self):
+        return super().identity() | {"frozen": self.frozen}
+
+    def gates(self):
+        return self.model.alphas()
+
+    def draw(self, dataset, rng):
+        c, B = self.config, self.batches[dataset]
+        if dataset == "captions":
+            return datasets.caption_documents(self.pool, B, 1, rng, noise=c.caption_noise)
+        if dataset == "pairs":
+            return datasets.pair_caption_documents(self.pool, B, 1, rng)
+        if dataset == "clips":
+            return datasets.clip_documents(self.pool, B, 1, rng)
+        batch = datasets.interleaved_documents(self.pool, B, rng, c.pictures, c.caption_noise)
+        return datasets.text_first(batch, rng.random(B) < c.p_next)
+
+    def count(self, batch):
+        return int((batch.targets[:, 1:] != IGNORED).sum())
+
+    def loss(self, batch):
+        features = getattr(self.pool, batch.source)[batch.pictures]
+        phi = compute_phi(batch.tokens, IMAGE, batch.use_next)
+        media = self.model.resampler(features)
+        logits = self.model.read(batch.tokens[:, :-1], media, phi[:, :-1])
+        return cross_entropy(logits, batch.targets[:, 1:])
+
+    def save(self, path):
+        save_flamingo(path, self.model)
+
+
+def assemble(config, lm, vision, seed):
+    """A Flamingo around a trained LM and a trained vision encoder (files of the two stages)."""
+    weights, about = load_tensors(lm)
+    config = replace(config, lm=LanguageConfig(**_tuples(json.loads(about["lm"]))))
+    seen, about = load_tensors(vision)
+    config = replace(config, vision=VisionConfig(**_tuples(json.loads(about["vision"]))))
+    model = Flamingo(config, rng=np.random.default_rng([seed, 0]))
+    model.lm.load_state_dict(weights)
+    model.vision_encoder.load_state_dict(seen)
+    return model
+
+
+def save_flamingo(path, model):
+    """Write a Flamingo with its config, for load_flamingo."""
+    model.save(path, {"flamingo": json.dumps(asdict(model.config))})
+
+
+def load_flamingo(path):
+    """The Flamingo in a file of save_flamingo; ValueError when there is none in it."""
+    state, metadata = load_tensors(path)
+    if "flamingo" not in metadata:
+        raise ValueError(f"{path} holds no Flamingo: its metadata has {sorted(metadata)}")
+    values = _tuples(json.loads(metadata["flamingo"]))
+    parts = {"lm": LanguageConfig(**_tuples(values.pop("lm")))}
+    parts["vision"] = VisionConfig(**_tuples(values.pop("vision")))
+    model = Flamingo(FlamingoConfig(**values, **parts), rng=np.random.default_rng(0))
+    return model.load_state_dict(state)
+
+
+def _tuples(values):  # JSON has lists where the configs have tuples
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

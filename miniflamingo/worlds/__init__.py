@@ -1,0 +1,6 @@
+"""The data: a world small enough to learn in minutes, and files from disk.
+
+shapes.py draws the pictures: coloured shapes and handwritten digits, one, two or moving.
+grammar.py has the words: captions, questions, and episodes that bind an invented name to a class.
+datasets.py puts both together: what the bridge is trained on, and what it is asked.
+"""

@@ -1,0 +1,232 @@
+"""Pictures and words together: what the encoder, the bridge and the evaluation read.
+
+The bridge only ever sees features of the frozen encoder, so a `Pool` of pictures is drawn and
+encoded once, and every document points into it. A document is a row of tokens in which each
+`<image>` stands for one picture of the pool. Letters: B batch, L tokens, N pictures in a document,
+T frames, S features of a frame, D_v their width.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from miniflamingo.prompt import IMAGE, PAD
+from miniflamingo.worlds import shapes
+from miniflamingo.worlds.grammar import (
+    ANY,
+    COLOUR_IDS,
+    DIRECTION_IDS,
+    HELD_OUT,
+    KINDS,
+    caption,
+    document,
+    draw_attributes,
+    draw_episode,
+    draw_pair_attributes,
+    motion,
+    pair_caption,
+    pair_question,
+    phrase,
+    question,
+    stack_rows,
+)
+
+IGNORED = -100  # a target that counts for nothing
+SEEN = ~HELD_OUT  # bool[colour, shape], the classes that the bridge is trained on
+CHUNK = 256  # pictures that are encoded at a time
+
+
+# --- contrastive pairs ----------------------------------------------------------------------------
+
+
+def contrastive_batch(B, rng):
+    """Pictures [B, 24, 24, 3] and their captions int[B, L]: half one object, half two.
+
+    A single object is placed in one quarter of the picture and its caption ends with "up left" and
+    so on, so that the features keep the place: motion is read off it later.
+    """
+    half = B // 2
+    one = draw_attributes((half,), ANY, rng)
+    down, right = rng.integers(0, 2, (2, half))
+    low, high = rng.uniform(5.5, 8.5, (2, half)), rng.uniform(14.5, 17.5, (2, half))
+    x, y = np.where([right, down], high, low)
+    places = phrase(DIRECTION_IDS[2 + down], DIRECTION_IDS[right])
+    two = draw_pair_attributes((B - half,), ANY, rng)
+    singles = shapes.draw_objects(*one, rng, centre=(x, y))
+    pictures = np.concatenate([singles, shapes.draw_pairs(*two, rng)])
+    texts = [np.concatenate([caption(*one), places], axis=-1), pair_caption(*two)]
+    return pictures, stack_rows(texts)
+
+
+# --- the pool -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pool:
+    """Labelled pictures and the frozen encoder's features of them.
+
+    objects (colour, shape, size) int[n1], per_class pictures of each of the 128 classes in turn;
+    pairs, the same, int[n2, 2]; clips (colour, shape, size, direction) int[n3];
+    images [n1 + n2, 1, S, D_v]; videos [n3, T, S, D_v].
+    """
+
+    per_class: int
+    objects: tuple
+    pairs: tuple
+    clips: tuple
+    images: np.ndarray
+    videos: np.ndarray
+
+    @classmethod
+    def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
+             pair_classes=ANY, progress=lambda x: x):  # fmt: skip
+        """Draw and encode a pool; encoder maps [B, 24, 24, 3] to features [B, S, D_v]."""
+        rng = np.random.default_rng(seed)
+        colour, shape = np.divmod(np.repeat(np.arange(ANY.size), per_class), ANY.shape[1])
+        objects = (colour, shape, rng.integers(0, 2, len(colour)))
+        pairs = draw_pair_attributes((pairs,), pair_classes, rng)
+        moving = (*draw_attributes((clips,), pair_classes, rng), rng.integers(0, 4, clips))
+        kinds = ((shapes.draw_objects, objects), (shapes.draw_pairs, pairs),
+                 (shapes.draw_clips, moving))  # fmt: skip
+        work = [(draw, [label[i : i + CHUNK] for label in labels])
+                for draw, labels in kinds for i in range(0, len(labels[0]), CHUNK)]  # fmt: skip
+        images, videos = [], []
+        for draw, labels in progress(work):
+            pictures = draw(*labels, rng, split=split)
+            frames = pictures.reshape(-1, *pictures.shape[-3:])
+            parts = [encoder(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
+            features = np.concatenate(parts)
+            features = features.reshape(len(pictures), -1, *features.shape[1:])
+            (videos if draw is shapes.draw_clips else images).append(features)
+        return cls(per_class, objects, pairs, moving, np.concatenate(images),
+                   np.concatenate(videos))  # fmt: skip
+
+    def pick(self, colour, shape, rng):
+        """Random pictures of one object of the given classes: indices into `images`, int[...]."""
+        first = (colour * ANY.shape[1] + shape) * self.per_class
+        return first + rng.integers(0, self.per_class, np.shape(colour))
+
+
+class Documents(NamedTuple):
+    """Rows of tokens and the pictures that their `<image>` tags stand for.
+
+    tokens int[B, L]; targets int[B, L], the tokens that count in the loss, IGNORED elsewhere;
+    pictures int[B, N], indices into the pool's `source`, "images" or "videos"; use_next bool[B],
+    the rows in which a text stands before its picture.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    pictures: np.ndarray
+    source: str
+    use_next: np.ndarray
+
+
+def _documents(chunks, pictures, uncounted=None, source="images"):
+    """chunks int[B, N, words], one after each picture of int[B, N] -> Documents.
+
+    No loss is taken on `<pad>` and `<image>`, nor where uncounted bool[B, N, words].
+    """
+    tokens = document(chunks)
+    ignored = (tokens == PAD) | (tokens == IMAGE)
+    if uncounted is not None:
+        ignored[:, 1:] |= uncounted.reshape(len(tokens), -1)
+    previous = np.zeros(len(tokens), bool)
+    return Documents(tokens, np.where(ignored, IGNORED, tokens), pictures, source, previous)
+
+
+def together(parts):
+    """Several Documents of one source and of equally many pictures as one."""
+    targets = [np.where(p.targets == IGNORED, PAD, p.targets) for p in parts]
+    targets = np.where((padded := stack_rows(targets)) == PAD, IGNORED, padded)
+    pictures, use_next = (np.concatenate([p[i] for p in parts]) for i in (2, 4))
+    tokens = stack_rows([p.tokens for p in parts])
+    return Documents(tokens, targets, pictures, parts[0].source, use_next)
+
+
+def text_first(documents, rows):  # rows bool[B]
+    """Put the texts of some rows before their pictures (the paper's augmentation, p_next).
+
+    <BOS><image>dax<EOC><image>wug<EOC> becomes <BOS>dax<EOC><image>wug<EOC><image>.
+    """
+    tokens, targets = documents.tokens.copy(), documents.targets.copy()
+    for b in np.flatnonzero(rows):
+        end = 1 + np.flatnonzero(tokens[b] != PAD)[-1]
+        for array in (tokens, targets):
+            array[b, 1:end] = np.roll(array[b, 1:end], -1)
+    use_next = documents.use_next | rows
+    return documents._replace(tokens=tokens, targets=targets, use_next=use_next)
+
+
+# --- datasets: N pictures a document --------------------------------------------------------------
+
+
+def binding_documents(pool, B, N, ways, rng, allowed=SEEN, mode=None):
+    """<image> this dax <EOC>, N times: the picture's twin of a binding episode, and the Episode."""
+    episode = draw_episode(B, N, ways, rng, allowed, mode)
+    pictures = pool.pick(episode.colour, episode.shape, rng)
+    return _documents(phrase("<image> this", episode.name, "<EOC>"), pictures), episode
+
+
+def caption_documents(pool, B, N, rng, allowed=SEEN, noise=0.0):
+    """<image> a small red circle <EOC>. With probability `noise` the colour word is another one.
+
+    Such a word is not counted in the loss; what follows it must be read off the picture, not off
+    the colours that a shape was seen in. That is what makes new combinations readable.
+    """
+    colour, shape, _ = draw_attributes((B, N), allowed, rng)
+    pictures = pool.pick(colour, shape, rng)
+    wrong = rng.random((B, N)) < noise
+    said = np.where(wrong, rng.integers(0, len(COLOUR_IDS), (B, N)), colour)
+    chunks = phrase("<image>", *np.moveaxis(caption(said, shape, pool.objects[2][pictures]), -1, 0),
+                    "<EOC>")  # fmt: skip
+    uncounted = np.zeros(chunks.shape, bool)
+    uncounted[..., 3] = wrong
+    return _documents(chunks, pictures, uncounted)
+
+
+def question_documents(pool, B, N, rng, allowed=SEEN, kind=None):
+    """<image> what color ? red <EOC>; kind indexes KINDS, drawn by default."""
+    colour, shape, _ = draw_attributes((B, N), allowed, rng)
+    pictures = pool.pick(colour, shape, rng)
+    kind = rng.integers(0, len(KINDS), (B, N)) if kind is None else np.full((B, N), kind)
+    asked = question(colour, shape, pool.objects[2][pictures], kind)
+    return _documents(phrase("<image>", *np.moveaxis(asked, -1, 0)), pictures)
+
+
+def pair_question_documents(pool, B, N, rng):
+    """<image> what color is circle ? red <EOC>, of two objects."""
+    chosen = rng.integers(0, len(pool.pairs[0]), (B, N))
+    colour, shape, _ = (label[chosen] for label in pool.pairs)
+    asked = pair_question(colour, shape, rng.integers(0, 2, (B, N)))
+    chunks = phrase("<image>", *np.moveaxis(asked, -1, 0))
+    return _documents(chunks, len(pool.objects[0]) + chosen)
+
+
+def pair_caption_documents(pool, B, N, rng):
+    """<image> a small red circle and a large blue bar <EOC>."""
+    chosen = rng.integers(0, len(pool.pairs[0]), (B, N))
+    said = pair_caption(*(label[chosen] for label in pool.pairs))
+    chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
+    return _documents(chunks, len(pool.objects[0]) + chosen)
+
+
+def clip_documents(pool, B, N, rng):
+    """<image> moving left <EOC>, of a clip."""
+    chosen = rng.integers(0, len(pool.clips[0]), (B, N))
+    said = motion(pool.clips[3][chosen])
+    chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
+    return _documents(chunks, chosen, source="videos")
+
+
+def interleaved_documents(pool, B, rng, N=5, noise=0.0):
+    """The small world's web pages: N pictures each, half binding of 2, 3 or 5 classes, the rest
+    captions, questions about one object, and questions about one of two."""
+    rows = np.diff(np.round(np.linspace(0, B // 2, 4)).astype(int))
+    parts = [binding_documents(pool, b, N, w, rng)[0] for b, w in zip(rows, (2, 3, 5))]
+    rows = np.diff(np.round(np.linspace(0, B - B // 2, 4)).astype(int))
+    parts.append(caption_documents(pool, rows[0], N, rng, noise=noise))
+    parts.append(question_documents(pool, rows[1], N, rng))
+    parts.append(pair_question_documents(pool, rows[2], N, rng))
+    return together(parts)
