@@ -1,0 +1,1 @@
+"""The data: worlds that are drawn by procedures, real digits, and files from disk."""
