@@ -6,7 +6,6 @@ Whatever is wrong with one is a BadRecord, and a Report counts it.
 
 import json
 import tarfile
-import textwrap
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 
 from miniflamingo.prompt import SPECIAL_TOKENS
 
-MAX_MESSAGES = 10
+MAX_MESSAGES, MAX_LENGTH = 10, 300
 
 # --- what went wrong ----------------------------------------------------------------------------
 
@@ -62,8 +61,9 @@ class Report:
             raise ValueError(f"{where}: {error}") from error
         counter[error.reason] += 1
         if len(self.messages) < MAX_MESSAGES:
-            short = textwrap.shorten(str(error), 300, placeholder=" ...")
-            self.messages.append(f"{where}: {short}")
+            text = str(error)
+            text = text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} ..."
+            self.messages.append(f"{where}: {text}")
 
     def __str__(self):
         counts = f"{self.read} read, {self.yielded} yielded, {_total(self.skipped, 'skipped')}"
@@ -236,7 +236,8 @@ def find_inside(root, name, kind="image"):
         inside = path.resolve().is_relative_to(root.resolve()) and ".." not in path.parts
         found = inside and path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
-        raise BadRecord(f"missing {kind}", f"{name!r}: {error}") from None
+        fault = getattr(error, "strerror", None) or str(error)
+        raise BadRecord(f"missing {kind}", f"{fault}: {name!r}") from None
     if Path(name).is_absolute() or not inside:
         raise BadRecord("path outside the folder", f"{name!r} does not lie within {root}")
     if not found:
