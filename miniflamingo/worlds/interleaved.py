@@ -8,11 +8,10 @@ Two shapes of a line are read, those of the public data sets:
 Both become ["My pets.", cat, "A cat."]. Images are files in the JSONL's own folder, or in `root`:
 the data sets list addresses, and are to be downloaded first.
 
-As in the paper (section 3.2.1 and appendix A.3.1) a random run of 256 tokens of a page is taken,
-and its first 5 images; the text around further images stays. The 256 count everything that
-build_batch puts in, and build_batch pads a batch to its longest row and its largest number of
-images. Choices where the paper is silent: every run opens with `<BOS>`, and a run is drawn among
-those that hold an image.
+As in the paper, a random run of 256 tokens of a page is taken, and its first 5 images; the text
+around further images stays. The 256 count everything that build_batch puts in, and build_batch
+pads a batch to its longest row and its largest number of images. Choices where the paper is silent:
+every run opens with `<BOS>`, and it is drawn among those that hold an image.
 """
 
 from functools import partial

@@ -3,9 +3,9 @@
     x.jsonl     {"video": "clips/1.mp4", "caption": "a dog runs"}     ("text" is read too)
     x.tar       0001.mp4  0001.txt  0002.gif  0002.json
 
-Frames are taken at 1 a second, 8 of them (paper, appendix A.3.1), as PIL images. A longer clip is
-entered at a random whole second, a choice; a shorter one gives fewer frames. Animated GIFs and
-WebPs are read by Pillow, with the time that each of their frames is shown; everything else by
+Frames are taken at 1 a second, 8 of them, as in the paper's training; they are PIL images. A longer
+clip is entered at a random whole second, a choice; a shorter one gives fewer frames. Animated GIFs
+and WebPs are read by Pillow, with the time that each of their frames is shown; everything else by
 PyAV, an optional extra: pip install "miniflamingo[video]".
 """
 
