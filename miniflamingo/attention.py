@@ -131,9 +131,14 @@ class FeedForward(Module):
 
 
 class TransformerBlock(Module):
-    """Self-attention and feed-forward, each with a norm before it and the residual around it."""
+    """Self-attention and feed-forward, each with a norm before it and the residual around it.
+
+    ValueError when dim is no multiple of heads.
+    """
 
     def __init__(self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0, *, rng):
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
         self.attention = MultiHeadAttention(dim, heads, dim // heads, out_scale=out_scale, rng=rng)
         self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, rng=rng)
