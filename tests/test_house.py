@@ -25,7 +25,8 @@ def formulas(room):
         return []
     module = importlib.import_module(f"miniflamingo.{room}")
     own = [f for f in vars(module).values() if getattr(f, "__module__", "") == module.__name__]
-    return [f for f in own if callable(getattr(f, "gradient", None))]
+    functions = [f for f in own if not isinstance(f, type)]
+    return [f for f in functions if callable(getattr(f, "gradient", None))]
 
 
 def imports(path):
