@@ -34,6 +34,8 @@ from miniflamingo.worlds import datasets, grammar
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
+WEIGHTS = Path(__file__).with_name("weights")  # the runs that are shipped, one folder a stage
+
 # --- the optimiser --------------------------------------------------------------------------------
 
 
