@@ -159,7 +159,7 @@ def generate(arguments):
     model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
     size, most = model.config.vision.image_size, arguments.max_new_tokens
     batch = build_batch([arguments.parts], TOKENIZER, size, close=False)
-    if arguments.beam:
+    if arguments.beam is not None:
         ids, score = decoding.beam_search(model, batch, most, arguments.beam)[0]
         print(f"{TOKENIZER.decode(ids)}   (log-likelihood {score:.2f})")
         return
