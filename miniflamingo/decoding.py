@@ -181,7 +181,9 @@ def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
         total = (scores[:, :, None] + logp.reshape(B, W, V)).reshape(B, W * V)
         best = np.argsort(-total, axis=1, kind="stable")[:, :W]
         scores = np.take_along_axis(total, best, axis=1)
-        rows, token = (np.arange(B)[:, None] * W + best // V).ravel(), (best % V).ravel()
+        rows = (np.arange(B)[:, None] * W + best // V).ravel()
+        # with fewer ways to go on than beams, a beam that cannot be is left over: it ends here
+        token = np.where(np.isneginf(scores), EOC, best % V).ravel()
         written = np.concatenate([written[rows], token[:, None]], axis=1)
         done = done[rows] | (token == EOC)
         if done.all() or step == max_new_tokens - 1:
