@@ -101,13 +101,18 @@ def greedy(logits, rng=None):
 
 def temperature(t=1.0):
     """Sample from softmax(logits / t); ValueError unless t > 0."""
-    if not t > 0:
-        raise ValueError(f"temperature must be above 0, got {t}")
+    _check_temperature(t)
     return lambda logits, rng: _sample(softmax(logits / t), rng)
 
 
+def _check_temperature(t):
+    if not t > 0:
+        raise ValueError(f"temperature must be above 0, got {t}")
+
+
 def top_k(k, t=1.0):
-    """Sample among the k most likely tokens; ValueError unless k >= 1."""
+    """Sample among the k most likely tokens; ValueError unless k >= 1 and t > 0."""
+    _check_temperature(t)
     if k < 1:
         raise ValueError(f"top-k needs k >= 1, got {k}")
 
@@ -119,7 +124,11 @@ def top_k(k, t=1.0):
 
 
 def nucleus(p, t=1.0):
-    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al., 2020)."""
+    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al., 2020).
+
+    ValueError unless 0 < p <= 1 and t > 0.
+    """
+    _check_temperature(t)
     if not 0 < p <= 1:
         raise ValueError(f"nucleus sampling needs 0 < p <= 1, got {p}")
 
@@ -189,7 +198,9 @@ def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
         total = (scores[:, :, None] + logp.reshape(B, W, V)).reshape(B, W * V)
         best = np.argsort(-total, axis=1, kind="stable")[:, :W]
         scores = np.take_along_axis(total, best, axis=1)
-        rows, token = (np.arange(B)[:, None] * W + best // V).ravel(), (best % V).ravel()
+        rows = (np.arange(B)[:, None] * W + best // V).ravel()
+        # with fewer ways to go on than beams, a beam that cannot be is left over: it ends here
+        token = np.where(np.isneginf(scores), EOC, best % V).ravel()
         written = np.concatenate([written[rows], token[:, None]], axis=1)
         done = done[rows] | (token == EOC)
         if done.all() or step == max_new_tokens - 1:
