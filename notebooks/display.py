@@ -20,7 +20,8 @@ def show(figure, alt):
         try:
             figure = figure()
         except Exception as error:
-            print(f"no picture yet: {type(error).__name__}: {error}".splitlines()[0])
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"no picture yet: finish the exercise first ({reason})")
             return
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})

@@ -151,8 +151,11 @@ def write(path, notebooks, pictures, folder=HERE, fresh=False):
         if target.exists() and not fresh:
             keep_volatile(notebook, nbformat.read(target, as_version=4))
         nbformat.write(notebook, target)
+    targets = folder / "student" / "targets"
+    for old in targets.glob(f"{path.stem.split('_')[0]}-*.png"):
+        old.unlink()
     for name, png in pictures.items():
-        (folder / "student" / name).parent.mkdir(exist_ok=True)
+        targets.mkdir(exist_ok=True)
         (folder / "student" / name).write_bytes(png)
 
 

@@ -24,12 +24,13 @@ class Result:
     number: str
     ok: bool
     message: str
+    mark: str = "✗"
 
     def __bool__(self):
         return self.ok
 
     def __repr__(self):
-        return f"{'✓' if self.ok else '✗'} exercise {self.number}: {self.message}"
+        return f"{self.mark} exercise {self.number}: {self.message}"
 
 
 def exercise(number):
@@ -51,12 +52,12 @@ def check(number, *answer):
             warnings.simplefilter("ignore")
             EXERCISES[number](*answer)
     except NotDone:
-        return Result(number, False, "not done yet (the function returns nothing)")
+        return Result(number, False, "not done yet (the function returns nothing)", "○")
     except Wrong as wrong:
         return Result(number, False, str(wrong))
     except Exception as error:
         return Result(number, False, f"cannot be checked: {_in_a_line(error)}")
-    return Result(number, True, "right")
+    return Result(number, True, "right", "✓")
 
 
 def call(answer, *arguments):

@@ -199,17 +199,13 @@ def _sight_mistakes(q, k, v, phi):
     yield "the weights belong on the VALUES: yours are on the keys", one_head(q, k, k, phi)
 
 
-NOTHING = "tokens before the first image must attend to nothing, their output is exactly 0"
+NOTHING = "tokens before the first image must attend to nothing"
 
 
 def _imageless_mistakes(q, k, v, phi):
     """What typical mistakes give for tokens with phi = 0."""
     uniform = np.broadcast_to(_flat(v).mean(axis=1, keepdims=True), q.shape)
-    yield (
-        f"{NOTHING}: you averaged over ALL images, later ones too (a softmax of equal scores is "
-        "uniform)",
-        uniform,
-    )
+    yield f"{NOTHING}: you averaged over ALL images, later ones too", uniform
     yield f"{NOTHING}: yours is NaN (a softmax over nothing is 0 / 0)", np.full_like(q, np.nan)
     last = one_head(q, k, v, np.where(phi == 0, k.shape[1], phi))
     yield f"{NOTHING}: yours see the LAST image (phi - 1 = -1 is the last index)", last
