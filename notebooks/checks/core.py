@@ -87,7 +87,7 @@ def expect(out, right, mistakes=(), explain=None):
     """Wrong unless `out` equals the array `right` in values, shape and kind of dtype.
 
     mistakes: pairs (message, the array that this mistake gives), tried in order before anything
-    general is said. explain(got), where given, may return a more telling line for wrong values.
+    general is said. explain(got, right), where given, says what is wrong with wrong values.
     """
     got, right = as_array(out), np.asarray(right)
     if _same(got, right) and _kind(got) == _kind(right):
@@ -101,8 +101,8 @@ def expect(out, right, mistakes=(), explain=None):
         raise Wrong(f"wrong dtype: {_kind(right)} is wanted, got {got.dtype}")
     if _kind(got) == "float" and np.isnan(got).any():
         raise Wrong(f"NaN at {first(np.isnan(got))}, where {right[np.isnan(got)][0]:.3g} is right")
-    if explain and explain(got):
-        raise Wrong(explain(got))
+    if explain:
+        raise Wrong(explain(got, right))
     place = first(~np.isclose(got, right, rtol=1e-5, atol=1e-8))
     raise Wrong(f"wrong value at {place}: {_number(right, place)} is right, got "
                 f"{_number(got, place)}")  # fmt: skip

@@ -1,5 +1,7 @@
 """Checks of module 06: phi, the image-causal mask, attention under it, and who can see what."""
 
+from functools import partial
+
 import numpy as np
 
 from miniflamingo.attention import attention
@@ -82,7 +84,8 @@ def mask(answer):
     for phi, N, R in ((compute_phi(TOKENS, 3), 2, 3), (np.array([[0, 3, 1, 2, 2]]), 3, 2)):
         right = image_causal_mask(phi, N, R)
         out = call(answer, phi, N, R)
-        expect(out, right, _mask_mistakes(phi, N, R), lambda got: _mask_leak(got, right, phi, R))  # noqa: B023
+        explain = partial(_mask_leak, phi=phi, R=R)
+        expect(out, right, _mask_mistakes(phi, N, R), explain)
 
 
 def _mask_mistakes(phi, N, R):
@@ -157,7 +160,7 @@ def masked_attention(answer):
     expect(np.where(seen, right, got), right, mistakes)
     q, k, v, phi = attention_case(1, [[2, 2, 0, 3, 1]], R=3, K=4)  # any order is allowed
     right = one_head(q, k, v, phi)
-    expect(call(answer, q, k, v, phi), right, explain=lambda got: _leak_of(got, right, phi))
+    expect(call(answer, q, k, v, phi), right, explain=partial(_leak_of, phi=phi))
 
 
 def _flat(x):  # [B, N, R, K] -> [B, N*R, K]
@@ -254,7 +257,8 @@ def reached(answer):
     case = attention_case(2, [[0, 0, 1, 1, 2, 3, 3]])
     for attend, name in ((one_head, ""), (filled, "a mean over all"), (masked_late, "late mask")):
         right = reach(attend, *case) > 0
-        expect(call(answer, attend, *case), right, _reach_mistakes(attend, case, right, name))
+        mistakes = _reach_mistakes(attend, case, right, name)
+        expect(call(answer, attend, *case), right, mistakes, _reach_in_words)
 
 
 def _reach_mistakes(attend, case, right, name):
@@ -276,3 +280,14 @@ def _reach_mistakes(attend, case, right, name):
         np.broadcast_to(right.any(axis=0), right.shape),
     )
     yield "images are counted from 1, columns from 0: image j is column j - 1", np.roll(right, 1, 1)
+
+
+def _reach_in_words(got, right):
+    """The first cell that is wrong, in words."""
+    token, j = np.argwhere(got != right)[0]
+    if got[token, j]:
+        return f"token {token} does not notice image {j + 1}, but your table says that it does"
+    return (
+        f"token {token} notices image {j + 1}, but your table says no: change the values too (to "
+        "add a constant to all keys changes nothing, softmax sees only differences)"
+    )
