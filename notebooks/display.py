@@ -5,7 +5,7 @@ import inspect
 import io
 import textwrap
 
-from IPython.display import Markdown, display
+from IPython.display import display
 
 
 def show(figure, alt):
@@ -28,7 +28,7 @@ def show(figure, alt):
     bundle = {"image/png": picture.getvalue(), "text/plain": alt}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
     words = html.escape(textwrap.fill(alt, 100), quote=False)
-    display(Markdown(f"<details><summary>The figure in words</summary>\n\n{words}\n\n</details>"))
+    _markdown(f"<details><summary>The figure in words</summary>\n\n{words}\n\n</details>", alt)
 
 
 def source(thing):
@@ -36,4 +36,9 @@ def source(thing):
     thing = inspect.unwrap(thing)
     code = textwrap.dedent(inspect.getsource(thing)).rstrip()
     path = thing.__module__.replace(".", "/") + ".py"
-    display(Markdown(f"`{path}`\n```python\n{code}\n```"))
+    _markdown(f"`{path}`\n```python\n{code}\n```", code)
+
+
+def _markdown(text, plain):
+    """Show Markdown, or `plain` where only text can be shown."""
+    display({"text/markdown": text, "text/plain": plain}, raw=True)
