@@ -137,7 +137,6 @@ def _draw_images(axes, N, images):
 # --- the image-causal mask ----------------------------------------------------------------------
 
 
-@styled
 def plot_image_causal_mask(words, phi, N, R):
     """The paper's figure 7: tokens x visual tokens, dark blue = visible, light blue = masked.
 
@@ -145,26 +144,50 @@ def plot_image_causal_mask(words, phi, N, R):
     does not fit the words or N.
     """
     phi = _check_row(words, phi, N)
-    L, cell = len(words), 15 if len(words) <= 60 else 9
+    return plot_mask(words, image_causal_mask(phi[None], N, R)[0], N, phi)
+
+
+@styled
+def plot_mask(words, mask, N, phi=None):
+    """Any mask bool[L, N*R] as the paper draws it; phi int[L], where given, stands at its right."""
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != 2 or len(mask) != len(words) or mask.shape[1] % N:
+        raise ValueError(
+            f"mask must be bool [L, N*R] = [{len(words)}, {N}*R], got {mask.dtype} "
+            f"{list(mask.shape)}"
+        )
+    (L, columns), cell = mask.shape, 15 if len(words) <= 60 else 9
     left, top = 24 + LETTER * max(map(len, words)), 40
-    width = min(max(N * R * cell, 200), 480)
+    width = min(max(columns * cell, 200), 480)
     figure, axes = _canvas(left + width + 60, top + L * cell + 42)
-    mask = image_causal_mask(phi[None], N, R)[0]
     _draw_cells(axes, mask, left, top, width, cell)
-    size = 9 if cell > 9 else 6
-    for i, word in enumerate(words):
-        y = top + (i + 0.5) * cell
-        axes.text(left - 6, y, word, ha="right", va="center", family=MONO, fontsize=size,
-                  color=INK, parse_math=False)  # fmt: skip
-        axes.text(left + width + 14, y, str(phi[i]), ha="center", va="center", fontsize=size)
-    axes.text(left + width + 14, top - 12, "φ", ha="center", va="center", fontsize=10)
-    for j in range(1, N + 1):
-        x = left + (j - 1) * width / N
-        axes.add_patch(Rectangle((x + 1, top - 6), width / N - 2, 4, fc=image_colour(j)))
-        name = f"image {j}" if width / N > 45 else str(j)
-        axes.text(x + width / N / 2, top - 14, name, ha="center", va="center")
+    _name_rows(axes, words, phi, left, top, width, cell)
+    _name_columns(axes, N, left, top, width)
     _legend(axes, {"visible": VISIBLE, "masked": MASKED}, left, top + L * cell + 20)
     return figure
+
+
+def _name_rows(axes, words, phi, left, top, width, cell):
+    """The tokens at the left of a table that starts at (left, top), and phi at its right."""
+    size = 9 if cell > 9 else 6
+    style = {"va": "center", "fontsize": size, "color": INK}
+    for i, word in enumerate(words):
+        y = top + (i + 0.5) * cell
+        axes.text(left - 6, y, word, ha="right", family=MONO, parse_math=False, **style)
+        if phi is not None:
+            axes.text(left + width + 14, y, str(phi[i]), ha="center", **style)
+    if phi is not None:
+        axes.text(left + width + 14, top - 12, "φ", ha="center", va="center", fontsize=10)
+
+
+def _name_columns(axes, N, left, top, width):
+    """The images above a table, each with a bar in its colour."""
+    step = width / N
+    for j in range(1, N + 1):
+        x = left + (j - 1) * step
+        axes.add_patch(Rectangle((x + 1, top - 6), step - 2, 4, fc=image_colour(j)))
+        name = f"image {j}" if step > 45 else str(j)
+        axes.text(x + step / 2, top - 14, name, ha="center", va="center")
 
 
 def _draw_cells(axes, mask, left, top, width, cell):
@@ -284,4 +307,97 @@ def plot_latents(image, maps):
         axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0)
         axes.set_title(f"latent {r}", loc="center", fontsize=8, fontweight="normal")
         axes.set_axis_off()
+
+
+# --- which image reaches which token ------------------------------------------------------------
+
+
+@styled
+def plot_reach(words, phi, panels):
+    """Tables, tokens x images, of how much a token's output changes when an image changes.
+
+    panels: {title of one or two lines: float[L, N]}. A change where phi allows one is dark blue;
+    one where it does not is a leak, in orange and with a cross. ValueError when a table does not
+    fit the words.
+    """
+    N = next(iter(panels.values())).shape[1]
+    phi = _check_row(words, phi, N)
+    left, top, cell, step = 24 + LETTER * max(map(len, words)), 66, 15, 46
+    panel = N * step + 22
+    height = top + len(words) * cell + 42
+    figure, axes = _canvas(left + len(panels) * panel + 30, height)
+    for i, (title, change) in enumerate(panels.items()):
+        if np.shape(change) != (len(words), N):
+            raise ValueError(f"{title!r} must be [{len(words)}, {N}], got {np.shape(change)}")
+        x, last = left + i * panel, i == len(panels) - 1
+        axes.text(x, 24, title, va="center", weight="bold", fontsize=8)
+        _name_columns(axes, N, x, top, N * step)
+        _name_rows(axes, words if not i else [""] * len(words), phi if last else None,
+                   x, top, N * step, cell)  # fmt: skip
+        _draw_reach(axes, np.asarray(change), phi, x, top, step, cell)
+    names = {"its own image": VISIBLE, "no change": MASKED, "leak": WRONG}
+    _legend(axes, names, left, height - 20)
+    return figure
+
+
+def _draw_reach(axes, change, phi, left, top, step, cell):
+    """The cells of one table of plot_reach, with the number wherever something changed."""
+    for (t, j), value in np.ndenumerate(change):
+        x, y = left + j * step, top + t * cell
+        own = phi[t] == j + 1
+        colour = MASKED if not value else VISIBLE if own else WRONG
+        axes.add_patch(Rectangle((x, y), step, cell, fc=colour, ec="white", lw=0.7))
+        if value:
+            text = f"{value:.2f}" if own else f"× {value:.2f}"
+            axes.text(x + step / 2, y + cell / 2, text, ha="center", va="center", fontsize=8,
+                      color="white" if own else INK)  # fmt: skip
+
+
+# --- the fused kernel's work ----------------------------------------------------------------------
+
+
+@styled
+def plot_work_list(words, owner, tokens):
+    """The items of xattn.work_list for a batch of one: each image's tokens, side by side.
+
+    words: L strings; owner int[I], the item's image counted from 0; tokens int[I, M], L = free.
+    """
+    width = LETTER * max(map(len, words)) + 10
+    left, top, row = 130, 34, BOX + 8
+    I, M = tokens.shape
+    figure, axes = _canvas(left + M * (width + GAP) + MARGIN, top + I * row + 6)
+    for m in range(M):
+        axes.text(left + m * (width + GAP) + width / 2, 20, str(m), ha="center", color=GREY)
+    axes.text(MARGIN, 20, "place in the item", color=GREY)
+    for i in range(I):
+        y, colour = top + i * row, image_colour(owner[i] + 1)
+        axes.add_patch(Rectangle((MARGIN, y), 6, BOX, fc=colour))
+        axes.text(MARGIN + 12, y + BOX / 2, f"item {i}: image {owner[i] + 1}", va="center")
+        for m, token in enumerate(tokens[i]):
+            free = token == len(words)
+            style = {"alpha": 0.4} if free else {}
+            _draw_box(axes, left + m * (width + GAP), y, width, "" if free else words[token],
+                      PAPER if free else colour, **style)  # fmt: skip
+    return figure
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+@styled
+def plot_lines(x, series, xlabel, ylabel, title="", log=True):
+    """Lines with markers, named at their right ends: series is {name: [len(x)]}."""
+    figure = Figure((6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, y), colour, marker in zip(series.items(), ("#0b3c78", WRONG, "#009e73"), "os^"):
+        axes.plot(x, y, color=colour, marker=marker, lw=1.8, ms=5)
+        axes.annotate(name, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center",
+                      color=colour)  # fmt: skip
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=x)
+    axes.grid(True)
     return figure
