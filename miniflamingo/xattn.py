@@ -130,7 +130,9 @@ def image_causal_attention_backward(dout, q, k, v, phi):
 
 def _sum_items(items, owner, like):  # [I, H, R, K] -> [B, N, R, H, K]: add up each image's items
     out = np.zeros_like(like, shape=(like.shape[0] * like.shape[1], *like.shape[2:]))
-    np.add.at(out, owner, swap_heads(items))
+    first = np.flatnonzero(np.diff(owner, prepend=-1))  # an image's items follow one another
+    if len(first):
+        out[owner[first]] = np.add.reduceat(swap_heads(items), first, axis=0)
     return out.reshape(like.shape)
 
 
@@ -146,7 +148,7 @@ def tanh_gate(y, alpha, branch):  # [...], [], [...] -> [...]
 def tanh_gate_backward(dout, y, alpha, branch):
     gate = np.tanh(alpha)
     # out = y + gate * branch, gate = tanh(alpha): at alpha = 0 only y and alpha receive a gradient
-    return dout, (1 - gate * gate) * np.sum(dout * branch), gate * dout
+    return dout, (1 - gate * gate) * np.vdot(dout, branch), gate * dout
 
 
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
