@@ -30,8 +30,9 @@ def add(x, y):  # [...], [...] -> [...], broadcast
 
 
 @add.gradient
-def add_backward(dout, x, y):
-    return _unbroadcast(dout, np.shape(x)), _unbroadcast(dout, np.shape(y))
+def add_backward(dout, x, y, needs=(True, True)):
+    dx, dy = (_unbroadcast(dout, np.shape(a)) if need else None for a, need in zip((x, y), needs))
+    return dx, dy
 
 
 @differentiable
@@ -40,8 +41,9 @@ def multiply(x, y):  # [...], [...] -> [...], broadcast
 
 
 @multiply.gradient
-def multiply_backward(dout, x, y):
-    return _unbroadcast(dout * y, np.shape(x)), _unbroadcast(dout * x, np.shape(y))
+def multiply_backward(dout, x, y, needs=(True, True)):
+    dx = _unbroadcast(dout * y, np.shape(x)) if needs[0] else None
+    return dx, _unbroadcast(dout * x, np.shape(y)) if needs[1] else None
 
 
 @differentiable
