@@ -1,7 +1,11 @@
-"""The command line: `python -m miniflamingo demo | sizes`. Errors are one line and exit code 2."""
+"""The command line: `python -m miniflamingo demo | sizes | train | evaluate`.
+
+Errors are one line and exit code 2; an interrupted training run exits with 130.
+"""
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +15,7 @@ from matplotlib import cbook
 from PIL import Image
 from tqdm import tqdm
 
-from miniflamingo import plots
+from miniflamingo import evaluation, plots, training
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig, count_parameters
 from miniflamingo.language import LanguageConfig
 from miniflamingo.module import write_atomically
@@ -194,6 +198,41 @@ def print_demo(report, out):
     print(f"All numbers: {out}/demo.json")
 
 
+# --- train and evaluate ---------------------------------------------------------------------------
+
+
+def train(arguments):
+    """Train one stage from the command line's arguments; returns the exit code."""
+    stage_class, run = {
+        "lm": (training.LanguageStage, training.LanguageRun),
+        "vision": (training.VisionStage, training.VisionRun),
+        "flamingo": (training.BridgeStage, training.BridgeRun),
+    }[arguments.stage]
+    config = run(seed=arguments.seed)
+    if arguments.steps is not None:
+        config = replace(config, optimiser=replace(config.optimiser, steps=arguments.steps))
+    options = {}
+    if arguments.stage == "flamingo":
+        config = replace(config, strategy=arguments.strategy, p_next=arguments.p_next)
+        options = {"lm": arguments.lm, "vision": arguments.vision, "progress": True}
+    stage = stage_class(config, **options)
+    finished = training.train_stage(stage, arguments.out, arguments.resume, arguments.threads)
+    return 0 if finished else 130
+
+
+def evaluate(arguments):
+    """Print the few-shot table of a trained model and write metrics.json beside it."""
+    folder = Path(arguments.run)
+    with training.threadpool_limits(arguments.threads):
+        examination = evaluation.Evaluation(
+            training.load_flamingo(folder / "model.safetensors"), arguments.samples,
+            progress=lambda work: tqdm(work, desc="pictures"),
+        )  # fmt: skip
+        metrics = examination.run(progress=lambda work: tqdm(work, desc="questions"))
+    print("\n".join(evaluation.table(metrics)))
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+
+
 # --- arguments ----------------------------------------------------------------------------------
 
 
@@ -205,16 +244,45 @@ def main(argv=None):
     command.add_argument("--out", default="out", help="folder for the figures and demo.json")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
+    add_training(commands)
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "sizes":
+        if arguments.command == "train":
+            return train(arguments)
+        if arguments.command == "evaluate":
+            evaluate(arguments)
+        elif arguments.command == "sizes":
             sizes(arguments.presets or list(PRESETS))
         else:
             print_demo(demo(arguments.out), arguments.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"miniflamingo: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def add_training(commands):
+    """The arguments of `train lm | vision | flamingo` and `evaluate`."""
+    cores = min(2, os.cpu_count() or 1)
+    stages = commands.add_parser("train", help="train one of the three stages on the small world")
+    stages = stages.add_subparsers(dest="stage", required=True)
+    for name, text in (("lm", "the language model, on text"),
+                       ("vision", "the vision encoder, contrastively"),
+                       ("flamingo", "the bridge between the two, frozen")):  # fmt: skip
+        command = stages.add_parser(name, help=text)
+        command.add_argument("--out", default=f"out/{name}", help="folder of the run")
+        command.add_argument("--steps", type=int, help="updates, if not the recipe's")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, default=cores, help="BLAS threads")
+        command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument("--lm", default="out/lm", help="folder of the trained language model")
+    command.add_argument("--vision", default="out/vision", help="folder of the trained encoder")
+    command.add_argument("--strategy", default="accumulate", choices=training.STRATEGIES)
+    command.add_argument("--p-next", type=float, default=0.0, help="share of text-first documents")
+    command = commands.add_parser("evaluate", help="few-shot figures of a trained model")
+    command.add_argument("run", nargs="?", default="out/flamingo", help="folder of the run")
+    command.add_argument("--samples", type=int, default=1000, help="episodes a figure")
+    command.add_argument("--threads", type=int, default=cores, help="BLAS threads")
 
 
 if __name__ == "__main__":

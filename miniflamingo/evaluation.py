@@ -55,6 +55,8 @@ TASKS = {
     "digits_3way_unseen": Task(3, HELD_OUT_DIGITS, "shape"),
 }
 
+OTHERS = ("captions", "questions", "motion", "rices", "ensemble", "text_only")
+
 # --- figures --------------------------------------------------------------------------------------
 
 
@@ -168,8 +170,8 @@ class Evaluation:
 
     def captions(self):
         """Whole captions exactly right, with beam search of width 3, as in the paper."""
-        cases, result = {"seen": SEEN & GEOMETRIC, "held_out": HELD_OUT_SHAPES, "digits": SEEN & DIGIT,
-                         "unseen_digits": HELD_OUT_DIGITS}, {}  # fmt: skip
+        result, cases = {}, {"seen": SEEN & GEOMETRIC, "held_out": HELD_OUT_SHAPES}
+        cases |= {"digits": SEEN & DIGIT, "unseen_digits": HELD_OUT_DIGITS}
         for name, allowed in cases.items():
             rng = self.rng("captions", name)
             asked = datasets.caption_documents(self.pool, self.samples, 1, rng, allowed)
@@ -274,20 +276,15 @@ class Evaluation:
             result[name] = {"lm": figure(alone), "inside": figure(inside), "kept": kept}
         return result
 
-    def run(self, shots=SHOTS):
+    def run(self, shots=SHOTS, progress=lambda x: x):
         """All figures: a dict that JSON takes."""
-        return {
-            "samples": self.samples,
-            "seed": self.seed,
-            "few_shot": {name: self.binding(name, shots) for name in TASKS},
-            "captions": self.captions(),
-            "questions": self.questions(),
-            "motion": self.motion(),
-            "rices": self.rices(),
-            "ensemble": self.ensemble(),
-            "text_only": self.text_only(),
-            "alpha": self.model.alphas(),
-        }
+        metrics = {"samples": self.samples, "seed": self.seed, "few_shot": {}}
+        for name in progress([*TASKS, *OTHERS]):
+            if name in TASKS:
+                metrics["few_shot"][name] = self.binding(name, shots)
+            else:
+                metrics[name] = getattr(self, name)()
+        return metrics | {"alpha": self.model.alphas()}
 
 
 def table(metrics):
@@ -299,7 +296,7 @@ def table(metrics):
             values = (curve[k][row] for k in shots)
             label = name if row == "accuracy" else "  " + row.replace("_", " ")
             yield f"{label:<24}" + "".join(f"{'-' if v is None else f'{v:.3f}':>7}" for v in values)
-    for part in ("captions", "questions", "motion", "rices", "ensemble", "text_only"):
+    for part in OTHERS:
         for name, values in metrics[part].items():
             if part == "text_only":
                 line = (f"{values['lm']['accuracy']:.3f} alone, {values['inside']['accuracy']:.3f} "

@@ -24,9 +24,9 @@ class FlamingoConfig:
     """All sizes of a Flamingo. `FlamingoConfig.preset(name)` gives mini, 3B, 9B and 80B.
 
     resampler is "perceiver", "mlp" or "transformer"; only_last=False is the paper's ablation in
-    which a token attends to all previous images; skip_without_image=True leaves tokens with no image
-    before them to the frozen LM alone (see GatedCrossAttentionDense); train_eoc gives the model its own, trained
-    embedding of `<EOC>`, for a frozen LM that has never seen it.
+    which a token attends to all previous images; skip_without_image leaves tokens with no image
+    before them to the frozen LM (see GatedCrossAttentionDense); train_eoc gives the model its own,
+    trained embedding of `<EOC>`, for a frozen LM that has never seen it.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from miniflamingo.autograd import Tape
@@ -297,6 +298,16 @@ class Run:
             parameter.data[...] = state[name]
         self.optimiser.load(state, int(metadata["step"]))
         self.rng.bit_generator.state = json.loads(metadata["rng"])
+
+
+def train_stage(stage, out, resume=False, threads=2, checkpoint_every=100, progress=True):
+    """Train a stage into a folder with so many BLAS threads; True unless it was interrupted.
+
+    Small products gain little from more threads, and on many cores lose; a resumed run is the same
+    bit for bit if it has as many as before.
+    """
+    with threadpool_limits(threads):
+        return Run(stage, out, resume, checkpoint_every).train(progress)
 
 
 def _prepare_folder(out):
