@@ -1,25 +1,24 @@
-"""The command line: `python -m miniflamingo demo | sizes | train | evaluate`.
+"""The command line: `python -m miniflamingo demo | train | evaluate | generate | sizes`.
 
-Errors are one line and exit code 2; an interrupted training run exits with 130.
+Errors are one line and exit code 2; a training that broke down ends with exit code 1.
 """
 
 import argparse
 import json
-import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib import cbook
-from PIL import Image
 from tqdm import tqdm
 
-from miniflamingo import evaluation, plots, training
-from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig, count_parameters
-from miniflamingo.language import LanguageConfig
+from miniflamingo import decoding, training
+from miniflamingo.demo import demo, describe
+from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
+from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
 from miniflamingo.module import write_atomically
-from miniflamingo.prompt import WordTokenizer, build_batch
+from miniflamingo.prompt import EOC, PAD, build_batch
+from miniflamingo.worlds.grammar import TOKENIZER
 
 # --- sizes --------------------------------------------------------------------------------------
 
@@ -82,207 +81,196 @@ def inconsistency_of_80b():
     return f"The paper's 80B row: 12 inserted layers hold {short(count)}; the table says 10B."
 
 
-# --- demo ---------------------------------------------------------------------------------------
+# --- train --------------------------------------------------------------------------------------
 
-DEMO_TEXTS = (
-    "One photograph, seen three times.",
-    "An officer.",
-    "Her face.",
-    "The flag behind her",
-)
-
-
-def demo(out):
-    """A real photograph and two details of it, in one prompt, through the mini Flamingo."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    steps = tqdm(total=5, bar_format="{desc:<44}|{bar:20}| {n}/{total} {elapsed}")
-    steps.set_description("prompt: text and three images")
-    tokenizer = WordTokenizer.from_texts(DEMO_TEXTS)
-    images = photographs()
-    parts = [part for pair in zip(DEMO_TEXTS, [*images, None]) for part in pair if part is not None]
-    lm = LanguageConfig(len(tokenizer), alibi_slopes=PRESETS["mini"].lm.alibi_slopes)
-    model = Flamingo(FlamingoConfig.preset("mini", lm=lm), rng=np.random.default_rng(0))
-    batch = build_batch([parts], tokenizer, model.config.vision.image_size)
-    words = [tokenizer.words[i] for i in batch.tokens[0]]
-
-    steps.update()
-    steps.set_description("forward pass, gates shut (alpha = 0)")
-    logits, lm_logits = model(**batch.inputs()), model.lm(batch.tokens)
-    steps.update()
-    steps.set_description("forward pass, gates open (alpha = 1)")
-    for layer in model.gated_xattn:
-        layer.alpha_xattn.data, layer.alpha_dense.data = np.ones((2, 1), np.float32).reshape(2)
-    opened = model(**batch.inputs())
-    steps.update()
-    steps.set_description("which tokens does each image reach?")
-    reached = {j + 1: tokens_reached(model, batch, j) for j in range(len(images))}
-    steps.update()
-    steps.set_description("figures")
-    R = model.config.num_latents
-    figures = {
-        "phi.png": plots.plot_phi(words, batch.phi[0], images=batch.pixels[0, :, 0]),
-        "mask.png": plots.plot_image_causal_mask(words, batch.phi[0], len(images), R),
-    }
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=150)
-    steps.update()
-    steps.close()
-    report = {
-        "words": words,
-        "phi": batch.phi[0].tolist(),
-        "shapes": {
-            "pixels": batch.pixels.shape,
-            "tokens": batch.tokens.shape,
-            "logits": logits.shape,
-        },
-        "gates_shut": compare_logits(logits, lm_logits),
-        "gates_open": compare_logits(opened, lm_logits),
-        "tokens_reached_in_the_first_layer": reached,
-    }
-    write_atomically(out / "demo.json", json.dumps(report, indent=1).encode())
-    return report
-
-
-def photographs():
-    """The portrait of Grace Hopper that Matplotlib bundles (public domain), and two details."""
-    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
-        photo = photo.convert("RGB")
-    width, height = photo.size
-    boxes = ((0, 0.1, 1, 0.95), (0.28, 0.1, 0.72, 0.47), (0, 0, 0.35, 0.3))
-    return [
-        photo.crop((int(a * width), int(b * height), int(c * width), int(d * height)))
-        for a, b, c, d in boxes
-    ]
-
-
-def tokens_reached(model, batch, j):
-    """Paint image j grey: the positions whose output of the first inserted layer changes."""
-    layer, embedded = model.gated_xattn[0], model.lm.embed(batch.tokens, np.zeros((1, 1), int))
-    outputs = []
-    for pixels in (batch.pixels, batch.pixels.copy()):
-        if outputs:
-            pixels[:, j] = 0.5
-        media = model.resampler(model.encode(pixels), batch.num_frames)
-        outputs.append(layer(embedded, media, batch.phi))
-    return np.flatnonzero((outputs[0] != outputs[1]).any(axis=(0, 2))).tolist()
-
-
-def compare_logits(logits, lm_logits):
-    """How far the model's logits are from those of its frozen LM."""
-    equal = bool(np.array_equal(logits, lm_logits))
-    return {
-        "equal_to_the_frozen_lm": equal,
-        "largest_difference": float(abs(logits - lm_logits).max()),
-    }
-
-
-def print_demo(report, out):
-    """What the demo found, in words."""
-    print(f"\nThe prompt and phi, the image that each token looks at ({out}/phi.png, mask.png):\n")
-    for phi in sorted(set(report["phi"])):
-        text = " ".join(w for w, p in zip(report["words"], report["phi"]) if p == phi)
-        print(f"  phi = {phi}   {text}")
-    print("\nThe model's logits beside those of its frozen language model:")
-    for gates in ("gates_shut", "gates_open"):
-        values = report[gates]
-        verdict = "equal, bit for bit" if values["equal_to_the_frozen_lm"] else "different"
-        difference = values["largest_difference"]
-        print(f"  {gates.replace('_', ' '):<11} {verdict}; largest difference {difference:.3g}")
-    print("\nPaint one image grey: which tokens' outputs of the first inserted layer change?")
-    for j, tokens in report["tokens_reached_in_the_first_layer"].items():
-        expected = [i for i, phi in enumerate(report["phi"]) if phi == j]
-        verdict = "exactly those with phi" if tokens == expected else "NOT those with phi"
-        print(f"  image {j}: tokens {tokens[0]} to {tokens[-1]}, {verdict} = {j}")
-    print("\nThe weights are random: this model has read nothing and seen nothing yet.")
-    print(f"All numbers: {out}/demo.json")
-
-
-# --- train and evaluate ---------------------------------------------------------------------------
+CONFIGS = {
+    "lm": training.LanguageRun(),
+    "vision": training.VisionRun(),
+    "flamingo": training.BridgeRun(),
+}
 
 
 def train(arguments):
-    """Train one stage from the command line's arguments; returns the exit code."""
-    stage_class, run = {
-        "lm": (training.LanguageStage, training.LanguageRun),
-        "vision": (training.VisionStage, training.VisionRun),
-        "flamingo": (training.BridgeStage, training.BridgeRun),
-    }[arguments.stage]
-    config = run(seed=arguments.seed)
-    if arguments.steps is not None:
-        config = replace(config, optimiser=replace(config.optimiser, steps=arguments.steps))
-    options = {}
+    """Train one of the three stages; returns whether it reached its last step."""
+    config = _configured(CONFIGS[arguments.stage], arguments)
     if arguments.stage == "flamingo":
-        config = replace(config, strategy=arguments.strategy, p_next=arguments.p_next)
-        options = {"lm": arguments.lm, "vision": arguments.vision, "progress": True}
-    stage = stage_class(config, **options)
-    finished = training.train_stage(stage, arguments.out, arguments.resume, arguments.threads)
-    return 0 if finished else 130
+        model = _configured(config.model, arguments)
+        stage = training.BridgeStage(
+            replace(config, model=model), arguments.lm, arguments.vision, progress=True
+        )
+    else:
+        stage = {"lm": training.LanguageStage, "vision": training.VisionStage}[arguments.stage](
+            config
+        )
+    run = training.Run(stage, arguments.out, arguments.resume, arguments.checkpoint_every)
+    return run.train()
+
+
+def _configured(config, arguments):
+    """A config dataclass with the fields that the command line gives, those of .optimiser too."""
+    if hasattr(config, "optimiser"):
+        config = replace(config, optimiser=_configured(config.optimiser, arguments))
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    own = {f.name for f in fields(config)} - {"optimiser", "model"}
+    return replace(config, **{name: given[name] for name in own & given.keys()})
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+
+def checkpoint_file(path):
+    """The file of a checkpoint: a file as it is, a run's folder by its model.safetensors."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    return path
 
 
 def evaluate(arguments):
-    """Print the few-shot table of a trained model and write metrics.json beside it."""
-    folder = Path(arguments.run)
-    with training.threadpool_limits(arguments.threads):
-        examination = evaluation.Evaluation(
-            training.load_flamingo(folder / "model.safetensors"), arguments.samples,
-            progress=lambda work: tqdm(work, desc="pictures"),
-        )  # fmt: skip
-        metrics = examination.run(progress=lambda work: tqdm(work, desc="questions"))
-    print("\n".join(evaluation.table(metrics)))
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    """Ask a checkpoint everything, print the table, write the JSON where that is asked for."""
+    model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
+    seed = VALIDATION_SEED if arguments.validation else TEST_SEED
+    bar = lambda work: tqdm(work, desc="pictures")  # noqa: E731
+    metrics = Evaluation(model, arguments.samples, seed, progress=bar).run()
+    print("\n".join(table(metrics)))
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(metrics, indent=1).encode())
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+class Part(argparse.Action):
+    """Collects --text, --image and --video in the order in which they are given."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        part = value if option_string == "--text" else Path(value)
+        namespace.parts = [*(namespace.parts or []), part]
+
+
+def generate(arguments):
+    """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
+    if not arguments.parts:
+        raise ValueError("a prompt needs at least one --text, --image or --video")
+    for path in (part for part in arguments.parts if isinstance(part, Path)):
+        if not path.exists():
+            raise ValueError(f"no image or video at {path}")
+    model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
+    size, most = model.config.vision.image_size, arguments.max_new_tokens
+    batch = build_batch([arguments.parts], TOKENIZER, size, close=False)
+    if arguments.beam is not None:
+        ids, score = decoding.beam_search(model, batch, most, arguments.beam)[0]
+        print(f"{TOKENIZER.decode(ids)}   (log-likelihood {score:.2f})")
+        return
+    rng = np.random.default_rng(arguments.seed)
+    for step in decoding.stream(model, batch, most, _chooser(arguments), rng=rng):
+        if step[0] not in (EOC, PAD):
+            print(TOKENIZER.words[step[0]], end=" ", flush=True)
+    print()
+
+
+def _chooser(arguments):
+    """How the next token is chosen, from --temperature, --top-k and --top-p."""
+    t = 1.0 if arguments.temperature is None else arguments.temperature
+    if arguments.top_k is not None:
+        return decoding.top_k(arguments.top_k, t)
+    if arguments.top_p is not None:
+        return decoding.nucleus(arguments.top_p, t)
+    return decoding.greedy if arguments.temperature is None else decoding.temperature(t)
 
 
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    """Run a command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m miniflamingo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("demo", help="one prompt through the mini model, with figures")
-    command.add_argument("--out", default="out", help="folder for the figures and demo.json")
+def parser():
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="python -m miniflamingo", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("demo", help="train the bridge live, and look at the result")
+    command.add_argument("--out", default="out", help="folder for all figures and index.html")
+    command.add_argument("--steps", type=int, default=300, help="of the live training")
+    command.add_argument("--full", action="store_true", help="train all the way, 1500 steps")
+    command.add_argument("--samples", type=int, default=300, help="episodes a figure")
+    command = commands.add_parser("train", help="one of the three stages")
+    stages = command.add_subparsers(dest="stage", required=True)
+    for name in CONFIGS:
+        _add_training(stages.add_parser(name), name)
+    command = commands.add_parser("evaluate", help="few-shot curves, captions, questions, motion")
+    _add_checkpoint(command)
+    command.add_argument("--samples", type=int, default=1000, help="episodes a figure")
+    command.add_argument("--validation", action="store_true", help="the seed to tune on")
+    command.add_argument("--json", help="write the metrics to this file")
+    command = commands.add_parser("generate", help="answer a prompt of texts, images and videos")
+    _add_checkpoint(command)
+    for kind in ("--text", "--image", "--video"):
+        command.add_argument(kind, action=Part, dest="parts", help="in the order of the prompt")
+    command.add_argument("--max-new-tokens", type=int, default=20)
+    command.add_argument("--beam", type=int, help="beam search of this width")
+    command.add_argument("--temperature", type=float, help="sample; greedy by default")
+    command.add_argument("--top-k", type=int, help="sample among the k likeliest")
+    command.add_argument("--top-p", type=float, help="nucleus sampling")
+    command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
-    add_training(commands)
-    arguments = parser.parse_args(argv)
+    return top
+
+
+def _add_checkpoint(command):
+    shipped = training.WEIGHTS / "flamingo"
+    command.add_argument("--checkpoint", default=shipped, help="file or folder of a run; shipped")
+
+
+def _add_training(command, stage):
+    command.add_argument("--out", required=True, help="folder of the run")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    options = {"--steps": int, "--rate": float, "--warmup": int, "--schedule": str, "--seed": int,
+               "--weight-decay": float, "--clip": float}  # fmt: skip
+    if stage == "flamingo":
+        command.add_argument("--lm", default=training.WEIGHTS / "lm", help="run of the LM")
+        command.add_argument("--vision", default=training.WEIGHTS / "vision", help="its run")
+        command.add_argument("--weights", type=float, nargs=4, metavar="LAMBDA",
+                             help=", ".join(training.Lambda._fields))  # fmt: skip
+        options |= {"--alpha-rate": float, "--strategy": str, "--p-next": float,
+                    "--caption-noise": float, "--resampler": str, "--xattn-every": int}  # fmt: skip
+    else:
+        options["--batch"] = int
+    for option, kind in options.items():
+        command.add_argument(option, type=kind)
+
+
+def main(argv=None):
+    """Run a command; returns the exit code."""
+    arguments = parser().parse_args(argv)
     try:
-        if arguments.command == "train":
-            return train(arguments)
-        if arguments.command == "evaluate":
-            evaluate(arguments)
-        elif arguments.command == "sizes":
-            sizes(arguments.presets or list(PRESETS))
-        else:
-            print_demo(demo(arguments.out), arguments.out)
-    except (ValueError, OSError, FloatingPointError) as error:
+        return run(arguments)
+    except FloatingPointError as error:
+        print(f"miniflamingo: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(f"miniflamingo: error: {error}", file=sys.stderr)
         return 2
+
+
+def run(arguments):
+    """Run a parsed command; returns the exit code."""
+    if arguments.command == "sizes":
+        sizes(arguments.presets or list(PRESETS))
+    elif arguments.command == "train":
+        return 0 if train(arguments) else 130  # as after Ctrl-C
+    elif arguments.command == "evaluate":
+        evaluate(arguments)
+    elif arguments.command == "generate":
+        generate(arguments)
+    else:
+        steps = training.BridgeRun().optimiser.steps if arguments.full else arguments.steps
+        report = demo(arguments.out, steps, arguments.samples)
+        if report is None:
+            return 130
+        print("\n" + "\n".join(describe(report)))
+        print(f"\nFigures and numbers: {Path(arguments.out) / 'index.html'}")
     return 0
-
-
-def add_training(commands):
-    """The arguments of `train lm | vision | flamingo` and `evaluate`."""
-    cores = min(2, os.cpu_count() or 1)
-    stages = commands.add_parser("train", help="train one of the three stages on the small world")
-    stages = stages.add_subparsers(dest="stage", required=True)
-    for name, text in (("lm", "the language model, on text"),
-                       ("vision", "the vision encoder, contrastively"),
-                       ("flamingo", "the bridge between the two, frozen")):  # fmt: skip
-        command = stages.add_parser(name, help=text)
-        command.add_argument("--out", default=f"out/{name}", help="folder of the run")
-        command.add_argument("--steps", type=int, help="updates, if not the recipe's")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--threads", type=int, default=cores, help="BLAS threads")
-        command.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    command.add_argument("--lm", default="out/lm", help="folder of the trained language model")
-    command.add_argument("--vision", default="out/vision", help="folder of the trained encoder")
-    command.add_argument("--strategy", default="accumulate", choices=training.STRATEGIES)
-    command.add_argument("--p-next", type=float, default=0.0, help="share of text-first documents")
-    command = commands.add_parser("evaluate", help="few-shot figures of a trained model")
-    command.add_argument("run", nargs="?", default="out/flamingo", help="folder of the run")
-    command.add_argument("--samples", type=int, default=1000, help="episodes a figure")
-    command.add_argument("--threads", type=int, default=cores, help="BLAS threads")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,12 @@ class MultiHeadAttention(Module):
         """Apply one of the three projections and split the heads."""
         return projection(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
 
+    def weights(self, x, context=None, mask=None, bias=None):
+        """How much each query looks at each key, [B, H, Lq, Lk]; arguments as in forward."""
+        q = self.project(self.q_proj, x)
+        k = self.project(self.k_proj, x if context is None else context)
+        return attention_weights(swap_heads(q), swap_heads(k), mask, bias)
+
     def forward(self, x, context=None, mask=None, bias=None, cache=None, positions=None):
         """x [B, Lq, D], context [B, Lk, C] -> [B, Lq, D]; mask, bias broadcast to [B, H, Lq, Lk].
 
@@ -134,9 +140,14 @@ class FeedForward(Module):
 
 
 class TransformerBlock(Module):
-    """Self-attention and feed-forward, each with a norm before it and the residual around it."""
+    """Self-attention and feed-forward, each with a norm before it and the residual around it.
+
+    ValueError when dim is no multiple of heads.
+    """
 
     def __init__(self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0, *, rng):
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
         self.attention = MultiHeadAttention(dim, heads, dim // heads, out_scale=out_scale, rng=rng)
         self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, rng=rng)

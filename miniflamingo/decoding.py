@@ -101,13 +101,18 @@ def greedy(logits, rng=None):
 
 def temperature(t=1.0):
     """Sample from softmax(logits / t); ValueError unless t > 0."""
-    if not t > 0:
-        raise ValueError(f"temperature must be above 0, got {t}")
+    _check_temperature(t)
     return lambda logits, rng: _sample(softmax(logits / t), rng)
 
 
+def _check_temperature(t):
+    if not t > 0:
+        raise ValueError(f"temperature must be above 0, got {t}")
+
+
 def top_k(k, t=1.0):
-    """Sample among the k most likely tokens; ValueError unless k >= 1."""
+    """Sample among the k most likely tokens; ValueError unless k >= 1 and t > 0."""
+    _check_temperature(t)
     if k < 1:
         raise ValueError(f"top-k needs k >= 1, got {k}")
 
@@ -119,7 +124,11 @@ def top_k(k, t=1.0):
 
 
 def nucleus(p, t=1.0):
-    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al., 2020)."""
+    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al., 2020).
+
+    ValueError unless 0 < p <= 1 and t > 0.
+    """
+    _check_temperature(t)
     if not 0 < p <= 1:
         raise ValueError(f"nucleus sampling needs 0 < p <= 1, got {p}")
 
@@ -145,22 +154,30 @@ def _sample(probabilities, rng):  # [B, V] -> int[B]
 # --- whole answers ------------------------------------------------------------------------------
 
 
-def generate(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
-    """Write on until `<EOC>` or max_new_tokens: a list of ids for each row, without `<EOC>`.
+def stream(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
+    """Yield each row's next token, int[B], one step at a time; `<pad>` behind a row's `<EOC>`.
 
-    choose is greedy, temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng.
+    Ends when every row has written `<EOC>`, or after max_new_tokens. choose is greedy,
+    temperature(t), top_k(k, t) or nucleus(p, t); the last three need an rng. ValueError unless
+    max_new_tokens >= 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     decoder = Decoder(model, batch, max_new_tokens, cached)
-    answers, done = [[] for _ in batch.tokens], np.zeros(len(batch.tokens), bool)
+    done = np.zeros(len(batch.tokens), bool)
     for step in range(max_new_tokens):
-        token = choose(decoder.allowed_logits(), rng)
+        token = np.where(done, PAD, choose(decoder.allowed_logits(), rng))
+        yield token
         done |= token == EOC
-        for b in np.flatnonzero(~done):
-            answers[b].append(int(token[b]))
         if done.all() or step == max_new_tokens - 1:
-            break
-        decoder.extend(np.where(done, PAD, token)[:, None])
-    return answers
+            return
+        decoder.extend(token[:, None])
+
+
+def generate(model, batch, max_new_tokens=20, choose=greedy, cached=True, rng=None):
+    """What `stream` writes, as a list of ids for each row, without `<EOC>`."""
+    steps = list(stream(model, batch, max_new_tokens, choose, cached, rng))
+    return [[int(i) for i in row if i not in (PAD, EOC)] for row in np.transpose(steps)]
 
 
 def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
@@ -181,7 +198,9 @@ def beam_search(model, batch, max_new_tokens=20, width=3, cached=True):
         total = (scores[:, :, None] + logp.reshape(B, W, V)).reshape(B, W * V)
         best = np.argsort(-total, axis=1, kind="stable")[:, :W]
         scores = np.take_along_axis(total, best, axis=1)
-        rows, token = (np.arange(B)[:, None] * W + best // V).ravel(), (best % V).ravel()
+        rows = (np.arange(B)[:, None] * W + best // V).ravel()
+        # with fewer ways to go on than beams, a beam that cannot be is left over: it ends here
+        token = np.where(np.isneginf(scores), EOC, best % V).ravel()
         written = np.concatenate([written[rows], token[:, None]], axis=1)
         done = done[rows] | (token == EOC)
         if done.all() or step == max_new_tokens - 1:

@@ -86,7 +86,8 @@ def getitem(x, index):  # [...] -> x[index]
 @getitem.gradient
 def getitem_backward(dout, x, index):
     dx = np.zeros_like(x)
-    if any(isinstance(i, (list, np.ndarray)) for i in np.atleast_1d(np.array(index, object))):
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, (list, np.ndarray)) for i in parts):
         np.add.at(dx, index, dout)  # an index array may name one element twice
     else:
         dx[index] = dout

@@ -42,12 +42,14 @@ class PerceiverLayer(Module):
         self.attention = MultiHeadAttention(dim, heads, head_dim, context_dim=input_dim, rng=rng)
         self.ffw = FeedForward(dim, ffw_mult * dim, activation, rng=rng)
 
+    def normalise(self, latents, inputs):
+        """What the attention reads: queries [B, R, D], context [B, M (+ R), D_in]."""
+        x, context = self.latent_norm(latents), self.input_norm(inputs)
+        return x, concat(context, x, axis=1) if self.append_latents else context
+
     def forward(self, latents, inputs, mask=None):
         """latents [B, R, D], inputs [B, M, D_in], mask bool[B, 1, 1, M (+ R)] -> [B, R, D]."""
-        x, context = self.latent_norm(latents), self.input_norm(inputs)
-        if self.append_latents:
-            context = concat(context, x, axis=1)
-        latents = latents + self.attention(x, context, mask=mask)
+        latents = latents + self.attention(*self.normalise(latents, inputs), mask=mask)
         return latents + self.ffw(latents)
 
 
@@ -171,16 +173,32 @@ class PerceiverResampler(Resampler):
             PerceiverLayer(dim, dim, heads, head_dim, ffw_mult, rng=rng) for _ in range(depth)
         ]
 
-    def forward(self, features, num_frames=None):
-        """features [B, N, T, S, D_in], num_frames int[B, N] or None -> [B, N, R, D]."""
+    def begin(self, features, num_frames):
+        """The latents [B*N, R, D], the features [B*N, T*S, D], a mask [B*N, 1, 1, T*S + R]."""
         B, N, (R, D) = *features.shape[:2], self.latents.shape
         x_f, mask = self.embed(features, num_frames)
         if mask is not None:  # the latents themselves are always present
             mask = np.concatenate([mask, np.ones((B * N, R), bool)], axis=1)[:, None, None]
-        x = broadcast_to(self.latents, B * N, R, D)
+        return broadcast_to(self.latents, B * N, R, D), x_f, mask
+
+    def forward(self, features, num_frames=None):
+        """features [B, N, T, S, D_in], num_frames int[B, N] or None -> [B, N, R, D]."""
+        x, x_f, mask = self.begin(features, num_frames)
         for layer in self.layers:
             x = layer(x, x_f, mask)
-        return self.finish(x, B, N)
+        return self.finish(x, *features.shape[:2])
+
+    def attention_maps(self, features, num_frames=None):
+        """Where each latent looks, [depth, B, N, H, R, T*S + R]; arguments as in forward.
+
+        A row sums to 1: the T*S features of all frames, then the R latents themselves.
+        """
+        x, x_f, mask = self.begin(features, num_frames)
+        maps = []
+        for layer in self.layers:
+            maps.append(layer.attention.weights(*layer.normalise(x, x_f), mask=mask))
+            x = layer(x, x_f, mask)
+        return np.stack(maps).reshape(len(maps), *features.shape[:2], *maps[0].shape[1:])
 
 
 class TransformerResampler(Resampler):

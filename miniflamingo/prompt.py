@@ -136,9 +136,10 @@ def read_frames(source, image_size):
         frames = np.asarray(source)
         frames = frames[None] if frames.ndim == 3 else frames
         frames = frames / np.float32(255) if frames.dtype == np.uint8 else frames
-    if not len(frames):
+    frames = np.asarray(frames)
+    if frames.shape[:1] == (0,):
         raise ValueError("a video needs at least one frame, got none")
-    frames = check_pixels(np.asarray(frames), image_size)
+    frames = check_pixels(frames, image_size)
     if frames.ndim != 4:
         raise ValueError(f"an image is [height, width, 3] and a video [T, ...], got {frames.shape}")
     return frames.astype(np.float32)

@@ -35,6 +35,8 @@ from miniflamingo.worlds import datasets, grammar
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
+WEIGHTS = Path(__file__).with_name("weights")  # the runs that are shipped, one folder a stage
+
 # --- the optimiser --------------------------------------------------------------------------------
 
 
@@ -203,8 +205,9 @@ class Run:
     one with another config.
     """
 
-    def __init__(self, stage, out, resume=False, checkpoint_every=100):
+    def __init__(self, stage, out, resume=False, checkpoint_every=100, threads=2):
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
+        self.threads = threads  # of BLAS: small products lose time with many
         self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
         self.rng = np.random.default_rng([stage.config.seed, 1])
@@ -225,7 +228,8 @@ class Run:
         """
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
-        with bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
+        blas = threadpool_limits(self.threads)
+        with blas, bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
             while self.optimiser.step < steps and not stop.is_set():
                 record = self.step()
                 log.write(json.dumps(record) + "\n")
@@ -298,16 +302,6 @@ class Run:
             parameter.data[...] = state[name]
         self.optimiser.load(state, int(metadata["step"]))
         self.rng.bit_generator.state = json.loads(metadata["rng"])
-
-
-def train_stage(stage, out, resume=False, threads=2, checkpoint_every=100, progress=True):
-    """Train a stage into a folder with so many BLAS threads; True unless it was interrupted.
-
-    Small products gain little from more threads, and on many cores lose; a resumed run is the same
-    bit for bit if it has as many as before.
-    """
-    with threadpool_limits(threads):
-        return Run(stage, out, resume, checkpoint_every).train(progress)
 
 
 def _prepare_folder(out):

@@ -58,7 +58,7 @@ def check_phi(phi, B, L, N):
         raise ValueError(
             f"phi must lie in 0..{N} (N = {N} images), got phi[{b}, {t}] = {phi[b, t]}"
         )
-    return phi
+    return phi.astype(np.int64, copy=False)  # unsigned phi - 1 would not be an index
 
 
 def image_causal_mask(phi, N, R, only_last=True):

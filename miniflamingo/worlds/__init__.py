@@ -3,4 +3,7 @@
 shapes.py draws the pictures: coloured shapes and handwritten digits, one, two or moving.
 grammar.py has the words: captions, questions, and episodes that bind an invented name to a class.
 datasets.py puts both together: what the bridge is trained on, and what it is asked.
+
+disk.py reads image and caption pairs from disk, interleaved.py whole pages and video.py clips;
+records.py is what they share: records, files, reports.
 """

@@ -1,0 +1,49 @@
+# `make demo` and `make test` install what they need into .venv, once.
+PYTHON ?= python3
+ARGS ?=
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+RUN := $(BIN)/python
+READY := .venv/installed
+
+.PHONY: demo test compare lint notebooks check-notebooks lab clean
+
+demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
+	@$(RUN) -m miniflamingo demo $(ARGS)
+	@echo
+	@if $(RUN) -c "import triton" 2>/dev/null; then $(RUN) -m kernels compare; else echo \
+	"Triton exists for Linux only: the comparison with the kernels is left out here."; fi
+
+test: $(READY)  ## all tests; those that need a GPU skip where there is none
+	@$(RUN) -m pytest $(ARGS)
+
+compare: $(READY)  ## every kernel beside its NumPy twin
+	@$(RUN) -m kernels compare $(ARGS)
+
+lint: $(READY)  ## ruff, for lint and format
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+notebooks: $(READY)  ## render the course again from its sources
+	@$(RUN) -m notebooks.render $(ARGS)
+
+check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
+	@$(RUN) -m notebooks.render --check $(ARGS)
+
+lab: $(READY)  ## JupyterLab on the course
+	@$(RUN) -m jupyterlab notebooks/student
+
+clean:  ## remove the environment and all outputs
+	rm -rf .venv out build *.egg-info
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo \
+	"Python 3.10 or newer is needed, '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into .venv, once: a few minutes on a fresh machine ..."
+	@$(PYTHON) -m venv .venv || { echo \
+	"'$(PYTHON) -m venv' failed: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+	@$(RUN) -m pip install --retries 2 -r requirements.txt -e . >.venv/install.log 2>&1 || { echo \
+	"Installing failed (is there a network?): `grep -i error .venv/install.log | tail -n 1`" >&2; exit 1; }
+	@touch $(READY)

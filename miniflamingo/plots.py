@@ -1,0 +1,403 @@
+"""Every figure of the course and of the reports, in one style.
+
+A function takes arrays and returns a matplotlib Figure that belongs to the caller: pyplot's global
+state is not touched, nothing is shown and nothing stays open. An image has one colour in all
+figures (Okabe and Ito's palette, which colour-blind readers can tell apart), and wherever a colour
+says something a number or a word says it too, for print in black and white.
+"""
+
+import functools
+import textwrap
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from miniflamingo.xattn import check_phi, image_causal_mask
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # matplotlib brings it: the same letters on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+}
+INK, GREY, PAPER = "#222222", "#777777", "#e6e6e6"
+VISIBLE, MASKED = "#0b3c78", "#cfe1f2"  # the paper's dark and light blue
+WRONG = "#d55e00"
+IMAGE_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00")
+MONO = "DejaVu Sans Mono"
+
+
+def styled(plot):
+    """Draw under STYLE, whatever the caller's matplotlib settings are."""
+
+    @functools.wraps(plot)
+    def draw(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return draw
+
+
+def image_colour(j):
+    """The colour of image j, counted from 1; grey for 0, no image."""
+    return IMAGE_COLOURS[(j - 1) % len(IMAGE_COLOURS)] if j else PAPER
+
+
+def _check_row(words, phi, N):
+    """phi of one sequence; ValueError unless it fits the words and N, and there are any."""
+    if N < 1 or not len(words):
+        raise ValueError(f"the figure needs a token and an image, got {len(words)} and {N}")
+    return check_phi(np.asarray(phi)[None], 1, len(words), N)[0]
+
+
+def _canvas(width, height):
+    """A Figure whose only axes measure it in points, from the upper left corner."""
+    figure = Figure((width / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+# --- phi ----------------------------------------------------------------------------------------
+
+BOX, GAP, MARGIN, THUMB = 22, 4, 12, 64  # points
+LETTER = 9 * 0.602  # the width of every letter of the monospaced font, at 9 points
+
+
+@styled
+def plot_phi(words, phi, images=None):
+    """The tokens of a prompt, coloured by the image that each looks at; phi below each token.
+
+    words: L strings; phi int[L]; images: N arrays [height, width, 3] in [0, 1], drawn as
+    thumbnails. Long prompts are wrapped. ValueError when phi does not fit the words or the images.
+    """
+    N = max(1, np.max(phi, initial=0)) if images is None else len(images)
+    phi = _check_row(words, phi, N)
+    places, rows = _wrap([len(word) * LETTER + 10 for word in words], 640)
+    top = MARGIN + (THUMB + 2 if images is not None else 0) + 28
+    wide = max((N + 1) * (THUMB + 20), *(x + width for x, _, width in places))
+    figure, axes = _canvas(wide + 2 * MARGIN + 12, top + rows * (BOX + 20) + 2)
+    _draw_images(axes, N, images)
+    for word, j, (x, row, width) in zip(words, phi, places):
+        x, y = x + MARGIN + 12, top + row * (BOX + 20)
+        _draw_box(axes, x, y, width, word, image_colour(j))
+        axes.text(x + width / 2, y + BOX + 8, str(j), ha="center", va="center", color=GREY)
+    for row in range(rows):
+        axes.text(MARGIN, top + row * (BOX + 20) + BOX + 8, "φ", va="center", color=GREY)
+    return figure
+
+
+def _wrap(widths, most):
+    """Boxes of these widths, left to right in lines: [(x, line, width)], number of lines."""
+    places, x, line = [], 0, 0
+    for width in widths:
+        if x and x + width > most:
+            x, line = 0, line + 1
+        places.append((x, line, width))
+        x += width + GAP
+    return places, line + 1
+
+
+def _draw_box(axes, x, y, width, text, colour, **style):
+    """A rounded box of height BOX with monospaced text in it."""
+    shape = "round,pad=0,rounding_size=4"
+    box = FancyBboxPatch((x, y), width, BOX, shape, fc=colour, ec="white", lw=0.8, **style)
+    axes.add_patch(box)
+    axes.text(
+        x + width / 2, y + BOX / 2, text, ha="center", va="center", color=INK,
+        family=MONO, fontsize=9, parse_math=False,
+    )  # fmt: skip
+
+
+def _draw_images(axes, N, images):
+    """The images in a row in their colours, as thumbnails or as names alone, and the grey of 0."""
+    for j in range(N + 1):
+        x, y = MARGIN + 12 + j * (THUMB + 20), MARGIN
+        if images is not None:
+            if j:
+                axes.imshow(images[j - 1], extent=(x, x + THUMB, y + THUMB, y), aspect="auto")
+            y += THUMB + 2
+        axes.add_patch(Rectangle((x, y), THUMB, 5, fc=image_colour(j)))
+        name = f"image {j}" if j else "0: no image"
+        axes.text(x, y + 12, name, va="center", fontsize=8, color=INK)
+
+
+# --- the image-causal mask ----------------------------------------------------------------------
+
+
+def plot_image_causal_mask(words, phi, N, R):
+    """The paper's figure 7: tokens x visual tokens, dark blue = visible, light blue = masked.
+
+    words: L strings; phi int[L] in 0..N; each of the N images has R columns. ValueError when phi
+    does not fit the words or N.
+    """
+    phi = _check_row(words, phi, N)
+    return plot_mask(words, image_causal_mask(phi[None], N, R)[0], N, phi)
+
+
+@styled
+def plot_mask(words, mask, N, phi=None):
+    """Any mask bool[L, N*R] as the paper draws it; phi int[L], where given, stands at its right."""
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != 2 or len(mask) != len(words) or mask.shape[1] % N:
+        raise ValueError(
+            f"mask must be bool [L, N*R] = [{len(words)}, {N}*R], got {mask.dtype} "
+            f"{list(mask.shape)}"
+        )
+    (L, columns), cell = mask.shape, 15 if len(words) <= 60 else 9
+    left, top = 24 + LETTER * max(map(len, words)), 40
+    width = min(max(columns * cell, 200), 480)
+    figure, axes = _canvas(left + width + 60, top + L * cell + 42)
+    _draw_cells(axes, mask, left, top, width, cell)
+    _name_rows(axes, words, phi, left, top, width, cell)
+    _name_columns(axes, N, left, top, width)
+    _legend(axes, {"visible": VISIBLE, "masked": MASKED}, left, top + L * cell + 20)
+    return figure
+
+
+def _name_rows(axes, words, phi, left, top, width, cell):
+    """The tokens at the left of a table that starts at (left, top), and phi at its right."""
+    size = 9 if cell > 9 else 6
+    style = {"va": "center", "fontsize": size, "color": INK}
+    for i, word in enumerate(words):
+        y = top + (i + 0.5) * cell
+        axes.text(left - 6, y, word, ha="right", family=MONO, parse_math=False, **style)
+        if phi is not None:
+            axes.text(left + width + 14, y, str(phi[i]), ha="center", **style)
+    if phi is not None:
+        axes.text(left + width + 14, top - 12, "φ", ha="center", va="center", fontsize=10)
+
+
+def _name_columns(axes, N, left, top, width):
+    """The images above a table, each with a bar in its colour."""
+    step = width / N
+    for j in range(1, N + 1):
+        x = left + (j - 1) * step
+        axes.add_patch(Rectangle((x + 1, top - 6), step - 2, 4, fc=image_colour(j)))
+        name = f"image {j}" if step > 45 else str(j)
+        axes.text(x + step / 2, top - 14, name, ha="center", va="center")
+
+
+def _draw_cells(axes, mask, left, top, width, cell):
+    """A boolean [rows, columns] as dark and light blue cells, with white lines where they fit."""
+    rows, columns = mask.shape
+    x, y = np.linspace(left, left + width, columns + 1), top + cell * np.arange(rows + 1)
+    colours = matplotlib.colors.ListedColormap([MASKED, VISIBLE])
+    line = {"edgecolors": "white", "linewidth": 0.7} if width / columns > 4 else {}
+    axes.pcolormesh(x, y, mask.astype(float), cmap=colours, vmin=0, vmax=1, **line)
+
+
+def _legend(axes, colours, x, y):
+    """Coloured squares with names, in a line that starts at (x, y)."""
+    for name, colour in colours.items():
+        axes.add_patch(Rectangle((x, y - 5), 10, 10, fc=colour))
+        axes.text(x + 15, y, name, va="center")
+        x += 32 + 6 * len(name)
+
+
+# --- training and evaluation --------------------------------------------------------------------
+
+LAYER_COLOURS = ("#9ecae1", "#4292c6", "#084594")  # shallow to deep, light to dark
+LINES = ("-", "--", ":", "-.")
+
+
+@styled
+def plot_alphas(steps, alpha_xattn, alpha_dense):
+    """How alpha evolves (paper, appendix): |tanh(alpha)| of every layer, one panel a gate.
+
+    steps int[S]; alpha_xattn, alpha_dense [S, layers].
+    """
+    figure = Figure((8, 3.2), layout="constrained")
+    panels = zip(figure.subplots(1, 2, sharey=True), (alpha_xattn, alpha_dense))
+    for axes, alpha in panels:
+        layers = np.shape(alpha)[1]
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("depth", LAYER_COLOURS)
+        for layer, values in enumerate(np.abs(np.tanh(alpha)).T):
+            colour = shades(layer / max(layers - 1, 1))
+            axes.plot(steps, values, color=colour, ls=LINES[layer % 4], lw=1.8)
+            axes.annotate(f"layer {layer}", (steps[-1], values[-1]), (4, 0), fontsize=8,
+                          textcoords="offset points", va="center", color=INK)  # fmt: skip
+        axes.set(xlabel="step", ylim=(0, 1), xlim=(0, max(steps[-1], 1)))
+        axes.grid(True)
+    left, right = figure.axes
+    left.set(title="attention", ylabel="|tanh(alpha)|")
+    right.set(title="feed-forward")
+    return figure
+
+
+@styled
+def plot_few_shot(curves, ceilings):
+    """Accuracy against the number of shots, with what can be known from the shots at all.
+
+    curves {name: {shots: accuracy in 0..1}}; ceilings, the same, for some of the names: how often
+    the query's class was among the shots.
+    """
+    figure = Figure((6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, curve) in enumerate(curves.items()):
+        shots = sorted(curve, key=int)
+        x = np.log2(np.array(shots, int) + 1)
+        colour = IMAGE_COLOURS[i % len(IMAGE_COLOURS)]
+        axes.plot(x, [curve[k] for k in shots], "osD^v"[i % 5], ls="-", color=colour, label=name)
+        if name in ceilings:
+            axes.plot(x, [ceilings[name][k] for k in shots], ":", color=colour)
+    axes.plot([], [], ":", color=GREY, label="ceiling: the class was shown")
+    axes.set_xticks(x, [str(k) for k in shots])
+    axes.set(xlabel="shots", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.grid(True)
+    axes.legend(fontsize=8)
+    return figure
+
+
+@styled
+def plot_answers(images, answers, correct, columns=6):
+    """A sheet of images with the model's answer below each; a wrong one is marked.
+
+    images [n, height, width, 3], or clips [n, T, height, width, 3], of which four frames are shown
+    side by side; answers: n strings; correct bool[n].
+    """
+    rows = -(-len(images) // columns)
+    clips = np.ndim(images[0]) == 4
+    width, height = (4.2, 1.5) if clips else (1.75, 2.25)
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, image, answer, right in zip(panels, images, answers, correct):
+        axes.imshow(np.clip(_film_strip(image) if clips else image, 0, 1), interpolation="nearest")
+        text = textwrap.fill(answer if right else f"{answer} (wrong)", 24)
+        style = {"color": INK if right else WRONG, "fontsize": 8}
+        axes.text(0.5, -0.05, text, transform=axes.transAxes, ha="center", va="top", **style)
+    return figure
+
+
+def _film_strip(clip, most=4):  # [T, height, width, 3] -> [height, ..., 3], frames side by side
+    some = np.linspace(0, len(clip) - 1, most).round().astype(int)
+    framed = np.pad(clip[some], ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=1)
+    return np.concatenate(framed, axis=1)[:, :-2]
+
+
+@styled
+def plot_latents(image, maps):
+    """Where each latent looks: image [height, width, 3]; maps [R, h, w], the attention it pays."""
+    half = -(-len(maps) // 2)
+    columns = 1 + half
+    figure = Figure((1.5 * columns, 3.3), layout="constrained")
+    grid = figure.add_gridspec(2, columns)
+    first = figure.add_subplot(grid[:, 0])
+    first.imshow(np.clip(image, 0, 1), interpolation="nearest")
+    first.set_title("image", loc="center")
+    first.set_axis_off()
+    for r, attention in enumerate(maps):
+        axes = figure.add_subplot(grid[r // half, 1 + r % half])
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        axes.imshow(np.clip(image, 0, 1).mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0)
+        axes.set_title(f"latent {r}", loc="center", fontsize=8, fontweight="normal")
+        axes.set_axis_off()
+
+
+# --- which image reaches which token ------------------------------------------------------------
+
+
+@styled
+def plot_reach(words, phi, panels):
+    """Tables, tokens x images, of how much a token's output changes when an image changes.
+
+    panels: {title of one or two lines: float[L, N]}. A change where phi allows one is dark blue;
+    one where it does not is a leak, in orange and with a cross. ValueError when a table does not
+    fit the words.
+    """
+    N = next(iter(panels.values())).shape[1]
+    phi = _check_row(words, phi, N)
+    left, top, cell, step = 24 + LETTER * max(map(len, words)), 66, 15, 46
+    panel = N * step + 22
+    height = top + len(words) * cell + 42
+    figure, axes = _canvas(left + len(panels) * panel + 30, height)
+    for i, (title, change) in enumerate(panels.items()):
+        if np.shape(change) != (len(words), N):
+            raise ValueError(f"{title!r} must be [{len(words)}, {N}], got {np.shape(change)}")
+        x, last = left + i * panel, i == len(panels) - 1
+        axes.text(x, 24, title, va="center", weight="bold", fontsize=8)
+        _name_columns(axes, N, x, top, N * step)
+        _name_rows(axes, words if not i else [""] * len(words), phi if last else None,
+                   x, top, N * step, cell)  # fmt: skip
+        _draw_reach(axes, np.asarray(change), phi, x, top, step, cell)
+    names = {"its own image": VISIBLE, "no change": MASKED, "leak": WRONG}
+    _legend(axes, names, left, height - 20)
+    return figure
+
+
+def _draw_reach(axes, change, phi, left, top, step, cell):
+    """The cells of one table of plot_reach, with the number wherever something changed."""
+    for (t, j), value in np.ndenumerate(change):
+        x, y = left + j * step, top + t * cell
+        own = phi[t] == j + 1
+        colour = MASKED if not value else VISIBLE if own else WRONG
+        axes.add_patch(Rectangle((x, y), step, cell, fc=colour, ec="white", lw=0.7))
+        if value:
+            text = f"{value:.2f}" if own else f"× {value:.2f}"
+            axes.text(x + step / 2, y + cell / 2, text, ha="center", va="center", fontsize=8,
+                      color="white" if own else INK)  # fmt: skip
+
+
+# --- the fused kernel's work ----------------------------------------------------------------------
+
+
+@styled
+def plot_work_list(words, owner, tokens):
+    """The items of xattn.work_list for a batch of one: each image's tokens, side by side.
+
+    words: L strings; owner int[I], the item's image counted from 0; tokens int[I, M], L = free.
+    """
+    width = LETTER * max(map(len, words)) + 10
+    left, top, row = 130, 34, BOX + 8
+    I, M = tokens.shape
+    figure, axes = _canvas(left + M * (width + GAP) + MARGIN, top + I * row + 6)
+    for m in range(M):
+        axes.text(left + m * (width + GAP) + width / 2, 20, str(m), ha="center", color=GREY)
+    axes.text(MARGIN, 20, "place in the item", color=GREY)
+    for i in range(I):
+        y, colour = top + i * row, image_colour(owner[i] + 1)
+        axes.add_patch(Rectangle((MARGIN, y), 6, BOX, fc=colour))
+        axes.text(MARGIN + 12, y + BOX / 2, f"item {i}: image {owner[i] + 1}", va="center")
+        for m, token in enumerate(tokens[i]):
+            free = token == len(words)
+            style = {"alpha": 0.4} if free else {}
+            _draw_box(axes, left + m * (width + GAP), y, width, "" if free else words[token],
+                      PAPER if free else colour, **style)  # fmt: skip
+    return figure
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+@styled
+def plot_lines(x, series, xlabel, ylabel, title="", log=True):
+    """Lines with markers, named at their right ends: series is {name: [len(x)]}."""
+    figure = Figure((6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, y), colour, marker in zip(series.items(), ("#0b3c78", WRONG, "#009e73"), "os^"):
+        axes.plot(x, y, color=colour, marker=marker, lw=1.8, ms=5)
+        axes.annotate(name, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center",
+                      color=colour)  # fmt: skip
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=x)
+    axes.grid(True)
+    return figure

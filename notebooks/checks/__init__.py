@@ -1,0 +1,11 @@
+"""What a student calls: `check("6.2", my_function)` says in one line what is wrong, or nothing is.
+
+A check runs the answer on small cases against the library. It never raises: it returns a Result. A
+mistake that many make is told apart from others by what it computes, and is called by its name.
+The tests give every check typical wrong answers and expect that name.
+"""
+
+from notebooks.checks import module_06  # noqa: F401  registers its exercises
+from notebooks.checks.core import Result, check
+
+__all__ = ["Result", "check"]

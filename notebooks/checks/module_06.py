@@ -1,0 +1,293 @@
+"""Checks of module 06: phi, the image-causal mask, attention under it, and who can see what."""
+
+from functools import partial
+
+import numpy as np
+
+from miniflamingo.attention import attention
+from miniflamingo.functional import softmax
+from miniflamingo.xattn import compute_phi, image_causal_attention, image_causal_mask
+from notebooks.checks.core import as_array, call, exercise, expect
+
+# two pages, <image> = 3: text first, two images; and text, an image at once, another at the end
+TOKENS = np.array([[1, 5, 2, 3, 6, 7, 2, 3, 8], [1, 3, 5, 6, 2, 2, 7, 8, 3]])
+
+
+# --- 6.1 and 6.2: phi -----------------------------------------------------------------------------
+
+
+@exercise("6.1")
+def phi(answer):
+    """answer(tokens int[B, L], image_token) -> phi int[B, L]."""
+    for tokens, tag in ((TOKENS, 3), (TOKENS[:, ::-1], 7), (TOKENS % 3, 3)):
+        expect(call(answer, tokens, tag), compute_phi(tokens, tag), _phi_mistakes(tokens, tag))
+
+
+def _phi_mistakes(tokens, tag):
+    is_image = (tokens == tag).astype(int)
+    right = np.cumsum(is_image, axis=1)
+    total = is_image.sum(axis=1, keepdims=True)
+    if tag != 3:
+        three = np.cumsum(tokens == 3, axis=1)
+        yield "the id of <image> is the argument image_token, not always 3", three
+    yield "phi is off by one at <image>: it already carries its own image's index", right - is_image
+    yield "this marks the <image> tokens alone: what follows an image looks at it too", is_image
+    yield (
+        "rows leak: row 1 goes on counting where row 0 ended; count along axis 1",
+        np.cumsum(is_image).reshape(tokens.shape),
+    )
+    yield (
+        "wrong axis: count along the tokens (axis 1), not the batch",
+        is_image.cumsum(axis=0),
+    )
+    yield "images are counted from 1: phi = 0 is kept for `no image yet`", right - 1
+    yield "this is the index of the NEXT image: exercise 6.2", compute_phi(tokens, tag, True)
+    yield "this counts the images still to come", total - right
+    yield "this gives every token the last image of its row", np.broadcast_to(total, tokens.shape)
+
+
+@exercise("6.2")
+def phi_next(answer):
+    """answer(tokens int[B, L], image_token) -> phi int[B, L] under p_next."""
+    for tokens, tag in ((TOKENS, 3), (TOKENS[:, ::-1], 7), (TOKENS % 3, 3)):
+        right = compute_phi(tokens, tag, use_next=True)
+        expect(call(answer, tokens, tag), right, _next_mistakes(tokens, tag))
+
+
+def _next_mistakes(tokens, tag):
+    is_image = (tokens == tag).astype(int)
+    previous, total = np.cumsum(is_image, axis=1), is_image.sum(axis=1, keepdims=True)
+    following = previous - is_image + 1
+    shifted = previous + 1
+    yield "this is the PREVIOUS image: exercise 6.1", previous
+    at_image = "phi is off by one at <image>: the next image of <image> is its own"
+    yield at_image, np.where(shifted > total, 0, shifted)
+    yield (
+        f"{at_image}; and after the last image there is no next one: phi = 0 there",
+        shifted,
+    )
+    beyond = f"after the last image there is no next one: phi = 0 there, not {int(total.max()) + 1}"
+    yield beyond, following
+    yield (
+        "after the last image there is no next one: phi = 0 there, not the last image again",
+        np.minimum(following, total),
+    )
+    yield "images are counted from 1: phi = 0 is kept for `no image`", previous - is_image
+
+
+# --- 6.3: the mask ------------------------------------------------------------------------------
+
+
+@exercise("6.3")
+def mask(answer):
+    """answer(phi int[B, L], N, R) -> bool[B, L, N*R]."""
+    for phi, N, R in ((compute_phi(TOKENS, 3), 2, 3), (np.array([[0, 3, 1, 2, 2]]), 3, 2)):
+        right = image_causal_mask(phi, N, R)
+        out = call(answer, phi, N, R)
+        explain = partial(_mask_leak, phi=phi, R=R)
+        expect(out, right, _mask_mistakes(phi, N, R), explain)
+
+
+def _mask_mistakes(phi, N, R):
+    right, image = image_causal_mask(phi, N, R), np.repeat(np.arange(1, N + 1), R)
+    column = phi[:, :, None]
+    for sign, wrong, which in (
+        (">=", column >= image, "an earlier"),
+        ("<=", column <= image, "a later"),
+    ):
+        b, t, c = np.argwhere(wrong & ~right)[0]
+        yield (
+            f"`{sign}` where `==` was meant: token {t} of row {b} (phi = {phi[b, t]}) also sees "
+            f"image {image[c]}, {which} one",
+            wrong,
+        )
+    yield "upside down: True means visible, not masked", ~right
+    yield "the axes are exchanged: [B, L, N*R], tokens before visual tokens", right.swapaxes(1, 2)
+    yield (
+        "images are counted from 1: image n is seen where phi = n",
+        column == image - 1,
+    )
+    yield (
+        "the R visual tokens of an image stand side by side, 1 1 1 2 2 2: np.repeat, not np.tile",
+        column == np.tile(np.arange(1, N + 1), R),
+    )
+    yield (
+        "text before the first image sees image 1: phi = 0 must see nothing",
+        image_causal_mask(np.maximum(phi, 1), N, R),
+    )
+
+
+def _mask_leak(got, right, phi, R):
+    """The first cell that is wrong, in words."""
+    b, t, c = np.argwhere(got != right)[0]
+    sees = "sees" if got[b, t, c] else "does not see"
+    return (
+        f"token {t} of row {b} (phi = {phi[b, t]}) {sees} visual token {c}, which is of image "
+        f"{c // R + 1}"
+    )
+
+
+# --- 6.4: attention under phi -------------------------------------------------------------------
+
+
+def attention_case(seed=0, phi=((0, 0, 1, 1, 1, 2, 2, 3), (0, 1, 1, 2, 2, 2, 3, 0)), R=4, K=6):
+    """q [B, L, K], k and v [B, N, R, K], phi int[B, L], with N = 3 images: float64, random."""
+    rng, phi = np.random.default_rng(seed), np.array(phi)
+    k, v = rng.normal(0, 1, (2, len(phi), 3, R, K))
+    return rng.normal(0, 1, (*phi.shape, K)), k, v, phi
+
+
+def one_head(q, k, v, phi):
+    """The library's image-causal attention without the axis of heads."""
+    add = np.expand_dims
+    return image_causal_attention(add(q, 2), add(k, 3), add(v, 3), phi)[:, :, 0]
+
+
+@exercise("6.4")
+def masked_attention(answer):
+    """answer(q [B, L, K], k [B, N, R, K], v [B, N, R, K], phi int[B, L]) -> [B, L, K]."""
+    q, k, v, phi = attention_case()
+    right, out = one_head(q, k, v, phi), call(answer, q, k, v, phi)
+    got = as_array(out)
+    if got.shape != right.shape or got.dtype.kind != "f":
+        expect(out, right)
+    seen = (phi > 0)[:, :, None]  # first the tokens that have an image, then the others
+    mistakes = (*_score_mistakes(q, k, v, phi), *_sight_mistakes(q, k, v, phi))
+    mistakes = [(message, np.where(seen, wrong, right)) for message, wrong in mistakes]
+    expect(np.where(seen, got, right), right, mistakes)
+    mistakes = _imageless_mistakes(q, k, v, phi)
+    mistakes = [(message, np.where(seen, right, wrong)) for message, wrong in mistakes]
+    expect(np.where(seen, right, got), right, mistakes)
+    q, k, v, phi = attention_case(1, [[2, 2, 0, 3, 1]], R=3, K=4)  # any order is allowed
+    right = one_head(q, k, v, phi)
+    expect(call(answer, q, k, v, phi), right, explain=partial(_leak_of, phi=phi))
+
+
+def _flat(x):  # [B, N, R, K] -> [B, N*R, K]
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _turned(k):  # [B, N, R, K] -> [B, K, N*R], with the scores in view: q @ _turned(k)
+    return _flat(k).swapaxes(1, 2)
+
+
+def _score_mistakes(q, k, v, phi):
+    """What wrong scales and a wrong axis give."""
+    K, mask, scores = k.shape[-1], image_causal_mask(phi, *k.shape[1:3]), q @ _turned(k)
+    unscaled, by_k, scaled = (np.where(mask, scores * c, -1e30) for c in (1, 1 / K, K**-0.5))
+    yield "the scale is missing: divide the scores by sqrt(K)", softmax(unscaled) @ _flat(v)
+    yield "wrong scale: divide by sqrt(K), not by K", softmax(by_k) @ _flat(v)
+    yield (
+        "wrong softmax axis: one token's weights, over the visual tokens, must sum to 1",
+        softmax(scaled.swapaxes(1, 2)).swapaxes(1, 2) @ _flat(v),
+    )
+    yield (
+        "the mask comes too late: mask the scores before the softmax, or the weights left over do "
+        "not sum to 1, and the keys of other images leak through the sum",
+        masked_late(q, k, v, phi),
+    )
+
+
+def _sight_mistakes(q, k, v, phi):
+    """What seeing the wrong images gives."""
+    earlier = image_causal_mask(phi, *k.shape[1:3], only_last=False)
+    t = int(np.argmax(phi[0] > 1))
+    yield (
+        f"`>=` where `==` was meant: token {t} (phi = {phi[0, t]}) also sees image 1, which leaked",
+        attention(q, _flat(k), _flat(v), earlier),
+    )
+    yield "no mask: every token sees every image", attention(q, _flat(k), _flat(v))
+    shifted = one_head(q, np.roll(k, -1, 1), np.roll(v, -1, 1), phi)
+    yield "off by one: images are counted from 1, image phi is k[b, phi - 1]", shifted
+    yield "the weights belong on the VALUES: yours are on the keys", one_head(q, k, k, phi)
+
+
+NOTHING = "tokens before the first image must attend to nothing"
+
+
+def _imageless_mistakes(q, k, v, phi):
+    """What typical mistakes give for tokens with phi = 0."""
+    uniform = np.broadcast_to(_flat(v).mean(axis=1, keepdims=True), q.shape)
+    yield f"{NOTHING}: you averaged over ALL images, later ones too", uniform
+    yield f"{NOTHING}: yours is NaN (a softmax over nothing is 0 / 0)", np.full_like(q, np.nan)
+    last = one_head(q, k, v, np.where(phi == 0, k.shape[1], phi))
+    yield f"{NOTHING}: yours see the LAST image (phi - 1 = -1 is the last index)", last
+    first = one_head(q, k, v, np.maximum(phi, 1))
+    yield f"{NOTHING}: yours see image 1, which comes after them", first
+    yield f"{NOTHING}: yours see all images", attention(q, _flat(k), _flat(v))
+    yield f"{NOTHING}: yours return their query", q
+
+
+def _leak_of(got, right, phi):
+    b, t = np.argwhere(~np.isclose(got, right).all(axis=-1))[0]
+    return f"right in order, but token {t} is wrong when phi goes back: phi = {phi[b].tolist()}"
+
+
+# --- 6.5: which token does which image reach? ---------------------------------------------------
+
+
+def filled(q, k, v, phi):
+    """Attention with the bug of a finite fill: a row that is all masked becomes a mean over all."""
+    mask = image_causal_mask(phi, *k.shape[1:3])
+    scores = np.where(mask, q @ _turned(k) / k.shape[-1] ** 0.5, -1e9)
+    return softmax(scores) @ _flat(v)
+
+
+def masked_late(q, k, v, phi):
+    """Attention that masks the weights, not the scores: other images' KEYS leak through the sum."""
+    weights = softmax(q @ _turned(k) / k.shape[-1] ** 0.5)
+    return (weights * image_causal_mask(phi, *k.shape[1:3])) @ _flat(v)
+
+
+def reach(attend, q, k, v, phi, keys=True, values=True):
+    """How much the output at token l of a batch of one changes with image j + 1: float[L, N]."""
+    table = np.zeros((phi.shape[1], k.shape[1]))
+    for j in range(k.shape[1]):
+        other_k, other_v = k.copy(), v.copy()
+        other_k[:, j] += keys * np.linspace(1, 2, k[0, j].size).reshape(k[0, j].shape)
+        other_v[:, j] += values
+        change = attend(q, other_k, other_v, phi) - attend(q, k, v, phi)
+        table[:, j] = abs(change[0]).reshape(phi.shape[1], -1).max(axis=-1)
+    return table
+
+
+@exercise("6.5")
+def reached(answer):
+    """answer(attend, q [1, L, K], k [1, N, R, K], v, phi int[1, L]) -> bool[L, N]."""
+    case = attention_case(2, [[0, 0, 1, 1, 2, 3, 3]])
+    for attend, name in ((one_head, ""), (filled, "a mean over all"), (masked_late, "late mask")):
+        right = reach(attend, *case) > 0
+        mistakes = _reach_mistakes(attend, case, right, name)
+        expect(call(answer, attend, *case), right, mistakes, _reach_in_words)
+
+
+def _reach_mistakes(attend, case, right, name):
+    through = "a leak stays unseen: change image j's keys AND its values"
+    if name == "a mean over all":
+        keys_only = reach(attend, *case, values=False) > 0
+        yield f"{through} (a uniform mean does not look at the keys)", keys_only
+    if name == "late mask":
+        values_only = reach(attend, *case, keys=False) > 0
+        yield f"{through} (a late mask leaks through the keys alone)", values_only
+    yield "upside down: True means that the output changes", ~right
+    yield "the axes are exchanged: [L, N], tokens before images", right.T
+    yield (
+        "image 1 is still changed while you try image 2: start from a fresh copy for each image",
+        np.logical_or.accumulate(right, axis=1),
+    )
+    yield (
+        "compare token by token: one changed token makes your whole column True",
+        np.broadcast_to(right.any(axis=0), right.shape),
+    )
+    yield "images are counted from 1, columns from 0: image j is column j - 1", np.roll(right, 1, 1)
+
+
+def _reach_in_words(got, right):
+    """The first cell that is wrong, in words."""
+    token, j = np.argwhere(got != right)[0]
+    if got[token, j]:
+        return f"token {token} does not notice image {j + 1}, but your table says that it does"
+    return (
+        f"token {token} notices image {j + 1}, but your table says no: change the values too (to "
+        "add a constant to all keys changes nothing, softmax sees only differences)"
+    )

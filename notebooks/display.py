@@ -1,0 +1,44 @@
+"""How a notebook shows figures and the library's own source, the same bytes at every run."""
+
+import html
+import inspect
+import io
+import textwrap
+
+from IPython.display import display
+
+
+def show(figure, alt):
+    """Show a matplotlib Figure, with `alt`, what it shows, in words.
+
+    The words go where a reader may look for them: into the image's metadata (converters make the
+    alt attribute of it), into its plain text, and under it, folded, because JupyterLab and the
+    repository page give an image no alternative text. `figure` may be a function without arguments
+    that draws a student's answer: when it fails, one line says so and the notebook goes on.
+    """
+    if callable(figure):
+        try:
+            figure = figure()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"no picture yet: finish the exercise first ({reason})")
+            return
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    bundle = {"image/png": picture.getvalue(), "text/plain": alt}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+    words = html.escape(textwrap.fill(alt, 100), quote=False)
+    _markdown(f"<details><summary>The figure in words</summary>\n\n{words}\n\n</details>", alt)
+
+
+def source(thing):
+    """Show the library's own source of a function or class, with the file it stands in."""
+    thing = inspect.unwrap(thing)
+    code = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    path = thing.__module__.replace(".", "/") + ".py"
+    _markdown(f"`{path}`\n```python\n{code}\n```", code)
+
+
+def _markdown(text, plain):
+    """Show Markdown, or `plain` where only text can be shown."""
+    display({"text/markdown": text, "text/plain": plain}, raw=True)

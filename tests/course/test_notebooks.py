@@ -1,0 +1,142 @@
+"""What every module keeps to, and what stands in the committed notebooks; nothing is executed."""
+
+import re
+from itertools import pairwise
+from statistics import median
+
+import nbformat
+import pytest
+
+from notebooks import render as r
+
+SOURCES = sorted((r.HERE / "source").glob("[0-9]*.py"))
+EXERCISE = re.compile(r"### Exercise (\d+\.\d+): .+\n\n([★☆]{3}) · (\d+) minutes · [^.]* lines?\.")
+
+pytestmark = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem[:2])
+
+
+def source_cells(path, kind=None):
+    return [c for c in r.read_source(path).cells if kind in (None, c.cell_type)]
+
+
+def prose(path):
+    return "\n\n".join(cell.source for cell in source_cells(path, "markdown"))
+
+
+def committed(path, kind):
+    return nbformat.read(r.HERE / kind / f"{path.stem}.ipynb", as_version=4)
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+# --- the source -----------------------------------------------------------------------------------
+
+
+def test_the_template(path):
+    text, number = prose(path), path.stem[:2]
+    assert text.startswith(f"# {number} ")
+    for part in ("**The question:", "After this module you can", "**You need:**", "**Time:**",
+                 "**Predict, then run:**", "## Break it", "## Takeaways", "**In the paper:**",
+                 "**Next:**"):  # fmt: skip
+        assert part in text, part
+
+
+def test_headings_go_down_one_level_at_a_time(path):
+    levels = [len(h) for h in re.findall(r"^(#+) ", prose(path), re.MULTILINE)]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_code_cells_are_short(path):
+    lines = [cell.source.count("\n") + 1 for cell in source_cells(path, "code")]
+    assert median(lines) <= 8 and max(lines) <= 25
+
+
+def test_no_set_up_code(path):
+    code = "\n".join(cell.source for cell in source_cells(path, "code"))
+    assert not re.search(r"^\s*[%!]|sys\.path|chdir|pip install|pyplot", code, re.MULTILINE)
+
+
+def test_exercises_have_stub_hints_solution_and_check(path):
+    text, code = prose(path), source_cells(path, "code")
+    numbers = [number for number, _, _ in EXERCISE.findall(text)]
+    assert 3 <= len(numbers) <= 5 and numbers == sorted(set(numbers))
+    assert text.count("### Exercise") == len(numbers)
+    assert all("<details>" in part for part in text.split("### Exercise")[1:])
+    checks = [n for cell in code for n in re.findall(r'^check\("([\d.]+)"', cell.source, re.M)]
+    assert checks == numbers
+    names = {
+        tag: [
+            m
+            for cell in code
+            if tag in r.tags(cell)
+            for m in re.findall(r"^def (\w+)", cell.source)
+        ]
+        for tag in ("exercise", "solution")
+    }
+    assert names["exercise"] == names["solution"] and len(names["exercise"]) == len(numbers)
+
+
+def test_the_time_is_counted(path):
+    claim = r"about (\d+) minutes: (\d+) to read \(([\d,]+) words, 200 a minute\)\s+and (\d+) for"
+    minutes, reading, words, working = re.search(claim, prose(path)).groups()
+    words = int(words.replace(",", ""))
+    assert words == pytest.approx(len(prose(path).split()), rel=0.1)
+    assert int(reading) == pytest.approx(words / 200, abs=1)
+    assert int(working) == sum(int(m) for _, _, m in EXERCISE.findall(prose(path)))
+    assert 30 <= int(minutes) <= 60 and int(minutes) == int(reading) + int(working)
+
+
+# --- the committed notebooks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", r.LEFT_OUT)
+def test_committed_notebooks_come_from_the_source(path, kind):
+    expected = [c for c in source_cells(path) if r.LEFT_OUT[kind] not in r.tags(c)]
+    cells = committed(path, kind).cells
+    assert [c.id for c in cells] == [c.id for c in expected]
+    for cell, source in zip(cells, expected):
+        if kind == "teacher" or "target" not in r.tags(cell):
+            assert cell.source == source.source, cell.id
+
+
+@pytest.mark.parametrize("kind", r.LEFT_OUT)
+def test_committed_notebooks_have_run_without_noise(path, kind):
+    notebook = committed(path, kind)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(o.output_type != "error" and o.get("name") != "stderr" for o in outputs(notebook))
+    assert (r.HERE / kind / f"{path.stem}.ipynb").stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("kind", r.LEFT_OUT)
+def test_every_figure_is_described(path, kind):
+    data = [output for output in outputs(committed(path, kind)) if "data" in output]
+    for i, output in enumerate(data):
+        if "image/png" in output.data:
+            alt = output.metadata["image/png"]["alt"]
+            assert len(alt) > 40 and output.data["text/plain"] == alt
+            assert "<details>" in data[i + 1].data["text/markdown"]
+    for cell in committed(path, kind).cells:
+        if cell.cell_type == "markdown":
+            assert all(len(alt) > 40 for alt in re.findall(r"!\[(.*?)\]\(", cell.source))
+
+
+def test_the_student_sees_no_solution(path):
+    student = "\n".join(cell.source for cell in committed(path, "student").cells)
+    lines = {True: set(), False: set()}  # of solutions, of all other cells
+    for cell in source_cells(path):
+        kept = {line.strip() for line in cell.source.splitlines() if len(line.strip()) > 12}
+        lines["solution" in r.tags(cell)] |= kept
+    solutions = lines[True] - lines[False]
+    assert len(solutions) > 3
+    assert not [line for line in solutions if line in student]
+
+
+def test_checks_say_right_to_the_teacher_and_not_done_yet_to_the_student(path):
+    for kind, message in (("teacher", "right"), ("student", "not done yet")):
+        for cell in committed(path, kind).cells:
+            if cell.source.startswith("check("):
+                assert message in cell.outputs[0].data["text/plain"], cell.id

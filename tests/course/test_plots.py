@@ -1,0 +1,104 @@
+"""The figures show what they are given, refuse what does not fit, and leave pyplot alone."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from miniflamingo import plots
+from miniflamingo.xattn import image_causal_mask, work_list
+
+WORDS = ["<BOS>", "Cats", "$x", "<image>", "one", "<EOC>", "<image>", "two"]
+PHI = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def every_figure():
+    rng = np.random.default_rng(0)
+    yield plots.plot_phi(WORDS, PHI)
+    yield plots.plot_phi(WORDS * 9, np.tile(PHI, 9), images=rng.random((2, 8, 8, 3)))
+    yield plots.plot_image_causal_mask(WORDS, PHI, 2, 3)
+    yield plots.plot_image_causal_mask(WORDS * 9, np.tile(PHI, 9), 40, 64)
+    yield plots.plot_reach(WORDS, PHI, {"a": rng.random((8, 2)), "b": np.zeros((8, 2))})
+    yield plots.plot_work_list(WORDS, *work_list(PHI[None], 2, most=2))
+    yield plots.plot_lines([1, 2, 4], {"one": [1, 2, 4], "two": [1, 1, 1]}, "x", "y")
+
+
+def test_figures_can_be_saved_and_leave_no_trace(tmp_path):
+    before = dict(matplotlib.rcParams)
+    for i, figure in enumerate(every_figure()):
+        assert isinstance(figure, Figure)
+        figure.savefig(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").stat().st_size > 2000
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_pyplot_is_not_used():
+    from matplotlib import pyplot
+
+    figures = list(every_figure())
+    assert len(figures) == 7 and pyplot.get_fignums() == []
+
+
+def test_figures_are_deterministic(tmp_path):
+    for name in "ab":
+        for i, figure in enumerate(every_figure()):
+            figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
+    for i in range(7):
+        assert (tmp_path / f"a{i}.png").read_bytes() == (tmp_path / f"b{i}.png").read_bytes()
+
+
+def test_phi_has_a_box_a_word_and_a_number_for_every_token():
+    figure = plots.plot_phi(WORDS, PHI)
+    boxes = [p for p in figure.axes[0].patches if type(p).__name__ == "FancyBboxPatch"]
+    assert [to_hex(box.get_facecolor()) for box in boxes] == [plots.image_colour(j) for j in PHI]
+    said = texts(figure)
+    assert [said.count(word) for word in WORDS] == [WORDS.count(word) for word in WORDS]
+    assert [said.count(str(j)) for j in range(3)] == [3, 3, 2]
+
+
+def test_the_mask_figure_shows_the_mask():
+    figure = plots.plot_image_causal_mask(WORDS, PHI, 2, 3)
+    cells = figure.axes[0].collections[0]
+    mask = image_causal_mask(PHI[None], 2, 3)[0]
+    assert np.array_equal(np.asarray(cells.get_array()).reshape(mask.shape), mask)
+    assert [to_hex(cells.to_rgba(value)) for value in (0.0, 1.0)] == [plots.MASKED, plots.VISIBLE]
+
+
+def test_a_leak_is_marked_in_colour_and_with_a_cross():
+    change = np.zeros((8, 2))
+    change[3, 0], change[0, 1] = 0.25, 0.75  # its own image; a leak
+    figure = plots.plot_reach(WORDS, PHI, {"one": change})
+    colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
+    assert colours.count(plots.WRONG) == 2  # the cell and the legend
+    assert "× 0.75" in texts(figure) and "0.25" in texts(figure)
+
+
+def test_a_work_list_shows_each_token_once_and_no_free_place():
+    said = texts(plots.plot_work_list(WORDS, *work_list(PHI[None], 2, most=2)))
+    assert [said.count(word) for word in WORDS[3:]] == [WORDS[3:].count(w) for w in WORDS[3:]]
+    assert "Cats" not in said
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.plot_phi(WORDS[:-1], PHI), r"phi must be int \[B, L\] = \[1, 7\]"),
+        (lambda: plots.plot_phi(WORDS, PHI, images=np.zeros((1, 4, 4, 3))), "phi must lie in 0..1"),
+        (lambda: plots.plot_phi([], []), "at least|needs a token and an image"),
+        (lambda: plots.plot_image_causal_mask(WORDS, PHI, 0, 3), "needs a token and an image"),
+        (lambda: plots.plot_mask(WORDS, np.ones((8, 6)), 2), "mask must be bool .* got float64"),
+        (
+            lambda: plots.plot_mask(WORDS, np.ones((8, 5), bool), 2),
+            r"\[8, 2\*R\], got bool \[8, 5\]",
+        ),
+        (lambda: plots.plot_reach(WORDS, PHI, {"a": np.ones((7, 2))}), r"'a' must be \[8, 2\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

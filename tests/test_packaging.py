@@ -1,0 +1,69 @@
+"""The project's own files agree: requirements, package metadata, README, the walls of the rooms."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = sorted((ROOT / "miniflamingo").rglob("*.py"))
+
+
+def requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def name_of(requirement):
+    return re.match(r"[\w-]+", requirement).group().lower()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_the_package_asks_for_what_the_requirements_name():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"].items()
+    declared = project["dependencies"] + [line for _, extra in optional for line in extra]
+    assert sorted(line.replace("'", '"') for line in declared) == sorted(requirements())
+
+
+def test_every_requirement_has_a_range_and_a_reason():
+    readme = (ROOT / "README.md").read_text()
+    for requirement in requirements():
+        assert re.search(r"==|>=.*,<", requirement), f"{requirement} has no tested range"
+        row = rf"^\| {name_of(requirement)} \|.*\w.*\|$"
+        assert re.search(row, readme, re.M | re.I), f"the README gives no reason for {requirement}"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_reference_needs_neither_torch_nor_the_kernels(room):
+    assert not {"torch", "triton", "kernels"} & set(imports(room))
+
+
+def test_what_the_readme_names_exists():
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), f"README.md links to {path}, which does not exist"
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"`make ([\w-]+)", readme):
+        assert target in targets, f"README.md names `make {target}`, which does not exist"
+
+
+def test_the_readme_s_python_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for code in blocks:
+        if "torch" in code:
+            pytest.importorskip("triton")
+        exec(code, {})
+    assert blocks and "[[0 1 1 1 2 2 2 2]]" in capsys.readouterr().out

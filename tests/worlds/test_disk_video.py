@@ -1,0 +1,274 @@
+"""Clips from disk: which frames are taken, what is skipped and counted, and PyAV being optional."""
+
+import io
+import json
+import struct
+import sys
+import tarfile
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from miniflamingo.prompt import WordTokenizer, build_batch
+from miniflamingo.worlds.disk import Stream
+from miniflamingo.worlds.video import draw_times, read_videos
+
+TOKENIZER = WordTokenizer(["a", "cat"])
+
+
+def gif(durations, kind="GIF"):
+    """Frame i is grey, of level 10 * i, and is shown for durations[i] milliseconds."""
+    frames = [Image.new("L", (4, 4), 10 * i) for i in range(len(durations))]
+    frames = [frame.convert("RGB") for frame in frames] if kind == "WEBP" else frames
+    file, more = io.BytesIO(), {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(
+        file, kind, save_all=True, append_images=frames[1:], duration=list(durations), **more
+    )
+    return file.getvalue()
+
+
+def mp4(times, rate, kind="mp4"):
+    """Frame i is grey, of level 10 * i, and begins at times[i] / rate seconds."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.bit_rate = 10_000_000
+        for i, time in enumerate(times):
+            pixels = np.full((16, 32, 3), 10 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def sound():
+    """An mp4 without any picture."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def read(folder, *clips, strict=False, **options):
+    """clips: (file name, bytes), each with the caption "a cat"."""
+    for name, content in clips:
+        (folder / name).write_bytes(content)
+    lines = (json.dumps({"video": name, "caption": "a cat"}) + "\n" for name, _ in clips)
+    (folder / "clips.jsonl").write_text("".join(lines))
+    return read_videos(folder, strict=strict, **options)
+
+
+def levels(prompt):
+    """Which frames they are: the colours are kept to +-4 by the codec."""
+    means = [np.asarray(frame, float).mean() / 10 for frame in prompt[0]]
+    assert np.allclose(means, np.round(means), atol=0.4)
+    return np.round(means).astype(int).tolist()
+
+
+# --- which frames -------------------------------------------------------------------------------
+
+
+def test_a_gif_is_sampled_by_how_long_its_frames_are_shown(tmp_path):
+    # 0 at 0 s, 2 at 1 s and at 2 s, 3 from 2.4 s to 3.0 s: no frame begins at a whole second
+    (prompt,) = read(tmp_path, ("x.gif", gif([300, 300, 1800, 600])), tokenizer=TOKENIZER)
+    assert levels(prompt) == [0, 2, 2]
+    assert prompt[1] == "a cat"
+    batch = build_batch([prompt], TOKENIZER, image_size=2)
+    assert batch.pixels.shape == (1, 1, 3, 2, 2, 3)
+    assert batch.num_frames.tolist() == [[3]]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_animations_of_pillow(kind, tmp_path):
+    (prompt,) = read(tmp_path, (f"x.{kind}", gif([700] * 5, kind)))  # from 0, 0.7, 1.4, 2.1, 2.8
+    assert levels(prompt) == [0, 1, 2, 4]
+
+
+def test_frames_without_a_duration_last_a_tenth_of_a_second(tmp_path):
+    (prompt,) = read(tmp_path, ("x.gif", gif([0] * 25)))
+    assert levels(prompt) == [0, 10, 20]
+
+
+def test_a_still_gif_is_a_clip_of_one_frame(tmp_path):
+    (prompt,) = read(tmp_path, ("x.gif", gif([500])))
+    assert levels(prompt) == [0]
+
+
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=12), st.sampled_from([1, 2, 0.5]))
+@settings(max_examples=40, deadline=None)
+def test_a_gif_of_any_durations_shows_what_a_viewer_sees(tmp_path_factory, hundredths, fps):
+    clip = ("x.gif", gif([10 * d for d in hundredths]))
+    (prompt,) = read(tmp_path_factory.mktemp("gif"), clip, fps=fps, max_frames=100)
+    seen = np.repeat(np.arange(len(hundredths)), hundredths)  # every hundredth of a second
+    assert levels(prompt) == seen[:: int(100 / fps)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 4, 8, 12]),
+        ({"fps": 2}, [0, 2, 4, 6, 8, 10, 12]),
+        ({"fps": 0.5}, [0, 8]),
+        ({"fps": 4, "max_frames": 99}, [*range(14)]),
+        ({"fps": 8, "max_frames": 28}, np.repeat(range(14), 2).tolist()),
+    ],
+)
+def test_a_video_is_sampled_at_fps(options, expected, tmp_path):
+    (prompt,) = read(tmp_path, ("x.mp4", mp4(range(14), 4)), **options)  # 3.5 s
+    assert levels(prompt) == expected
+    assert prompt[0][0].size == (32, 16)
+
+
+def test_the_pictures_of_a_video_with_gaps_are_shown_until_the_next_begins(tmp_path):
+    # frames begin at 0, 0.1, 2.5 and 3.1 s
+    (prompt,) = read(tmp_path, ("x.mp4", mp4([0, 1, 25, 31], 10)))
+    assert levels(prompt) == [0, 1, 1, 2]
+
+
+def test_other_containers_are_read_too(tmp_path):
+    for kind, name in (("matroska", "x.mkv"), ("avi", "x.avi"), ("mov", "x.MOV")):
+        (prompt,) = read(tmp_path, (name, mp4(range(10), 4, kind)))
+        assert levels(prompt) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.mp4"])
+def test_a_long_clip_is_entered_at_a_random_second(name, tmp_path):
+    content = gif([500] * 24) if name == "x.gif" else mp4(range(24), 2)  # 12 s
+    stream = Stream(read(tmp_path, (name, content)))
+    clips = [levels(next(stream)) for _ in range(30)]
+    assert {clip[0] for clip in clips} == {0, 2, 4, 6, 8}
+    assert all(clip == list(range(clip[0], clip[0] + 16, 2)) for clip in clips)
+    resumed = Stream(read(tmp_path, (name, content)), state=(29, 0))
+    assert levels(next(resumed)) == clips[29]
+
+
+@given(
+    st.fractions(0, 30, max_denominator=60), st.integers(1, 10), st.sampled_from([1, 3, 0.5]),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_times_lie_within_the_clip_and_as_many_as_fit(duration, count, fps, seed):
+    times = draw_times(duration, Fraction(fps), count, np.random.default_rng(seed))
+    assert 1 <= len(times) <= count
+    assert all(b - a == 1 / Fraction(fps) for a, b in pairwise(times))
+    assert times[0] == int(times[0]) >= 0
+    assert times[-1] < duration or times == [0]
+    assert len(times) == count or times[-1] + 1 / Fraction(fps) >= duration
+
+
+def test_a_video_filmed_upright_is_turned_upright(tmp_path):
+    unity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        pixels = np.zeros((16, 32, 3), np.uint8)
+        pixels[:, :16] = 255  # white on the left
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content = file.getvalue()
+    at = content.rindex(unity)  # the track's; the movie's matrix stands before it
+    (prompt,) = read(tmp_path, ("x.mp4", content[:at] + turned + content[at + 36 :]))
+    frame = np.asarray(prompt[0][0])
+    assert frame.shape == (32, 16, 3)
+    assert frame[:14].min() > 200 > 50 > frame[18:].max()  # a quarter turn clockwise: white on top
+
+
+def test_clips_in_shards(tmp_path):
+    files = [("1.mp4", mp4(range(8), 4)), ("1.txt", b"a cat")]
+    files += [("2.gif", gif([1000] * 3)), ("2.json", b'{"text": "a"}'), ("3.txt", b"a cat")]
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    data = read_videos(tmp_path)
+    assert [(levels(prompt), prompt[1]) for prompt in data] == [([0, 4], "a cat"), ([0, 1, 2], "a")]
+    assert data.report.skipped == {"missing video": 1}
+
+
+# --- what is skipped ----------------------------------------------------------------------------
+
+BAD_CLIPS = {
+    "no mp4": (lambda: ("x.mp4", b"no video at all"), "unreadable video", "x.mp4: "),
+    "empty": (lambda: ("x.mp4", b""), "unreadable video", "x.mp4: "),
+    "cut": (lambda: ("x.mp4", mp4(range(14), 4)[:900]), "unreadable video", "x.mp4: "),
+    "sound": (lambda: ("x.mp4", sound()), "no frames", "no video stream"),
+    "no gif": (lambda: ("x.gif", b"GIF89a"), "unreadable image", "x.gif: "),
+    "cut gif": (lambda: ("x.gif", gif([900] * 3)[:-40]), "unreadable image", "x.gif: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLIPS)
+def test_a_bad_clip_is_counted_and_named_or_raised_when_strict(name, tmp_path):
+    make, reason, says = BAD_CLIPS[name]
+    pytest.importorskip("av")
+    data = read(tmp_path, ("0.gif", gif([100])), make())
+    assert len(list(data)) == 1
+    assert data.report.skipped == {reason: 1}
+    (message,) = data.report.messages
+    assert message.startswith(f"{tmp_path}/clips.jsonl:2: ")
+    assert says in message
+    with pytest.raises(ValueError, match=r"clips\.jsonl:2: "):
+        list(read(tmp_path, ("0.gif", gif([100])), make(), strict=True))
+
+
+def test_a_video_without_a_single_frame_is_counted(tmp_path):
+    empty = mp4([], 4)
+    data = read(tmp_path, ("0.gif", gif([100])), ("x.mp4", empty))
+    assert len(list(data)) == 1
+    assert data.report.skipped.keys() <= {"no frames", "unreadable video"}
+    assert data.report.skipped.total() == 1
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.mp4"])
+def test_frames_that_are_absurdly_large_are_counted(name, tmp_path, monkeypatch):
+    content = gif([100] * 3) if name == "x.gif" else mp4(range(3), 4)
+    data = read(tmp_path, (name, content))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(ValueError, match="1 read, 0 yielded, 1 skipped: 1 image too large"):
+        list(data)
+
+
+def test_captions_and_names_are_checked_as_those_of_pairs(tmp_path):
+    (tmp_path / "x.gif").write_bytes(gif([100]))
+    lines = [
+        {"video": "x.gif", "text": "a red cat"}, {"video": "../x.gif", "text": "a"},
+        {"video": "y.gif", "text": "a"}, {"image": "x.gif", "text": "a"},
+        {"video": "x.gif", "text": "a"},
+    ]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = read_videos(tmp_path, tokenizer=TOKENIZER)
+    assert len(list(data)) == 1
+    assert data.report.skipped == {
+        "unknown words": 1, "path outside the folder": 1, "missing video": 1, "missing key": 1,
+    }  # fmt: skip
+
+
+def test_options_are_checked(tmp_path):
+    for options in ({"fps": 0}, {"fps": float("nan")}, {"max_frames": 0}):
+        with pytest.raises(ValueError, match="expected fps > 0 and max_frames >= 1, got"):
+            read(tmp_path, ("x.gif", gif([100])), **options)
+
+
+def test_without_pyav_a_video_says_what_to_install_and_gifs_still_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    assert len(list(read(tmp_path, ("x.gif", gif([100]))))) == 1
+    with pytest.raises(
+        ValueError, match=r'x\.mp4 needs PyAV.* pip install "miniflamingo\[video\]"'
+    ):
+        list(read(tmp_path, ("x.gif", gif([100])), ("x.mp4", b"")))
