@@ -277,21 +277,26 @@ class Evaluation:
         return result
 
     def run(self, shots=SHOTS, progress=lambda x: x):
-        """All figures: a dict that JSON takes."""
-        metrics = {"samples": self.samples, "seed": self.seed, "few_shot": {}}
+        """All figures: a dict that JSON takes.
+
+        "few_shot" has plain accuracies, {task: {str(k): float}}; "few_shot_details" the figures.
+        """
+        metrics = {"samples": self.samples, "seed": self.seed, "alpha": self.model.alphas()}
+        details = {}
         for name in progress([*TASKS, *OTHERS]):
             if name in TASKS:
-                metrics["few_shot"][name] = self.binding(name, shots)
+                details[name] = self.binding(name, shots)
             else:
                 metrics[name] = getattr(self, name)()
-        return metrics | {"alpha": self.model.alphas()}
+        plain = {n: {k: v["accuracy"] for k, v in curve.items()} for n, curve in details.items()}
+        return metrics | {"few_shot": plain, "few_shot_details": details}
 
 
 def table(metrics):
     """The metrics as text: a table of the curves, then a line for each other figure."""
     shots = list(next(iter(metrics["few_shot"].values())))
     yield f"{'shots':<24}" + "".join(f"{k:>7}" for k in shots)
-    for name, curve in metrics["few_shot"].items():
+    for name, curve in metrics["few_shot_details"].items():
         for row in ("accuracy", "given_shown", "ceiling"):
             values = (curve[k][row] for k in shots)
             label = name if row == "accuracy" else "  " + row.replace("_", " ")
