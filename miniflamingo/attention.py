@@ -8,7 +8,15 @@ Letters: B batch, L or Lq queries, Lk keys, H heads, K head width, D model width
 import numpy as np
 
 from miniflamingo.autograd import differentiable
-from miniflamingo.functional import ACTIVATIONS, LayerNorm, Linear, RMSNorm
+from miniflamingo.functional import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    row_dot,
+    row_max,
+    row_sum,
+)
 from miniflamingo.module import Module
 
 
@@ -25,10 +33,10 @@ def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -
         scores += bias
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = row_max(scores)
     scores -= np.where(np.isfinite(top), top, 0)
     weights = np.exp(scores, out=scores)  # in place: a large array costs more to get than to fill
-    total = weights.sum(axis=-1, keepdims=True)
+    total = row_sum(weights)
     weights /= np.where(total > 0, total, 1)
     return weights
 
@@ -44,9 +52,10 @@ def attention_backward(dout, q, k, v, mask=None, bias=None):
     p = attention_weights(q, k, mask, bias)
     # out = p @ v
     dv = p.swapaxes(-1, -2) @ dout
-    dp = dout @ v.swapaxes(-1, -2)
+    dscores = dout @ v.swapaxes(-1, -2)  # so far dp
     # p = softmax(scores): a row of zeros stays a row of zeros
-    dscores = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    dscores -= row_dot(p, dscores)
+    dscores *= p
     # scores = q @ k^T / sqrt(K) + bias
     dscores *= q.shape[-1] ** -0.5
     return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv

@@ -55,6 +55,8 @@ TASKS = {
     "digits_3way_unseen": Task(3, HELD_OUT_DIGITS, "shape"),
 }
 
+OTHERS = ("captions", "questions", "motion", "rices", "ensemble", "text_only")
+
 # --- figures --------------------------------------------------------------------------------------
 
 
@@ -168,8 +170,8 @@ class Evaluation:
 
     def captions(self):
         """Whole captions exactly right, with beam search of width 3, as in the paper."""
-        cases, result = {"seen": SEEN & GEOMETRIC, "held_out": HELD_OUT_SHAPES, "digits": SEEN & DIGIT,
-                         "unseen_digits": HELD_OUT_DIGITS}, {}  # fmt: skip
+        result, cases = {}, {"seen": SEEN & GEOMETRIC, "held_out": HELD_OUT_SHAPES}
+        cases |= {"digits": SEEN & DIGIT, "unseen_digits": HELD_OUT_DIGITS}
         for name, allowed in cases.items():
             rng = self.rng("captions", name)
             asked = datasets.caption_documents(self.pool, self.samples, 1, rng, allowed)
@@ -274,32 +276,32 @@ class Evaluation:
             result[name] = {"lm": figure(alone), "inside": figure(inside), "kept": kept}
         return result
 
-    def run(self, shots=SHOTS):
-        """All figures: a dict that JSON takes."""
-        return {
-            "samples": self.samples,
-            "seed": self.seed,
-            "few_shot": {name: self.binding(name, shots) for name in TASKS},
-            "captions": self.captions(),
-            "questions": self.questions(),
-            "motion": self.motion(),
-            "rices": self.rices(),
-            "ensemble": self.ensemble(),
-            "text_only": self.text_only(),
-            "alpha": self.model.alphas(),
-        }
+    def run(self, shots=SHOTS, progress=lambda x: x):
+        """All figures: a dict that JSON takes.
+
+        "few_shot" has plain accuracies, {task: {str(k): float}}; "few_shot_details" the figures.
+        """
+        metrics = {"samples": self.samples, "seed": self.seed, "alpha": self.model.alphas()}
+        details = {}
+        for name in progress([*TASKS, *OTHERS]):
+            if name in TASKS:
+                details[name] = self.binding(name, shots)
+            else:
+                metrics[name] = getattr(self, name)()
+        plain = {n: {k: v["accuracy"] for k, v in curve.items()} for n, curve in details.items()}
+        return metrics | {"few_shot": plain, "few_shot_details": details}
 
 
 def table(metrics):
     """The metrics as text: a table of the curves, then a line for each other figure."""
     shots = list(next(iter(metrics["few_shot"].values())))
     yield f"{'shots':<24}" + "".join(f"{k:>7}" for k in shots)
-    for name, curve in metrics["few_shot"].items():
+    for name, curve in metrics["few_shot_details"].items():
         for row in ("accuracy", "given_shown", "ceiling"):
             values = (curve[k][row] for k in shots)
             label = name if row == "accuracy" else "  " + row.replace("_", " ")
             yield f"{label:<24}" + "".join(f"{'-' if v is None else f'{v:.3f}':>7}" for v in values)
-    for part in ("captions", "questions", "motion", "rices", "ensemble", "text_only"):
+    for part in OTHERS:
         for name, values in metrics[part].items():
             if part == "text_only":
                 line = (f"{values['lm']['accuracy']:.3f} alone, {values['inside']['accuracy']:.3f} "

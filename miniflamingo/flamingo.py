@@ -24,8 +24,9 @@ class FlamingoConfig:
     """All sizes of a Flamingo. `FlamingoConfig.preset(name)` gives mini, 3B, 9B and 80B.
 
     resampler is "perceiver", "mlp" or "transformer"; only_last=False is the paper's ablation in
-    which a token attends to all previous images; train_eoc gives the model its own, trained
-    embedding of `<EOC>`, for a frozen LM that has never seen it.
+    which a token attends to all previous images; skip_without_image leaves tokens with no image
+    before them to the frozen LM (see GatedCrossAttentionDense); train_eoc gives the model its own,
+    trained embedding of `<EOC>`, for a frozen LM that has never seen it.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -42,6 +43,7 @@ class FlamingoConfig:
     xattn_heads: int = 4
     xattn_head_dim: int = 16
     only_last: bool = True
+    skip_without_image: bool = False
     train_eoc: bool = False
     eoc_token: int = 2
     image_token: int = 3
@@ -86,6 +88,7 @@ class Flamingo(Module):
                 c.xattn_heads,
                 c.xattn_head_dim,
                 only_last=c.only_last,
+                skip_without_image=c.skip_without_image,
                 rng=rng,
             )
             for _ in range(0, c.lm.depth, c.xattn_every)

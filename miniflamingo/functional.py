@@ -5,6 +5,8 @@ gradient of the loss with respect to the output, and the forward's inputs. The g
 always called `dx`. No dtype is fixed: float32 in, float32 out; float64 in, float64 out.
 """
 
+import functools
+
 import numpy as np
 
 from miniflamingo.autograd import Tensor, differentiable
@@ -15,6 +17,8 @@ from miniflamingo.module import Module, Parameter
 
 def _unbroadcast(dx, shape):
     """Sum dx over the axes along which an input of `shape` was broadcast."""
+    if dx.shape == shape:
+        return dx
     dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
     repeated = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
     return dx.sum(axis=repeated, keepdims=True) if repeated else dx
@@ -26,8 +30,9 @@ def add(x, y):  # [...], [...] -> [...], broadcast
 
 
 @add.gradient
-def add_backward(dout, x, y):
-    return _unbroadcast(dout, np.shape(x)), _unbroadcast(dout, np.shape(y))
+def add_backward(dout, x, y, needs=(True, True)):
+    dx, dy = (_unbroadcast(dout, np.shape(a)) if need else None for a, need in zip((x, y), needs))
+    return dx, dy
 
 
 @differentiable
@@ -36,8 +41,9 @@ def multiply(x, y):  # [...], [...] -> [...], broadcast
 
 
 @multiply.gradient
-def multiply_backward(dout, x, y):
-    return _unbroadcast(dout * y, np.shape(x)), _unbroadcast(dout * x, np.shape(y))
+def multiply_backward(dout, x, y, needs=(True, True)):
+    dx = _unbroadcast(dout * y, np.shape(x)) if needs[0] else None
+    return dx, _unbroadcast(dout * x, np.shape(y)) if needs[1] else None
 
 
 @differentiable
@@ -151,6 +157,31 @@ Tensor.reshape, Tensor.transpose = reshape, transpose
 Tensor.sum, Tensor.mean = total, mean
 
 
+# --- reductions that NumPy does slowly when the last axis is short --------------------------------
+
+
+def row_sum(x):  # [..., D] -> [..., 1]
+    """x.sum(axis=-1, keepdims=True), several times faster."""
+    return np.einsum("...d->...", x)[..., None]
+
+
+def row_dot(x, y):  # [..., D], [..., D] -> [..., 1]
+    """(x * y).sum(axis=-1, keepdims=True), without the array x * y."""
+    return np.einsum("...d,...d->...", x, y)[..., None]
+
+
+def column_dot(x, y):  # [..., D], [..., D] -> [D]
+    """(x * y) summed over all axes but the last, without the array x * y."""
+    return np.einsum("nd,nd->d", x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+
+
+def row_max(x):  # [..., D] -> [..., 1], -inf for D = 0
+    """x.max(axis=-1, keepdims=True)."""
+    if not 0 < x.shape[-1] <= 64:
+        return x.max(axis=-1, keepdims=True, initial=-np.inf)
+    return functools.reduce(np.maximum, np.moveaxis(x, -1, 0))[..., None]
+
+
 # --- linear -------------------------------------------------------------------------------------
 
 
@@ -191,26 +222,31 @@ class Linear(Module):
 
 @differentiable
 def layer_norm(x, weight, bias, eps=1e-5):  # [..., D], [D], [D] -> [..., D]
-    return _standardise(x, eps)[0] * weight + bias
+    out = _standardise(x, eps)[0]
+    out *= weight
+    out += bias
+    return out
 
 
 def _standardise(x, eps):
-    centred = x - x.mean(axis=-1, keepdims=True)
-    inv_std = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + eps)
-    return centred * inv_std, inv_std
+    x_hat = x - row_sum(x) / x.shape[-1]
+    inv_std = 1 / np.sqrt(row_dot(x_hat, x_hat) / x.shape[-1] + eps)
+    x_hat *= inv_std
+    return x_hat, inv_std
 
 
 @layer_norm.gradient
 def layer_norm_backward(dout, x, weight, bias, eps=1e-5):
     x_hat, inv_std = _standardise(x, eps)
     # out = x_hat * weight + bias
-    lead = tuple(range(x.ndim - 1))
-    dweight, dbias = (dout * x_hat).sum(axis=lead), dout.sum(axis=lead)
+    dweight, dbias = column_dot(dout, x_hat), dout.reshape(-1, x.shape[-1]).sum(axis=0)
     # x_hat = (x - mean(x)) * inv_std: x moves its own x_hat, the mean and the deviation
-    dx_hat = dout * weight
-    dx = dx_hat - dx_hat.mean(axis=-1, keepdims=True)
-    dx -= x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)
-    return dx * inv_std, dweight, dbias
+    dx = dout * weight  # so far dx_hat
+    x_hat *= row_dot(dx, x_hat) / x.shape[-1]
+    dx -= row_sum(dx) / x.shape[-1]
+    dx -= x_hat
+    dx *= inv_std
+    return dx, dweight, dbias
 
 
 class LayerNorm(Module):
@@ -226,18 +262,20 @@ class LayerNorm(Module):
 
 @differentiable
 def rms_norm(x, weight, eps=1e-6):  # [..., D], [D] -> [..., D]
-    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps) * weight
+    return x / np.sqrt(row_dot(x, x) / x.shape[-1] + eps) * weight
 
 
 @rms_norm.gradient
 def rms_norm_backward(dout, x, weight, eps=1e-6):
-    inv_rms = 1 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps)
+    inv_rms = 1 / np.sqrt(row_dot(x, x) / x.shape[-1] + eps)
     x_hat = x * inv_rms
     # out = x_hat * weight
-    dweight = (dout * x_hat).sum(axis=tuple(range(x.ndim - 1)))
+    dweight = column_dot(dout, x_hat)
     # x_hat = x * inv_rms
-    dx_hat = dout * weight
-    dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)) * inv_rms
+    dx = dout * weight  # so far dx_hat
+    x_hat *= row_dot(dx, x_hat) / x.shape[-1]
+    dx -= x_hat
+    dx *= inv_rms
     return dx, dweight
 
 
@@ -271,7 +309,10 @@ def squared_relu(x):  # [...] -> [...], Flamingo's activation (So et al., 2021)
 
 @squared_relu.gradient
 def squared_relu_backward(dout, x):
-    return dout * (2 * np.maximum(x, 0))
+    dx = np.maximum(x, 0)
+    dx *= 2
+    dx *= dout
+    return dx
 
 
 GELU_SCALE, GELU_CUBE = float(np.sqrt(8 / np.pi)), 0.044715
@@ -295,9 +336,16 @@ def gelu(x):  # [...] -> [...], the tanh form (Hendrycks and Gimpel, 2016)
 @gelu.gradient
 def gelu_backward(dout, x):
     gate = _gelu_gate(x)
-    du = GELU_SCALE * (1 + 3 * GELU_CUBE * (x * x))
-    # out = x * gate, gate = sigmoid(u): the product rule
-    return dout * (gate + x * du * (gate * (1 - gate)))
+    # out = x * gate, gate = sigmoid(u): out' = gate + x gate (1 - gate) u'
+    du = x * x
+    du *= 3 * GELU_CUBE * GELU_SCALE
+    du += GELU_SCALE
+    du *= x
+    du *= 1 - gate
+    du += 1
+    du *= gate
+    du *= dout
+    return du
 
 
 @differentiable

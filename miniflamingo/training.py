@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from miniflamingo.autograd import Tape
@@ -204,8 +205,9 @@ class Run:
     one with another config.
     """
 
-    def __init__(self, stage, out, resume=False, checkpoint_every=100):
+    def __init__(self, stage, out, resume=False, checkpoint_every=100, threads=2):
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
+        self.threads = threads  # of BLAS: small products lose time with many
         self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
         self.rng = np.random.default_rng([stage.config.seed, 1])
@@ -226,7 +228,8 @@ class Run:
         """
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
-        with bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
+        blas = threadpool_limits(self.threads)
+        with blas, bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
             while self.optimiser.step < steps and not stop.is_set():
                 record = self.step()
                 log.write(json.dumps(record) + "\n")

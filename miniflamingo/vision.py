@@ -51,14 +51,13 @@ def _matrices(weight, groups):  # [O, C/groups, kh, kw] -> [groups, kh * kw * C/
 def conv2d(x, weight, bias=None, stride=1, padding=0, groups=1):
     """[B, height, width, C], [O, C/groups, kh, kw], [O] -> [B, h, w, O], zero padding."""
     patches = _patches(x, *weight.shape[2:], stride, padding, groups)
-    matrices = _matrices(weight, groups)
-    out = np.stack([_product(p, m) for p, m in zip(patches, matrices)], axis=-2)
-    out = out.reshape(*out.shape[:3], len(weight))  # [B, h, w, groups, O/groups] -> channels
+    out = _rows(patches) @ _matrices(weight, groups)  # one large product for each group
+    out = np.moveaxis(out, 0, 1).reshape(*patches.shape[1:4], len(weight))
     return out if bias is None else out + bias
 
 
-def _product(x, matrix):  # [..., I], [I, O] -> [..., O] as one product of two matrices
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+def _rows(x):  # [groups, B, h, w, I] -> [groups, B*h*w, I]
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 @conv2d.gradient
@@ -71,12 +70,11 @@ def conv2d_backward(
     dx = dweight = None
     # out = patches @ matrix, for every group
     if needs[0]:
-        matrices = _matrices(weight, groups).swapaxes(-1, -2)
-        dpatches = np.stack([_product(d, m) for d, m in zip(dgroup, matrices)])
+        dpatches = _rows(dgroup) @ _matrices(weight, groups).swapaxes(-1, -2)
         dx = _add_patches(dpatches.reshape(groups, B, h, w, kh, kw, I), x.shape, stride, padding)
     if needs[1]:
-        rows = _patches(x, kh, kw, stride, padding, groups).reshape(groups, B * h * w, -1)
-        dmatrix = rows.swapaxes(-1, -2) @ dgroup.reshape(groups, B * h * w, O // groups)
+        rows = _rows(_patches(x, kh, kw, stride, padding, groups))
+        dmatrix = rows.swapaxes(-1, -2) @ _rows(dgroup)
         dweight = dmatrix.reshape(groups, kh, kw, I, O // groups).transpose(0, 4, 3, 1, 2)
         dweight = dweight.reshape(weight.shape)
     return dx, dweight, None if bias is None else dout.sum(axis=(0, 1, 2))

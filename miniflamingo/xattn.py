@@ -130,7 +130,9 @@ def image_causal_attention_backward(dout, q, k, v, phi):
 
 def _sum_items(items, owner, like):  # [I, H, R, K] -> [B, N, R, H, K]: add up each image's items
     out = np.zeros_like(like, shape=(like.shape[0] * like.shape[1], *like.shape[2:]))
-    np.add.at(out, owner, swap_heads(items))
+    first = np.flatnonzero(np.diff(owner, prepend=-1))  # an image's items follow one another
+    if len(first):
+        out[owner[first]] = np.add.reduceat(swap_heads(items), first, axis=0)
     return out.reshape(like.shape)
 
 
@@ -146,7 +148,7 @@ def tanh_gate(y, alpha, branch):  # [...], [], [...] -> [...]
 def tanh_gate_backward(dout, y, alpha, branch):
     gate = np.tanh(alpha)
     # out = y + gate * branch, gate = tanh(alpha): at alpha = 0 only y and alpha receive a gradient
-    return dout, (1 - gate * gate) * np.sum(dout * branch), gate * dout
+    return dout, (1 - gate * gate) * np.vdot(dout, branch), gate * dout
 
 
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
@@ -184,10 +186,23 @@ class GatedCrossAttentionDense(Module):
 
     D text width, D_media width of the visual tokens. With both alphas at 0 it is the identity.
     Layer norms as in the paper's first version: on the queries' input, on the keys' and values'
-    input (shared by both), and on the feed-forward's input.
+    input (shared by both), and on the feed-forward's input. skip_without_image, which the paper
+    does not have, leaves tokens with phi = 0 to the language model alone, in both branches.
     """
 
-    def __init__(self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, *, rng):
+    def __init__(
+        self,
+        dim,
+        media_dim,
+        heads,
+        head_dim,
+        ffw_mult=4,
+        only_last=True,
+        skip_without_image=False,
+        *,
+        rng,
+    ):
+        self.skip_without_image = skip_without_image
         self.norm, self.media_norm = LayerNorm(dim), LayerNorm(media_dim)
         self.attention = ImageCausalCrossAttention(
             dim, media_dim, heads, head_dim, only_last, rng=rng
@@ -209,4 +224,7 @@ class GatedCrossAttentionDense(Module):
         k, v = self.project_media(media) if keys_values is None else keys_values
         phi = check_phi(phi, *y.shape[:2], k.shape[1])
         y = tanh_gate(y, self.alpha_xattn, self.attention(self.norm(y), (k, v), phi))
-        return tanh_gate(y, self.alpha_dense, self.ffw(y))
+        dense = self.ffw(y)
+        if self.skip_without_image:
+            dense = dense * (phi > 0)[..., None]
+        return tanh_gate(y, self.alpha_dense, dense)

@@ -35,6 +35,7 @@ from miniflamingo.worlds.grammar import (
 IGNORED = -100  # a target that counts for nothing
 SEEN = ~HELD_OUT  # bool[colour, shape], the classes that the bridge is trained on
 CHUNK = 256  # pictures that are encoded at a time
+GROUP = 8  # rows of a contrastive batch that differ in one shape alone
 
 
 # --- contrastive pairs ----------------------------------------------------------------------------
@@ -44,19 +45,42 @@ def contrastive_batch(B, rng):
     """Pictures [B, 24, 24, 3] and their captions int[B, L]: half one object, half two.
 
     A single object is placed in one quarter of the picture and its caption ends with "up left" and
-    so on, so that the features keep the place: motion is read off it later.
+    so on, so that the features keep the place: motion is read off it later. Rows come in groups of
+    GROUP that differ in one shape alone; otherwise colour and place would tell most pictures of a
+    batch apart, and shapes would hardly be learned.
     """
     half = B // 2
-    one = draw_attributes((half,), ANY, rng)
+    colour, shape, size = draw_attributes((half,), ANY, rng)
     down, right = rng.integers(0, 2, (2, half))
+    colour, size, down, right = (_same_in_group(a) for a in (colour, size, down, right))
+    shape = _different_in_group(half, len(shapes.SHAPES), rng)
     low, high = rng.uniform(5.5, 8.5, (2, half)), rng.uniform(14.5, 17.5, (2, half))
     x, y = np.where([right, down], high, low)
     places = phrase(DIRECTION_IDS[2 + down], DIRECTION_IDS[right])
-    two = draw_pair_attributes((B - half,), ANY, rng)
-    singles = shapes.draw_objects(*one, rng, centre=(x, y))
+    singles = shapes.draw_objects(colour, shape, size, rng, centre=(x, y))
+    two = _pair_groups(B - half, rng)
     pictures = np.concatenate([singles, shapes.draw_pairs(*two, rng)])
-    texts = [np.concatenate([caption(*one), places], axis=-1), pair_caption(*two)]
+    texts = [np.concatenate([caption(colour, shape, size), places], axis=-1), pair_caption(*two)]
     return pictures, stack_rows(texts)
+
+
+def _pair_groups(B, rng):
+    """Attributes of two objects, int[B, 2] each; in a group, one object's shape is what differs."""
+    colour, shape, size = (_same_in_group(a) for a in draw_pair_attributes((B,), ANY, rng))
+    varied = _same_in_group(rng.integers(0, 2, B)), np.arange(B)
+    shape[varied[::-1]] = _different_in_group(B, shapes.NUM_GEOMETRIC, rng)
+    return colour, shape, size
+
+
+def _same_in_group(values):  # [B, ...] -> each group has its first row's value
+    return values[np.arange(len(values)) // GROUP * GROUP].copy()
+
+
+def _different_in_group(B, classes, rng):  # -> int[B]
+    """Random classes in [0, classes), each at most once (or as rarely as can be) in a group."""
+    groups = -(-B // GROUP)
+    order = np.argsort(rng.random((groups, classes)), axis=1)
+    return np.tile(order, (1, -(-GROUP // classes)))[:, :GROUP].ravel()[:B]
 
 
 # --- the pool -------------------------------------------------------------------------------------
