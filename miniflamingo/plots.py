@@ -307,6 +307,7 @@ def plot_latents(image, maps):
         axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0)
         axes.set_title(f"latent {r}", loc="center", fontsize=8, fontweight="normal")
         axes.set_axis_off()
+    return figure
 
 
 # --- which image reaches which token ------------------------------------------------------------
