@@ -139,10 +139,15 @@ def test_the_pictures_of_a_video_with_gaps_are_shown_until_the_next_begins(tmp_p
 
 
 def test_other_containers_are_read_too(tmp_path):
-    # an mpegts begins at 1.4 s, not at 0
     for kind in ("matroska", "avi", "MOV", "mpegts"):
         (prompt,) = read(tmp_path, (f"x.{kind}", mp4(range(10), 4, kind.lower())))
         assert levels(prompt) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mpegts", "matroska"])
+def test_a_clock_that_does_not_begin_at_0_is_set_to_it(kind, tmp_path):
+    (prompt,) = read(tmp_path, (f"x.{kind}", mp4(range(8, 18), 4, kind)))  # from 2 s to 4.5 s
+    assert levels(prompt) == [0, 4, 8]
 
 
 def test_a_file_that_ends_before_its_time_gives_the_frames_it_has(tmp_path):
