@@ -109,7 +109,8 @@ class Resampler(Module):
     input_dim is projected to dim where they differ. num_frames time embeddings are learned; learned
     spatial embeddings exist only where `num_features` (S) is given, which the paper does not have.
     Their standard deviation at the start, 0.3, is a choice that matters: it is about that of the
-    mini model's features, and three times as much drowns them. final_norm is a choice: the paper's pseudo-code shows none, all public re-implementations do.
+    mini model's features, and three times as much drowns them. final_norm is a choice too: the
+    paper's pseudo-code shows none, all public re-implementations do.
     """
 
     def __init__(self, input_dim, dim, num_frames, num_features, final_norm, *, rng):
