@@ -108,16 +108,18 @@ class Resampler(Module):
 
     input_dim is projected to dim where they differ. num_frames time embeddings are learned; learned
     spatial embeddings exist only where `num_features` (S) is given, which the paper does not have.
-    final_norm is a choice: the paper's pseudo-code shows none, all public re-implementations do.
+    Their standard deviation at the start, 0.3, is a choice that matters: it is about that of the
+    mini model's features, and three times as much drowns them. final_norm is a choice too: the
+    paper's pseudo-code shows none, all public re-implementations do.
     """
 
     def __init__(self, input_dim, dim, num_frames, num_features, final_norm, *, rng):
         self.input_proj = Linear(input_dim, dim, rng=rng) if input_dim != dim else None
         self.time_embeddings = Parameter(
-            rng.normal(size=(num_frames, dim)).astype(np.float32, copy=False)
+            rng.normal(0, 0.3, (num_frames, dim)).astype(np.float32, copy=False)
         )
         self.spatial_embeddings = (
-            Parameter(rng.normal(size=(num_features, dim)).astype(np.float32, copy=False))
+            Parameter(rng.normal(0, 0.3, (num_features, dim)).astype(np.float32, copy=False))
             if num_features
             else None
         )

@@ -205,9 +205,9 @@ class Run:
     one with another config.
     """
 
-    def __init__(self, stage, out, resume=False, checkpoint_every=100, threads=2):
+    def __init__(self, stage, out, resume=False, checkpoint_every=100, threads=1):
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
-        self.threads = threads  # of BLAS: small products lose time with many
+        self.threads = threads  # of BLAS: so small products gain little from more
         self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
         self.rng = np.random.default_rng([stage.config.seed, 1])

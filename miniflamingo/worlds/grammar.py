@@ -51,8 +51,8 @@ def phrase(*parts):
 
 def document(chunks):  # int[B, n, words] -> int[B, 1 + n * words]
     """`<BOS>`, then the n chunks of each row, one after the other."""
-    B = len(chunks)
-    return np.concatenate([np.full((B, 1), BOS), chunks.reshape(B, -1)], axis=1)
+    B, n, words = chunks.shape
+    return np.concatenate([np.full((B, 1), BOS), chunks.reshape(B, n * words)], axis=1)
 
 
 def stack_rows(texts):  # int[B_i, L_i] each -> int[sum B_i, max L_i]
