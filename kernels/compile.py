@@ -1,15 +1,16 @@
-"""Compile every kernel for GPUs that are not here: `python -m kernels compile`.
+"""Compile every kernel for GPUs that need not be here: `python -m kernels compile [--full]`.
 
-Triton compiles without a GPU or a driver. This command records the launches that the kernels' own
-launchers would make, hands each to Triton's compiler as the JIT would (with the same specialisation
-of sizes and alignments), and reads the resources from the result:
+Triton compiles without a GPU and without a driver. This command records the launches that the
+kernels' own launchers make, hands each to Triton's JIT as on a GPU (so with the same specialisation
+on sizes and alignments), and reads from the binary what one program needs:
 
-    registers   of one thread (gfx942: vector registers)
-    spilled     bytes of a thread's stack (gfx942: registers); the kernels have no arrays, so that
-                anything on the stack is a register that did not fit
-    shared      bytes of shared memory of a program
+    registers   of a thread (gfx942: vector registers)
+    spilled     cuda: bytes of a thread's stack; the kernels have no arrays, so what lies there are
+                registers that did not fit. gfx942: vector registers that went to memory
+    shared      bytes of shared memory
 
-A launch is fine if nothing is spilled and its shared memory fits the target.
+A launch is fine if nothing is spilled and its shared memory fits. Exit code 1 if one is not, 2 if
+something is missing.
 """
 
 import os
@@ -17,7 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,6 +30,8 @@ from triton.backends.compiler import GPUTarget
 from kernels import image_causal_attention
 from kernels.runtime import INTERPRET, replaced
 
+EXAMPLES = (image_causal_attention.launch_examples,)  # of each kernel file: (K, dtype, R) -> None
+
 # name -> Triton's target, and the shared memory that one program can have there
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -34,9 +39,15 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# (K, R): what the presets and the paper have, and the corners of what is allowed
-SMALL = ((64, 64), (128, 64), (128, 256))
-FULL = (*SMALL, (40, 64), (64, 40), (80, 7), (96, 64), (128, 1), (32, 32), (64, 128), (40, 100))
+
+# (dtype, K, R), the paper's R = 64 first. The usual ones touch every kernel and both widths
+USUAL = (("bf16", 64, 64), ("bf16", 128, 64), ("fp32", 16, 8), ("fp32", 128, 64), ("bf16", 128, 256))
+SHAPES = ((64, 64), (128, 64), (16, 8), (128, 256), (32, 32), (40, 64), (64, 40), (80, 7), (96, 64))
+SHAPES += ((128, 1), (64, 128), (40, 100))
+FULL = (
+    *((dtype, K, R) for K, R in SHAPES for dtype in ("bf16", "fp32")),
+    *(("fp16", K, R) for K, R in SHAPES[:4]),  # compiles as bf16 does but for the conversions
+)
 
 
 @dataclass
@@ -44,10 +55,10 @@ class Compiled:
     """One kernel, compiled for one launch and one target."""
 
     kernel: str
-    target: str
     dtype: str
     K: int
     R: int
+    target: str
     registers: int
     spilled: int
     shared: int
@@ -58,12 +69,16 @@ class Compiled:
         """Whether it fits."""
         return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
 
+    def __str__(self):
+        fields = f"{self.kernel:<17}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
+        fields += f"{self.registers:>9}{self.spilled:>9}{self.shared:>9}  {self.options:<24}"
+        return fields + ("ok" if self.ok else "NO")
+
 
 class _Driver:
-    """As much of a driver as the JIT asks for before it compiles; each target is a device."""
+    """As much of a driver as the JIT asks for before it compiles; here a device is a target."""
 
-    def __init__(self):
-        self.device = next(iter(TARGETS))
+    device = "sm_90"
 
     def get_current_device(self):
         return self.device
@@ -75,45 +90,83 @@ class _Driver:
         return TARGETS[self.device][0]
 
 
-def record_launches(K, dtype, R):
-    """The launches [(kernel, arguments, options)] of every registered kernel."""
-    launches = []
+def missing():
+    """What this machine lacks to compile, in one line; None if nothing."""
+    if INTERPRET.value:
+        return "compiling needs a process of its own with TRITON_INTERPRET=0"
+    backends = Path(triton.__file__).parent / "backends"
+    needed = [_cuobjdump(), backends / "amd" / "compiler.py"]
+    absent = [str(path) for path in needed if not path.exists()]
+    return f"this Triton lacks {', '.join(absent)}" if absent else None
+
+
+def record_launches(dtype, K, R):
+    """The launches [(kernel, arguments, options)] of every kernel, each only once."""
+    launches = {}
 
     def record(kernel, programs, *args, **options):
-        launches.append((kernel, args, options))
+        launches[kernel.__name__] = (kernel, args, options)
 
     with replaced(launch=record):
-        image_causal_attention.launch_examples(K, dtype, R)
-    return launches
+        for examples in EXAMPLES:
+            examples(K, DTYPES[dtype], R)
+    return launches.values()
 
 
-def compile_all(sizes, dtypes=tuple(DTYPES), targets=tuple(TARGETS)):
-    """Compile for every (K, R) of sizes, dtype and target; yields Compiled, one after another."""
-    driver = _Driver()
+def compile_one(case, targets=tuple(TARGETS)):
+    """Compile every kernel for a case (dtype, K, R) and every target -> [Compiled]."""
+    driver, results = _Driver(), []
     triton.runtime.driver.set_active(driver)
-    for K, R in sizes:
-        for dtype in dtypes:
-            for kernel, args, options in record_launches(K, DTYPES[dtype], R):
-                for target in targets:
-                    driver.device = target
-                    binary = kernel.warmup(*args, grid=(1,), **options)
-                    shown = " ".join(f"{k}={options[k]}" for k in ("BLOCK_M", "num_warps") if k in options)
-                    read = _read_amd if target.startswith("gfx") else _read_nvidia
-                    yield Compiled(kernel.__name__, target, dtype, K, R, *read(binary), binary.metadata.shared, shown)
+    for kernel, args, options in record_launches(*case):
+        keys = [key for key in ("BLOCK_M", "BLOCK", "num_warps") if key in options]
+        shown = " ".join(f"{key}={options[key]}" for key in keys)
+        for target in targets:
+            driver.device = target
+            binary = kernel.warmup(*args, grid=(1,), **options)
+            read = _read_amd if TARGETS[target][0].backend == "hip" else _read_cuda
+            usage = *read(binary), binary.metadata.shared
+            results.append(Compiled(kernel.__name__, *case, target, *usage, shown))
+    return results
 
 
-def _read_nvidia(binary):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _cuobjdump():
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _read_cuda(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
+        command = [_cuobjdump(), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()))
 
 
 def _read_amd(binary):
-    assembly = binary.asm["amdgcn"]
-    def field(name):
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
-    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+    fields = ("vgpr_count", "vgpr_spill_count")
+    return tuple(int(re.search(rf"\.{f}:\s*(\d+)", binary.asm["amdgcn"]).group(1)) for f in fields)
+
+
+def compile_all(cases):
+    """Compile the cases side by side, one process for each core; yields Compiled."""
+    with ProcessPoolExecutor(min(os.cpu_count(), len(cases))) as pool:
+        for results in pool.map(compile_one, cases):
+            yield from results
+
+
+def run(full=False):
+    """The command: print the table; returns the exit code."""
+    if INTERPRET.value:  # a process compiles or interprets, never both
+        command = [sys.executable, "-m", "kernels", "compile", *["--full"] * full]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
+    if missing():
+        print(f"kernels: error: {missing()}", file=sys.stderr)
+        return 2
+    names = "kernel", "dtype", "K", "R", "target", "registers", "spilled", "shared", "options"
+    print("{:<17}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
+    counts = {True: 0, False: 0}
+    for result in compile_all(FULL if full else USUAL):
+        print(result, flush=True)
+        counts[result.ok] += 1
+    print(f"{sum(counts.values())} compiled, {counts[False]} with spills or too much shared memory")
+    return 1 if counts[False] else 0

@@ -18,13 +18,14 @@ partial from each, and `_sum_partials` adds them up in the order of the tokens. 
 runs agree bit for bit. Tokens with phi = 0 are items of "image 0", which store zeros; an image that
 nobody attends to owns one empty item, which stores dk = dv = 0.
 
-R > 64 goes to `image_causal_attention_blocks.py`, which loops over blocks of 64 keys.
+Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_blocks.py`, which loops
+over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
 any order of phi, strided q, k, v, dout. Compiled without register spills: `python -m kernels
 compile`. Not tested: tensors of more than 2^31 elements (offsets are 64 bits wide), several GPUs in
 one process. The launch options are chosen for fitting in registers, not yet by measured time.
-float64 exists for checking gradients.
+float64, for checking gradients, exists in the interpreter alone.
 """
 
 import torch
@@ -41,13 +42,15 @@ from kernels.runtime import (
     launch,
     load_rows,
     rows_contiguous,
+    side,
     store_rows,
 )
 from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
 
 MAX_K, MAX_R = 128, 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ONE_TILE = 64  # the most visual tokens whose softmax is taken in one tile
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if INTERPRET.value:
+    DTYPES += (torch.float64,)  # for checking gradients
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ def _backward(
     if image == 0:
         store_zeros(dq_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
-        n, r, c = image - 1, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+        n, r = image - 1, tl.arange(0, BLOCK_R)
         k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)  # [R, K]
         v = load_rows(v_ptr + b * v_b + n * v_n + h * v_h, r, v_r, r < R, K, BLOCK_K)
         dk = tl.zeros([BLOCK_R, BLOCK_K], dk_part_ptr.dtype.element_ty)
@@ -108,8 +111,9 @@ def _backward(
             token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
-            # everything is transposed, [R, M]: every product then has R or K rows, never M, so
-            # that the tile of tokens can be small and leaves registers to dk and dv
+            # scores, p and their gradients are transposed, [R, M]: the products that make them and
+            # dk, dv then have R rows and not M, so that a small tile of tokens, which leaves
+            # registers to dk and dv, still fills the tensor cores
             scores = dot(k, tl.trans(q)) * (SCALE * LOG2E)
             scores = tl.where((r < R)[:, None], scores, float("-inf"))
             p = tl.exp2(scores - tl.max(scores, 0)[None, :])
@@ -121,10 +125,8 @@ def _backward(
             dscores = cast(p * (dp - tl.sum(p * dp, 0)[None, :]), q.dtype)
             # scores = q @ k^T / sqrt(K)
             dk += dot(dscores, q)
-            dq = dot(tl.trans(k), dscores) * SCALE  # [K, M]
-            pointers = dq_ptr + token.to(tl.int64)[None, :] * (H * K) + c[:, None]
-            mask = (place < end)[None, :] & (c < K)[:, None]
-            tl.store(pointers, cast(dq, dq_ptr.dtype.element_ty), mask)
+            dq = dot(tl.trans(dscores), k) * SCALE  # [M, K]
+            store_rows(dq_ptr, token, H * K, place < end, dq, K, BLOCK_K)
         slot = tl.load(items_ptr + item * 5 + 4).to(tl.int64)
         if slot < 0:  # the image's only item
             first = ((b * N + n) * R * H + h) * K  # of dk, dv [B, N, R, H, K]
@@ -139,33 +141,38 @@ def _backward(
 # --- launching ----------------------------------------------------------------------------------
 
 
+# (kernel, K > 64, float32) -> tokens of a tile, warps of a program: the widest that compile without
+# spilling for sm_80, sm_90 and gfx942 (`python -m kernels compile`); not yet chosen by time
+OPTIONS = {
+    ("_forward", False, False): (64, 4),
+    ("_forward", True, False): (64, 4),
+    ("_forward", False, True): (32, 4),
+    ("_forward", True, True): (32, 4),
+    ("_backward", False, False): (32, 4),
+    ("_backward", True, False): (32, 8),
+    ("_backward", False, True): (16, 8),
+    ("_backward", True, True): (16, 8),
+}
+
+
 def options_for(kernel, K, dtype, R):
-    """Launch options of a kernel of this file: the table of what compiles without spilling.
-
-    BLOCK_M is the tile of tokens; narrower than 16 no matrix product can be.
-    """
-    wide, long = K > 64, dtype.itemsize >= 4
-    BLOCK_M, num_warps = {
-        ("_forward", False, False): (64, 4),
-        ("_forward", True, False): (64, 4),
-        ("_forward", False, True): (32, 4),
-        ("_forward", True, True): (32, 8),
-        ("_backward", False, False): (32, 4),
-        ("_backward", True, False): (32, 8),
-        ("_backward", False, True): (16, 8),
-        ("_backward", True, True): (16, 8),
-    }[kernel.__name__, wide, long]
-    return dict(BLOCK_M=BLOCK_M, **tile_options(R, K), num_warps=num_warps, num_stages=1)
+    """The constants and launch options of a kernel of this file."""
+    BLOCK_M, num_warps = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
+    if kernel.__name__ == "_backward" and R <= 32:
+        BLOCK_M = 16  # with 32, sm_90 spills 8 bytes at R = K = 32
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=side(R), BLOCK_K=side(K))
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
 
 
-def tile_options(R, K):
-    """The constants that a tile of R rows of K numbers needs; its sides are powers of two."""
-    BLOCK_R, BLOCK_K = (max(16, triton.next_power_of_2(size)) for size in (R, K))
-    return dict(R=R, K=K, SCALE=K**-0.5, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+def fits_one_tile(K, dtype, R):
+    """Whether the kernels of this file handle an image: its keys fill at most 16 KiB of a tile."""
+    return R <= 64 and side(R) * side(K) * dtype.itemsize <= 16 * 1024
 
 
 def _launch_forward(q, k, v, work):
     (B, L, H, K), R = q.shape, k.shape[2]
+    if not fits_one_tile(K, q.dtype, R):
+        return in_blocks.launch_forward(q, k, v, work)
     out = allocate(q.shape, q.dtype, q.device)
     launch(
         _forward, len(work.items) * H, q, k, v, out, work.order, work.items,
@@ -177,6 +184,8 @@ def _launch_forward(q, k, v, work):
 
 def _launch_backward(dout, q, k, v, work):
     (B, L, H, K), (N, R) = q.shape, k.shape[1:3]
+    if not fits_one_tile(K, q.dtype, R):
+        return in_blocks.launch_backward(dout, q, k, v, work)
     dq, dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     precise = torch.promote_types(q.dtype, torch.float32)
     parts = [allocate((work.num_slots, R, H, K), precise, q.device) for _ in "kv"]
@@ -196,9 +205,8 @@ def launch_examples(K, dtype, R):
     k = torch.empty((B, N, R, H, K), dtype=dtype, device="meta")
     phi = torch.empty((B, L), dtype=torch.int32, device="meta")
     work = build_work_list(phi, N, heads=H, check=False)
-    one_tile = R <= ONE_TILE
-    (_launch_forward if one_tile else in_blocks.launch_forward)(q, k, k, work)
-    (_launch_backward if one_tile else in_blocks.launch_backward)(q, q, k, k, work)
+    _launch_forward(q, k, k, work)
+    _launch_backward(q, q, k, k, work)
 
 
 # --- the torch op -------------------------------------------------------------------------------
@@ -210,9 +218,7 @@ def _attention(
     order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
 ) -> torch.Tensor:  # fmt: skip
     work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
-    q, k, v = map(rows_contiguous, (q, k, v))
-    forward = _launch_forward if k.shape[2] <= ONE_TILE else in_blocks.launch_forward
-    return forward(q, k, v, work)
+    return _launch_forward(*map(rows_contiguous, (q, k, v)), work)
 
 
 @torch.library.custom_op("miniflamingo::image_causal_attention_backward", mutates_args=())
@@ -221,9 +227,7 @@ def _attention_backward(
     order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
-    dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
-    backward = _launch_backward if k.shape[2] <= ONE_TILE else in_blocks.launch_backward
-    return backward(dout, q, k, v, work)
+    return _launch_backward(*map(rows_contiguous, (dout, q, k, v)), work)
 
 
 @_attention.register_fake

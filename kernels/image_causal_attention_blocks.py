@@ -1,8 +1,8 @@
-"""Image-causal cross-attention for images of many visual tokens, 64 < R <= 256.
+"""Image-causal cross-attention for images whose keys do not fit in one tile: R up to 256.
 
-The kernels of `image_causal_attention.py` hold an image's keys and values and one softmax in a tile
-each; those of this file loop over blocks of 64 keys. Read that file first: the work list, the
-letters and the checks are its.
+The kernels of `image_causal_attention.py` hold all keys and values of an image in a tile each;
+those of this file loop over blocks of 32 or 64 keys. Read that file first: the letters, the work
+list and the checks are the same.
 
 Algorithm. Forward: online softmax, as in FlashAttention: with each block of keys the running
 maximum m grows, and what was summed so far shrinks by 2^(old m - new m). Backward, two kernels:
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.runtime import LOG2E, allocate, cast, dot, launch, load_rows, store_rows
+from kernels.runtime import LOG2E, allocate, cast, dot, launch, load_rows, side, store_rows
 from kernels.work_list import load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
@@ -131,7 +131,8 @@ def _backward_dkdv(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    block, item_head = tl.program_id(0) % tl.cdiv(R, BLOCK_R), tl.program_id(0) // tl.cdiv(R, BLOCK_R)
+    blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    block, item_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     item, h = item_head // H, item_head % H
     b, image, begin, end = load_item(items_ptr, item)
     if image > 0:
@@ -169,29 +170,28 @@ def _backward_dkdv(
 
 # --- launching ----------------------------------------------------------------------------------
 
-BLOCK_R = 64
+# as in `image_causal_attention.py`, and the keys of a block
+OPTIONS = {
+    ("_forward_blocks", False, False): (64, 4, 32),
+    ("_forward_blocks", True, False): (64, 4, 64),
+    ("_forward_blocks", False, True): (32, 4, 32),
+    ("_forward_blocks", True, True): (32, 8, 32),
+    ("_backward_dq", False, False): (32, 4, 32),
+    ("_backward_dq", True, False): (64, 8, 32),
+    ("_backward_dq", False, True): (32, 4, 32),
+    ("_backward_dq", True, True): (16, 8, 32),
+    ("_backward_dkdv", False, False): (32, 4, 64),
+    ("_backward_dkdv", True, False): (32, 8, 64),
+    ("_backward_dkdv", False, True): (16, 4, 32),
+    ("_backward_dkdv", True, True): (16, 8, 64),
+}
 
 
 def options_for(kernel, K, dtype, R):
-    """Launch options of a kernel of this file, as in `image_causal_attention.py`."""
-    wide, precise = K > 64, dtype.itemsize >= 4
-    BLOCK_M, num_warps = {
-        ("_forward_blocks", False, False): (64, 4),
-        ("_forward_blocks", True, False): (64, 8),
-        ("_forward_blocks", False, True): (32, 8),
-        ("_forward_blocks", True, True): (32, 8),
-        ("_backward_dq", False, False): (64, 4),
-        ("_backward_dq", True, False): (64, 8),
-        ("_backward_dq", False, True): (32, 8),
-        ("_backward_dq", True, True): (32, 8),
-        ("_backward_dkdv", False, False): (32, 4),
-        ("_backward_dkdv", True, False): (32, 8),
-        ("_backward_dkdv", False, True): (16, 8),
-        ("_backward_dkdv", True, True): (16, 8),
-    }[kernel.__name__, wide, precise]
-    BLOCK_K = max(16, triton.next_power_of_2(K))
-    tile = dict(R=R, K=K, SCALE=K**-0.5, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
-    return dict(**tile, num_warps=num_warps, num_stages=1)
+    """The constants and launch options of a kernel of this file."""
+    BLOCK_M, num_warps, BLOCK_R = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=min(BLOCK_R, side(R)), BLOCK_K=side(K))
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
 
 
 def launch_forward(q, k, v, work):
@@ -219,10 +219,10 @@ def launch_backward(dout, q, k, v, work):
         _backward_dq, programs, dout, q, k, v, dq, *statistics, work.order, work.items,
         *strides, L, H, **options_for(_backward_dq, K, q.dtype, R),
     )  # fmt: skip
+    options = options_for(_backward_dkdv, K, q.dtype, R)
     launch(
-        _backward_dkdv, programs * triton.cdiv(R, BLOCK_R), dout, q, k, v, dk, dv, *parts,
-        *statistics, work.order, work.items, *strides, L, N, H,
-        **options_for(_backward_dkdv, K, q.dtype, R),
+        _backward_dkdv, programs * triton.cdiv(R, options["BLOCK_R"]), dout, q, k, v, dk, dv,
+        *parts, *statistics, work.order, work.items, *strides, L, N, H, **options,
     )  # fmt: skip
     sum_partials(parts, (dk, dv), work)
     return dq, dk, dv

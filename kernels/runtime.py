@@ -66,6 +66,11 @@ def rows_contiguous(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def side(size):
+    """The side of a tile that holds `size`: a power of two, 16 or more, as tl.dot needs it."""
+    return max(16, triton.next_power_of_2(size))
+
+
 # --- tiles --------------------------------------------------------------------------------------
 
 
