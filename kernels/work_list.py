@@ -63,7 +63,7 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     is_split = (count > 1) & (torch.arange(groups, device=phi.device) % (N + 1) > 0)
     slots = torch.where(is_split, count, 0)
     first_slot = slots.cumsum(0) - slots
-    slot = torch.where(is_split[group], first_slot[group] + part, -1)
+    slot = torch.where(is_split[group] & ~spare, first_slot[group] + part, -1)
     items = torch.stack([group // (N + 1), image, begin, end, slot], dim=1)
     splits = torch.stack([first_slot, slots], dim=1).view(B, N + 1, 2)[:, 1:].reshape(B * N, 2)
     return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
