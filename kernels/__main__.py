@@ -1,7 +1,8 @@
-"""The command line: `python -m kernels compare | compile`. Errors are one line and exit code 2."""
+"""The command line: `python -m kernels compare | compile | step`. Errors are one line and exit code 2."""
 
 import argparse
 import sys
+from importlib import import_module
 
 
 def main(argv=None):
@@ -14,13 +15,12 @@ def main(argv=None):
     command.add_argument("--case", metavar="TEXT", default="", help="only cases that contain TEXT")
     command = commands.add_parser("compile", help="registers, spills, shared memory; needs no GPU")
     command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
+    command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
+    command.add_argument("--steps", type=int, default=20)
     arguments = vars(parser.parse_args(argv))
     try:
-        if arguments.pop("command") == "compile":
-            from kernels import compile as command
-        else:
-            from kernels import compare as command
-        return command.run(**arguments)
+        # imported late: each command needs its own part of torch and Triton
+        return import_module(f"kernels.{arguments.pop('command')}").run(**arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"kernels: error: {error}", file=sys.stderr)
         return 2

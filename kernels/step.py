@@ -90,6 +90,16 @@ def measure(steps=20):
     return median | {"ratio": median["numpy"] / median["torch"]}
 
 
+def run(steps):
+    """Measure and print; returns the exit code."""
+    result = measure(steps)
+    print(f"median of {steps} training steps, {torch.get_num_threads()} threads")
+    for side in ("numpy", "torch"):
+        print(f"  {side:<6} {result[side]:.3f} s a step")
+    print(f"  ratio  {result['ratio']:.2f} (numpy / torch)")
+    return 0
+
+
 def _check_equal(losses):
     for name, value in losses["numpy"].items():
         if not np.isclose(value, losses["torch"][name], rtol=1e-4):

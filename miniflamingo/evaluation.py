@@ -112,7 +112,9 @@ class Evaluation:
 
     def rng(self, *key):
         """A generator of its own for each figure, so that no figure moves another one."""
-        return np.random.default_rng([self.seed, 1, *(int.from_bytes(k.encode(), "big") for k in key)])
+        return np.random.default_rng(
+            [self.seed, 1, *(int.from_bytes(k.encode(), "big") for k in key)]
+        )
 
     def logits(self, tokens, media):
         """[B, L], [B, N, R, D_m] -> [B, L, V], some rows at a time."""
