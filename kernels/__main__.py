@@ -1,4 +1,7 @@
-"""The command line: `python -m kernels compare | compile | step`. Errors are one line and exit code 2."""
+"""The command line: `python -m kernels compare | compile | step`.
+
+Errors are one line and exit code 2.
+"""
 
 import argparse
 import sys

@@ -41,13 +41,7 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # (dtype, K, R), the paper's R = 64 first. The usual ones touch every kernel and both widths
-USUAL = (
-    ("bf16", 64, 64),
-    ("bf16", 128, 64),
-    ("fp32", 16, 8),
-    ("fp32", 128, 64),
-    ("bf16", 128, 256),
-)
+USUAL = (("bf16", 64, 64), ("bf16", 128, 64), ("fp32", 16, 8), ("fp32", 128, 64), ("bf16", 128, 256))
 SHAPES = ((64, 64), (128, 64), (16, 8), (128, 256), (32, 32), (40, 64), (64, 40), (80, 7), (96, 64))
 SHAPES += ((128, 1), (64, 128), (40, 100))
 FULL = (

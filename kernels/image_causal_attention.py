@@ -280,7 +280,9 @@ def _prepare(q, k, v, phi, work, check):
     check_tensors(q, k, v)
     (B, L, H, K), N = q.shape, k.shape[1]
     if phi.shape != (B, L) or phi.device != q.device:
-        raise ValueError(f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}")
+        raise ValueError(
+            f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}"
+        )
     if work is None:
         return build_work_list(phi, N, heads=H, check=check)
     if work.shape != (B, L, N) or work.order.device != q.device:
