@@ -28,10 +28,6 @@ one process. The launch options are chosen for fitting in registers, not yet by 
 float64, for checking gradients, exists in the interpreter alone.
 """
 
-import torch
-import triton
-import triton.language as tl
-
 from kernels import image_causal_attention_blocks as in_blocks
 from kernels.runtime import (
     INTERPRET,
@@ -44,6 +40,9 @@ from kernels.runtime import (
     rows_contiguous,
     side,
     store_rows,
+    tl,
+    torch,
+    triton,
 )
 from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
 
@@ -170,7 +169,7 @@ def fits_one_tile(K, dtype, R):
 
 
 def _launch_forward(q, k, v, work):
-    (B, L, H, K), R = q.shape, k.shape[2]
+    (_, L, H, K), R = q.shape, k.shape[2]
     if not fits_one_tile(K, q.dtype, R):
         return in_blocks.launch_forward(q, k, v, work)
     out = allocate(q.shape, q.dtype, q.device)
@@ -183,7 +182,7 @@ def _launch_forward(q, k, v, work):
 
 
 def _launch_backward(dout, q, k, v, work):
-    (B, L, H, K), (N, R) = q.shape, k.shape[1:3]
+    (_, L, H, K), (N, R) = q.shape, k.shape[1:3]
     if not fits_one_tile(K, q.dtype, R):
         return in_blocks.launch_backward(dout, q, k, v, work)
     dq, dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
@@ -278,11 +277,9 @@ def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
 def _prepare(q, k, v, phi, work, check):
     """Check the arguments (ValueError), and build the work list unless it is given."""
     check_tensors(q, k, v)
-    (B, L, H, K), N = q.shape, k.shape[1]
+    (B, L, H, _), N = q.shape, k.shape[1]
     if phi.shape != (B, L) or phi.device != q.device:
-        raise ValueError(
-            f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}"
-        )
+        raise ValueError(f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}")
     if work is None:
         return build_work_list(phi, N, heads=H, check=check)
     if work.shape != (B, L, N) or work.order.device != q.device:

@@ -17,11 +17,19 @@ rounding error of a number of the size of m.
 Tested and untested: as in `image_causal_attention.py`.
 """
 
-import torch
-import triton
-import triton.language as tl
-
-from kernels.runtime import LOG2E, allocate, cast, dot, launch, load_rows, side, store_rows
+from kernels.runtime import (
+    LOG2E,
+    allocate,
+    cast,
+    dot,
+    launch,
+    load_rows,
+    side,
+    store_rows,
+    tl,
+    torch,
+    triton,
+)
 from kernels.work_list import load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
@@ -196,7 +204,7 @@ def options_for(kernel, K, dtype, R):
 
 def launch_forward(q, k, v, work):
     """The forward pass -> out, for arguments that `image_causal_attention` has checked."""
-    (B, L, H, K), R = q.shape, k.shape[2]
+    (_, L, H, K), R = q.shape, k.shape[2]
     out = allocate(q.shape, q.dtype, q.device)
     launch(
         _forward_blocks, len(work.items) * H, q, k, v, out, work.order, work.items,

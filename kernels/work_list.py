@@ -9,12 +9,7 @@ N images of a row, R visual tokens of an image, H heads, K head width.
 
 from typing import NamedTuple
 
-import torch
-import triton
-import triton.language as tl
-
-from kernels.runtime import cast, launch, store_rows
-
+from kernels.runtime import cast, launch, store_rows, tl, torch, triton
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -101,7 +96,8 @@ def load_item(items_ptr, item):
 
 @triton.jit
 def store_zeros(
-    ptr, order_ptr, begin, end, stride, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    ptr, order_ptr, begin, end, stride,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Zeros for the tokens at places begin..end of order."""
     for start in range(begin, end, BLOCK_M):
