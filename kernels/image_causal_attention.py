@@ -22,9 +22,10 @@ Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_block
 over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. Compiled without register spills: `python -m kernels
-compile`. Not tested: tensors of more than 2^31 elements (offsets are 64 bits wide), several GPUs in
-one process. The launch options are chosen for fitting in registers, not yet by measured time.
+any order of phi, strided q, k, v, dout. Compiled without register spills for sm_80, sm_90 and
+gfx942: `python -m kernels compile`. Not tested: any GPU yet (tests/kernels runs there as it is);
+tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one process. The
+launch options were chosen for fitting in registers, not by measured time.
 float64, for checking gradients, exists in the interpreter alone.
 """
 
@@ -61,7 +62,7 @@ def _forward(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
     if image == 0:  # no image before these tokens: they attend to nothing
@@ -94,7 +95,7 @@ def _backward(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
