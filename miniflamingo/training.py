@@ -17,7 +17,7 @@ import signal
 import threading
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -439,6 +439,7 @@ class VisionStage(Stage):
 # --- stage 3: the bridge --------------------------------------------------------------------------
 
 Lambda = namedtuple("Lambda", "documents captions pairs clips")
+MINI_BRIDGE = replace(PRESETS["mini"], skip_without_image=True)
 
 
 @dataclass(frozen=True)
@@ -447,18 +448,21 @@ class BridgeRun:
 
     weights is lambda_m and batches the number of rows, in the order of Lambda's fields. p_next: the
     share of documents in which the text stands before its picture and tokens get the NEXT picture.
-    caption_noise: see caption_documents.
+    caption_noise: see caption_documents; wordless: see interleaved_documents. pool_...: how many
+    pictures are drawn and encoded, once.
     """
 
     optimiser: OptimiserConfig = OptimiserConfig(steps=1500, alpha_rate=10.0)
-    model: FlamingoConfig = field(default_factory=lambda: PRESETS["mini"])
+    model: FlamingoConfig = MINI_BRIDGE
     weights: tuple = (1.0, 0.2, 0.2, 0.5)
     batches: tuple = (32, 16, 16, 12)
     pictures: int = 5
     strategy: str = "accumulate"
     p_next: float = 0.0
-    caption_noise: float = 0.1
+    caption_noise: float = 0.3
+    wordless: float = 0.3
     pool_per_class: int = 100
+    pool_per_blend: int = 10
     pool_pairs: int = 4000
     pool_clips: int = 1200
     seed: int = 0
@@ -485,9 +489,10 @@ class BridgeStage(Stage):
         self.weights = Lambda(*config.weights)._asdict()
         self.batches = Lambda(*config.batches)._asdict()
         bar = (lambda work: tqdm(work, desc="pictures")) if progress else (lambda work: work)
+        c = config
         self.pool = datasets.Pool.draw(
-            self.model.vision_encoder, [config.seed, 2], "train", config.pool_per_class,
-            config.pool_pairs, config.pool_clips, datasets.SEEN, bar,
+            self.model.vision_encoder, [c.seed, 2], "train", datasets.SEEN,
+            c.pool_per_class, c.pool_per_blend, c.pool_pairs, c.pool_clips, bar,
         )  # fmt: skip
 
     def identity(self):
@@ -504,7 +509,9 @@ class BridgeStage(Stage):
             return datasets.pair_caption_documents(self.pool, B, 1, rng)
         if dataset == "clips":
             return datasets.clip_documents(self.pool, B, 1, rng)
-        batch = datasets.interleaved_documents(self.pool, B, rng, c.pictures, c.caption_noise)
+        batch = datasets.interleaved_documents(
+            self.pool, B, rng, c.pictures, c.caption_noise, c.wordless
+        )
         return datasets.text_first(batch, rng.random(B) < c.p_next)
 
     def count(self, batch):
