@@ -9,7 +9,7 @@ endif
 RUN := $(BIN)/python
 READY := .venv/installed
 
-.PHONY: demo test compare lint notebooks check-notebooks lab clean
+.PHONY: demo test compare lint notebooks check-notebooks weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -31,6 +31,13 @@ notebooks: $(READY)  ## render the course again from its sources
 
 check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
 	@$(RUN) -m notebooks.render --check $(ARGS)
+
+weights: $(READY)  ## train all three stages, evaluate, and replace the shipped weights
+	$(RUN) -m miniflamingo train lm --out runs/lm
+	$(RUN) -m miniflamingo train vision --out runs/vision
+	$(RUN) -m miniflamingo train flamingo --lm runs/lm --vision runs/vision --out runs/flamingo
+	$(RUN) -m miniflamingo evaluate --checkpoint runs/flamingo --json runs/flamingo/metrics.json
+	$(RUN) -m miniflamingo ship runs
 
 lab: $(READY)  ## JupyterLab on the course
 	@$(RUN) -m jupyterlab notebooks/student

@@ -50,16 +50,17 @@ def attend(q, k, v, mask=None, bias=None):  # [B, L, H, K], [B, Lk, H, K] -> [B,
 def dense_image_causal_attention(q, k, v, phi, only_last=True):
     """Plain torch: q [B, L, H, K]; k, v [B, N, R, H, K]; phi int[B, L] -> [B, L, H, K].
 
-    Under the dense mask [B, L, N*R]. A row without an image attends to everything and is then set
-    to 0, so that no NaN arises, in value or gradient.
+    Under the dense mask [B, L, N*R]. A token that may look at nothing attends to everything and is
+    then set to 0, so that no NaN arises, in value or gradient.
     """
     N, R = k.shape[1:3]
+    if N == 0:
+        return q * 0
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
-    phi = phi[:, :, None]
-    sees = (image == phi) if only_last else (image <= phi)
-    mask = (sees | (phi == 0))[:, None]
-    out = attend(q, k.flatten(1, 2), v.flatten(1, 2), mask)
-    return torch.where(phi[..., None] > 0, out, 0)
+    sees = (image == phi[:, :, None]) if only_last else (image <= phi[:, :, None])
+    has_image = sees.any(dim=-1, keepdim=True)  # [B, L, 1]
+    out = attend(q, k.flatten(1, 2), v.flatten(1, 2), (sees | ~has_image)[:, None])
+    return torch.where(has_image[..., None], out, 0)
 
 
 class MultiHeadAttention(nn.Module):
@@ -179,12 +180,12 @@ class ImageCausalCrossAttention(MultiHeadAttention):
         super().__init__(dim, heads, head_dim, context_dim=media_dim)
         self.only_last = only_last
 
-    def forward(self, x, keys_values, phi, backend="torch"):
+    def forward(self, x, keys_values, phi, backend="torch", work=None):
         q, (k, v) = self.project(self.q_proj, x), keys_values
         if backend == "fused" and self.only_last:
             from kernels.image_causal_attention import image_causal_attention
 
-            out = image_causal_attention(q, k, v, phi)
+            out = image_causal_attention(q, k, v, phi, work)
         else:
             out = dense_image_causal_attention(q, k, v, phi, self.only_last)
         return self.out_proj(out.flatten(-2))
@@ -193,7 +194,9 @@ class ImageCausalCrossAttention(MultiHeadAttention):
 class GatedCrossAttentionDense(nn.Module):
     """One GATED XATTN-DENSE layer, usable alone: y [B, L, D], media [B, N, R, D_m], phi int[B, L].
 
-    With both alphas at 0, as at the start, it is the identity. ValueError for an unknown backend.
+    With both alphas at 0, as at the start, it is the identity. work, where given, is phi's
+    `image_causal_attention.build_work_list`, which all layers can share. ValueError for an unknown
+    backend.
     """
 
     def __init__(self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True):
@@ -209,11 +212,11 @@ class GatedCrossAttentionDense(nn.Module):
         media, a = self.media_norm(media), self.attention
         return a.project(a.k_proj, media), a.project(a.v_proj, media)
 
-    def forward(self, y, media, phi, backend="torch"):
+    def forward(self, y, media, phi, backend="torch", work=None):
         """-> [B, L, D]."""
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        attended = self.attention(self.norm(y), self.project_media(media), phi, backend)
+        attended = self.attention(self.norm(y), self.project_media(media), phi, backend, work)
         y = y + self.alpha_xattn.tanh() * attended
         return y + self.alpha_dense.tanh() * self.ffw(y)
 
@@ -403,11 +406,15 @@ class Flamingo(nn.Module):
         if self.eoc_embedding is not None:
             table = self._with_eoc(table, self.eoc_embedding)
             head = table if self.lm.head is None else self._with_eoc(head, self.eoc_head)
-        x, bias = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1])
+        x, bias, work = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1]), None
+        if backend == "fused":
+            from kernels.image_causal_attention import build_work_list
+
+            work = build_work_list(phi, media.shape[1], self.config.xattn_heads)
         for i, block in enumerate(self.lm.blocks):
             j, between = divmod(i, self.config.xattn_every)
             if not between:
-                x = self.gated_xattn[j](x, media, phi, backend)
+                x = self.gated_xattn[j](x, media, phi, backend, work)
             x = block(x, None, bias)
         return F.linear(self.lm.norm(x), head)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m miniflamingo demo | train | evaluate | generate | sizes`.
+"""The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
 """
@@ -6,13 +6,14 @@ Errors are one line and exit code 2; a training that broke down ends with exit c
 import argparse
 import json
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from miniflamingo import decoding, training
+from miniflamingo import cards, decoding, training
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
@@ -103,7 +104,10 @@ def train(arguments):
             config
         )
     run = training.Run(stage, arguments.out, arguments.resume, arguments.checkpoint_every)
-    return run.train()
+    if not run.train():
+        return False
+    cards.record_run(arguments.out, time.process_time())
+    return True
 
 
 def _configured(config, arguments):
@@ -211,6 +215,9 @@ def parser():
     command.add_argument("--top-k", type=int, help="sample among the k likeliest")
     command.add_argument("--top-p", type=float, help="nucleus sampling")
     command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("ship", help="what the package carries, from finished runs")
+    command.add_argument("runs", help="the folder of the runs lm, vision and flamingo")
+    command.add_argument("--to", default=training.WEIGHTS, help="the package's own by default")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
     return top
@@ -263,6 +270,8 @@ def run(arguments):
         evaluate(arguments)
     elif arguments.command == "generate":
         generate(arguments)
+    elif arguments.command == "ship":
+        cards.ship(arguments.runs, arguments.to)
     else:
         steps = training.BridgeRun().optimiser.steps if arguments.full else arguments.steps
         report = demo(arguments.out, steps, arguments.samples)

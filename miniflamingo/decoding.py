@@ -63,8 +63,7 @@ class Decoder:
         """Append new int[B, M] to the rows; returns the logits behind each of them, [B, M, V]."""
         rows, M = np.arange(len(new))[:, None], new.shape[1]
         positions = self.lengths[:, None] + np.arange(M)
-        written = np.arange(self.tokens.shape[1]) < self.lengths[:, None]
-        tokens = np.where(written, self.tokens, PAD)
+        tokens = self.tokens.copy()
         tokens[rows, positions] = new
         phi = compute_phi(tokens, IMAGE, num_images=self.num_images)
         self.tokens, self.lengths = tokens, self.lengths + M

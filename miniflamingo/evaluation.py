@@ -112,7 +112,9 @@ class Evaluation:
 
     def rng(self, *key):
         """A generator of its own for each figure, so that no figure moves another one."""
-        return np.random.default_rng([self.seed, 1, *(int.from_bytes(k.encode()) for k in key)])
+        return np.random.default_rng(
+            [self.seed, 1, *(int.from_bytes(k.encode(), "big") for k in key)]
+        )
 
     def logits(self, tokens, media):
         """[B, L], [B, N, R, D_m] -> [B, L, V], some rows at a time."""
@@ -312,3 +314,23 @@ def table(metrics):
                 low, high = values["interval"]
                 line = f"{values['accuracy']:.3f}  ({low:.3f} to {high:.3f})"
             yield f"{part + ': ' + name.replace('_', ' '):<36} {line}"
+
+
+def probe(encoder, seed=TEST_SEED, per_class=20):
+    """How well a linear map reads colour, shape and size off the encoder's mean features.
+
+    encoder maps [B, 24, 24, 3] to features [B, S, D_v]. The map is fitted by least squares to
+    pictures of the training split, and asked about fresh ones -> {kind: figure}.
+    """
+    features, labels = {}, {}
+    for key, split in enumerate(("train", "test")):
+        pool = Pool.draw(encoder, [seed, 2 + key], split, per_class, pairs=1, clips=1)
+        labels[split], n = pool.objects, len(pool.objects[0])
+        mean = pool.images[:n, 0].mean(axis=1)
+        features[split] = np.concatenate([mean, np.ones((n, 1))], axis=1)
+    result = {}
+    for kind, truth, asked in zip(KINDS, labels["train"], labels["test"]):
+        one_hot = np.eye(truth.max() + 1)[truth]
+        weights = np.linalg.lstsq(features["train"], one_hot, rcond=None)[0]
+        result[kind] = figure((features["test"] @ weights).argmax(axis=1) == asked)
+    return result

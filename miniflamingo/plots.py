@@ -307,6 +307,7 @@ def plot_latents(image, maps):
         axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0)
         axes.set_title(f"latent {r}", loc="center", fontsize=8, fontweight="normal")
         axes.set_axis_off()
+    return figure
 
 
 # --- which image reaches which token ------------------------------------------------------------
@@ -366,18 +367,19 @@ def plot_work_list(words, owner, tokens):
     left, top, row = 130, 34, BOX + 8
     I, M = tokens.shape
     figure, axes = _canvas(left + M * (width + GAP) + MARGIN, top + I * row + 6)
-    for m in range(M):
-        axes.text(left + m * (width + GAP) + width / 2, 20, str(m), ha="center", color=GREY)
+    places = left + np.arange(M) * (width + GAP)
     axes.text(MARGIN, 20, "place in the item", color=GREY)
-    for i in range(I):
-        y, colour = top + i * row, image_colour(owner[i] + 1)
+    for m, x in enumerate(places):
+        axes.text(x + width / 2, 20, str(m), ha="center", color=GREY)
+    for i, j in enumerate(owner):
+        y, colour = top + i * row, image_colour(j + 1)
         axes.add_patch(Rectangle((MARGIN, y), 6, BOX, fc=colour))
-        axes.text(MARGIN + 12, y + BOX / 2, f"item {i}: image {owner[i] + 1}", va="center")
-        for m, token in enumerate(tokens[i]):
-            free = token == len(words)
-            style = {"alpha": 0.4} if free else {}
-            _draw_box(axes, left + m * (width + GAP), y, width, "" if free else words[token],
-                      PAPER if free else colour, **style)  # fmt: skip
+        axes.text(MARGIN + 12, y + BOX / 2, f"item {i}: image {j + 1}", va="center")
+        for x, token in zip(places, tokens[i]):
+            if token < len(words):
+                _draw_box(axes, x, y, width, words[token], colour)
+            else:
+                _draw_box(axes, x, y, width, "", PAPER, alpha=0.4)
     return figure
 
 

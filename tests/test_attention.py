@@ -162,6 +162,14 @@ def test_blocks(norm, activation):
     check_module(block, normal(2, 3, 4), bias=np.where(np.tri(3, dtype=bool), 0, -np.inf))
 
 
+def test_a_block_is_two_residuals():
+    block, x = TransformerBlock(8, 2, 6, rng=rng).astype(np.float64), normal(2, 3, 8)
+    y = x + block.attention(block.norm(x))
+    ffw = block.ffw
+    z = y + ffw.activation(ffw.norm(y) @ ffw.up.weight.data.T) @ ffw.down.weight.data.T
+    np.testing.assert_allclose(block(x), z, atol=1e-13)
+
+
 def test_a_width_that_the_heads_do_not_divide():
     with pytest.raises(ValueError, match="multiple of heads, got 8 and 3"):
         TransformerBlock(8, 3, 16, rng=rng)

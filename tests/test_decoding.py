@@ -271,7 +271,8 @@ def test_a_row_stops_at_eoc_and_the_others_go_on(cached):
     assert generate(tiny(), batch, 9, choose, cached) == [[5, 7], [], [6]]
     script = iter([[5, EOC, 6], [7, 8, EOC], [9, 9, 9]])
     assert generate(tiny(), batch, 2, choose, cached) == [[5, 7], [], [6]]
-    assert generate(tiny(), batch, 0, choose, cached) == [[], [], []]
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        generate(tiny(), batch, 0, choose, cached)
 
 
 @each_model

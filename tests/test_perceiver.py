@@ -117,6 +117,20 @@ def test_any_clip_becomes_R_tokens(kind, B, N, T, S):
     assert np.isfinite(out).all()
 
 
+def test_the_perceiver_resampler_is_the_papers_pseudo_code():
+    model, features = resampler("perceiver"), normal(1, 2, 3, S, D_IN)
+    for n in range(2):
+        x_f = features[0, n] @ model.input_proj.weight.data.T  # [T, S, D]
+        x_f = (x_f + model.time_embeddings.data[:3, None]).reshape(1, 3 * S, D)
+        x = model.latents.data[None]
+        for layer in model.layers:
+            queries = layer.latent_norm(x)
+            keys = np.concatenate([layer.input_norm(x_f), queries], axis=1)
+            x = x + layer.attention(queries, keys)
+            x = x + layer.ffw(x)
+        np.testing.assert_allclose(model(features)[0, n], model.final_norm(x)[0], atol=1e-12)
+
+
 @each_kind
 def test_images_do_not_mix(kind):
     model, features = resampler(kind), normal(2, 3, 2, S, D_IN)

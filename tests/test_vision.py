@@ -164,6 +164,18 @@ def test_parts():
     check_module(NFBlock(3, 3, 1, 1.1, TINY, rng=rng), pixels)
 
 
+def test_a_block_and_the_network_by_hand():
+    model = NormalizerFreeResNet(TINY, rng=np.random.default_rng(0)).astype(np.float64)
+    first, second = model.blocks  # of stride 2, with a shortcut; and of stride 1, wider
+    act = lambda x: np.maximum(x, 0) * ACTIVATION_GAIN["relu"]  # noqa: E731
+    x = model.stem[0](2 * pixels - 1)
+    out = act(x)  # beta is 1 here
+    x = first.shortcut(average_pool(out, 2)) + 0.2 * first.convs[1](act(first.convs[0](out)))
+    out = act(x) / np.sqrt(1.04)
+    x = second.shortcut(out) + 0.2 * second.convs[1](act(second.convs[0](out)))
+    np.testing.assert_allclose(model(pixels), act(x).reshape(2, 4, 6), atol=1e-12)
+
+
 def test_features_are_the_last_grid_row_by_row():
     model = NormalizerFreeResNet(VisionConfig(64), rng=np.random.default_rng(0))
     image = np.full((1, 64, 64, 3), 0.5)

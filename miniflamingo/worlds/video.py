@@ -4,9 +4,10 @@
     x.tar       0001.mp4  0001.txt  0002.gif  0002.json
 
 Frames are taken at 1 a second, 8 of them, as in the paper's training; they are PIL images. A longer
-clip is entered at a random whole second, a choice; a shorter one gives fewer frames. Animated GIFs
-and WebPs are read by Pillow, with the time that each of their frames is shown; everything else by
-PyAV, an optional extra: pip install "miniflamingo[video]".
+clip is entered at a random whole second, a choice; a shorter one gives fewer frames, and so does a
+file that was cut off but can be read up to there. Animated GIFs and WebPs are read by Pillow, with
+the time that each of their frames is shown; everything else by PyAV, an optional extra:
+pip install "miniflamingo[video]".
 """
 
 from bisect import bisect_right
@@ -23,6 +24,11 @@ from miniflamingo.worlds.records import BadRecord, check_text, open_image, to_rg
 
 ANIMATIONS = ("gif", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", *ANIMATIONS)
+# not playlists: they name other files and addresses, which would be read
+PYAV_OPTIONS = {
+    "format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg",
+    "protocol_whitelist": "file",
+}
 NO_DURATION = 100  # milliseconds for a frame that gives none, as browsers do
 
 
@@ -83,18 +89,19 @@ def _read_video(name, source, draw):
         raise ValueError(f"reading {name} needs PyAV, an optional extra: {extra}") from None
     source = str(source) if isinstance(source, Path) else source
     try:
-        with av.open(source) as container:
+        with av.open(source, options=PYAV_OPTIONS) as container:
             if not container.streams.video:
                 raise BadRecord("no frames", f"{name} has no video stream")
             frames = _frames_at(container, draw(_duration(container)))
+            if not frames:
+                raise BadRecord("no frames", f"not one frame in {name}")
+            # a camera held upright notes the turn: degrees, counter-clockwise
+            return [frame.to_image().rotate(frame.rotation, expand=True) for frame in frames]
     except BadRecord:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadRecord("unreadable video", f"{name}: {error}") from None
-    if not frames:
-        raise BadRecord("no frames", f"not one frame in {name}")
-    # a camera held upright notes the turn: degrees, counter-clockwise
-    return [frame.to_image().rotate(frame.rotation, expand=True) for frame in frames]
+    except Exception as error:  # as Pillow: on damaged bytes almost anything
+        message = f"{name}: {type(error).__name__}: {error}"
+        raise BadRecord("unreadable video", message) from None
 
 
 def _duration(container):
@@ -119,6 +126,8 @@ def _frames_at(container, times):
 def _timed_frames(container):
     """Yield (begin, end, frame) in seconds after the first frame, in the order of showing."""
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise BadRecord("unreadable video", "there is no decoder for its video stream")
     largest, size = Image.MAX_IMAGE_PIXELS, stream.codec_context.width * stream.codec_context.height
     if largest is not None and size > largest:
         raise BadRecord("image too large", f"frames of {size} pixels, more than {largest}")

@@ -91,16 +91,8 @@ def mask(answer):
 def _mask_mistakes(phi, N, R):
     right, image = image_causal_mask(phi, N, R), np.repeat(np.arange(1, N + 1), R)
     column = phi[:, :, None]
-    for sign, wrong, which in (
-        (">=", column >= image, "an earlier"),
-        ("<=", column <= image, "a later"),
-    ):
-        b, t, c = np.argwhere(wrong & ~right)[0]
-        yield (
-            f"`{sign}` where `==` was meant: token {t} of row {b} (phi = {phi[b, t]}) also sees "
-            f"image {image[c]}, {which} one",
-            wrong,
-        )
+    yield _wrong_sign(">=", column >= image, right, phi, R), column >= image
+    yield _wrong_sign("<=", column <= image, right, phi, R), column <= image
     yield "upside down: True means visible, not masked", ~right
     yield "the axes are exchanged: [B, L, N*R], tokens before visual tokens", right.swapaxes(1, 2)
     yield (
@@ -115,6 +107,12 @@ def _mask_mistakes(phi, N, R):
         "text before the first image sees image 1: phi = 0 must see nothing",
         image_causal_mask(np.maximum(phi, 1), N, R),
     )
+
+
+def _wrong_sign(sign, wrong, right, phi, R):
+    b, t, c = np.argwhere(wrong & ~right)[0]
+    also = f"token {t} of row {b} (phi = {phi[b, t]}) also sees image {c // R + 1}"
+    return f"`{sign}` where `==` was meant: {also}"
 
 
 def _mask_leak(got, right, phi, R):

@@ -76,6 +76,27 @@ def test_gradients_equal_the_hand_derived_ones():
             )
 
 
+def test_the_fused_backend_gives_the_same_logits_and_gradients():
+    pytest.importorskip("triton")
+    model, tokens, pixels, sizes = open_model(np.float64)
+    twin, results = layers.Flamingo.from_numpy(model), {}
+    for backend in layers.BACKENDS:
+        twin.zero_grad()
+        logits = twin(torch.from_numpy(tokens), torch.from_numpy(pixels), **sizes, backend=backend)
+        logits.square().mean().backward()
+        grads = [p.grad for p in twin.parameters() if p.requires_grad]
+        results[backend] = [logits.detach(), *grads]
+    for plain, fused in zip(results["torch"], results["fused"], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_a_phi_that_no_image_has_counts_as_none():
+    q, phi = torch.randn(1, 2, 2, 8), torch.tensor([[0, 3]])
+    k, v = torch.randn(2, 1, 2, 3, 2, 8)
+    assert (layers.dense_image_causal_attention(q, k, v, phi) == 0).all()
+    assert (layers.dense_image_causal_attention(q, k[:, :0], v[:, :0], phi * 0) == 0).all()
+
+
 def test_a_row_without_images_stays_finite_and_untouched():
     q, phi = torch.randn(1, 5, 2, 8, requires_grad=True), torch.zeros(1, 5, dtype=torch.int32)
     k, v = torch.randn(2, 1, 2, 3, 2, 8)

@@ -464,6 +464,20 @@ def test_with_a_small_buffer_the_shards_order_is_random_too(shards):
     assert len({epoch[0] for epoch in epochs.tolist()} & {7, 9}) > 0
 
 
+def test_a_record_waits_among_as_many_others_as_the_buffer_holds():
+    orders = [list(shuffle_records(range(9), 3, np.random.default_rng(i))) for i in range(99)]
+    assert {order[0] for order in orders} == {0, 1, 2, 3}
+
+
+def test_a_stream_whose_data_is_gone_stops(folder):
+    path = write_lines(folder / "pairs.jsonl", [good()])
+    stream = Stream(read_pairs(path))
+    next(stream)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"no usable record .* 1 read, 1 yielded"):
+        next(stream)
+
+
 @given(st.integers(0, 30), st.sampled_from([0, 1, 3, 100]), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_a_stream_goes_on_from_its_state(shards, before, shuffle, seed):

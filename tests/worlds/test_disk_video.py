@@ -139,9 +139,44 @@ def test_the_pictures_of_a_video_with_gaps_are_shown_until_the_next_begins(tmp_p
 
 
 def test_other_containers_are_read_too(tmp_path):
-    for kind, name in (("matroska", "x.mkv"), ("avi", "x.avi"), ("mov", "x.MOV")):
-        (prompt,) = read(tmp_path, (name, mp4(range(10), 4, kind)))
+    for kind in ("matroska", "avi", "MOV", "mpegts"):
+        (prompt,) = read(tmp_path, (f"x.{kind}", mp4(range(10), 4, kind.lower())))
         assert levels(prompt) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mpegts", "matroska"])
+def test_a_clock_that_does_not_begin_at_0_is_set_to_it(kind, tmp_path):
+    (prompt,) = read(tmp_path, (f"x.{kind}", mp4(range(8, 18), 4, kind)))  # from 2 s to 4.5 s
+    assert levels(prompt) == [0, 4, 8]
+
+
+def test_a_file_that_ends_before_its_time_gives_the_frames_it_has(tmp_path):
+    whole = mp4(range(14), 4, "matroska")  # says 3.5 s at its beginning
+    (prompt,) = read(tmp_path, ("x.mkv", whole[: int(0.6 * len(whole))]))
+    found = levels(prompt)
+    assert 0 < len(found) < 4
+    assert found == [0, 4, 8, 12][: len(found)]
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return {kind: mp4(range(6), 2, kind) for kind in ("mp4", "matroska", "avi")}
+
+
+@given(st.sampled_from(["mp4", "matroska", "avi"]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_damaged_bytes_are_a_bad_record_or_a_clip_and_nothing_else(
+    videos, tmp_path_factory, kind, data
+):
+    content = bytearray(videos[kind])
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(0, len(content))) :]
+    folder = tmp_path_factory.mktemp("video")
+    dataset = read(folder, ("0.gif", gif([100])), ("x.video", bytes(content)))
+    clips = list(dataset)
+    assert len(clips) + dataset.report.skipped.total() == 2
+    assert all(1 <= len(frames) <= 8 for frames, _ in clips)
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.mp4"])
@@ -242,6 +277,18 @@ def test_frames_that_are_absurdly_large_are_counted(name, tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
     with pytest.raises(ValueError, match="1 read, 0 yielded, 1 skipped: 1 image too large"):
         list(data)
+
+
+def test_a_playlist_cannot_lead_out_of_the_folder(tmp_path):
+    av = pytest.importorskip("av")
+    (tmp_path / "secret.ts").write_bytes(mp4(range(8), 4, "mpegts"))
+    (tmp_path / "clips").mkdir()
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n../secret.ts\n#EXT-X-ENDLIST\n"
+    data = read(tmp_path / "clips", ("0.gif", gif([100])), ("x.m3u8", playlist))
+    with av.open(str(tmp_path / "clips" / "x.m3u8")) as container:  # as it stands, it does
+        assert len(list(container.decode(video=0))) == 8
+    assert len(list(data)) == 1
+    assert data.report.skipped == {"unreadable video": 1}
 
 
 def test_captions_and_names_are_checked_as_those_of_pairs(tmp_path):

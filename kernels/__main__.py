@@ -1,0 +1,33 @@
+"""The command line: `python -m kernels compare | compile | step`.
+
+Errors are one line and exit code 2.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+
+def main(argv=None):
+    """Run a command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("compare", help="every kernel beside its NumPy twin, as a table")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    command.add_argument("--case", metavar="TEXT", default="", help="only cases that contain TEXT")
+    command = commands.add_parser("compile", help="registers, spills, shared memory; needs no GPU")
+    command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
+    command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
+    command.add_argument("--steps", type=int, default=20)
+    arguments = vars(parser.parse_args(argv))
+    try:
+        # imported late: each command needs its own part of torch and Triton
+        return import_module(f"kernels.{arguments.pop('command')}").run(**arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"kernels: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What every kernel stands on: the interpreter flag, launching, allocating, and a few tile helpers.
+
+`launch` and `allocate` are the only ways in which a kernel file starts a kernel and gets memory.
+Both can be replaced for a while: `poisoned()` fills every fresh buffer with NaN, so that a value
+that a kernel forgot to store is seen; `compile.py` records launches instead of making them.
+"""
+
+import contextlib
+
+from kernels import unavailable
+
+if unavailable():
+    raise ImportError(unavailable())
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
+
+if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
+    raise ImportError("Triton was imported before `kernels`: import kernels first, or set "
+                      "TRITON_INTERPRET=1, where there is no GPU")  # fmt: skip
+
+# --- launching and allocating -------------------------------------------------------------------
+
+_replaced = {}  # "launch" or "allocate" -> what stands in for it
+
+
+def launch(kernel, programs, *args, **options):
+    """Start `programs` programs of a kernel, on the device of its first argument."""
+    if "launch" in _replaced:
+        return _replaced["launch"](kernel, programs, *args, **options)
+    if programs:
+        device = args[0].device
+        on_gpu = device.type == "cuda"
+        with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+            kernel[(programs,)](*args, **options)
+
+
+def allocate(shape, dtype, device):
+    """A buffer for a kernel to fill: uninitialised, or NaN under `poisoned()`."""
+    return _replaced.get("allocate", torch.empty)(shape, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def replaced(**functions):
+    """Let other functions stand in for launch= or allocate= inside a `with` block."""
+    before = dict(_replaced)
+    _replaced.update(functions)
+    try:
+        yield
+    finally:
+        _replaced.clear()
+        _replaced.update(before)
+
+
+def poisoned():
+    """Inside this `with` block every buffer that a kernel is to fill holds NaN at first."""
+    return replaced(allocate=lambda shape, **options: torch.full(shape, float("nan"), **options))
+
+
+def rows_contiguous(x):
+    """x with its last axis contiguous: x itself, whatever its other strides, or else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def side(size):
+    """The side of a tile that holds `size`: a power of two, 16 or more, as tl.dot needs it."""
+    return max(16, triton.next_power_of_2(size))
+
+
+# --- tiles --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, valid, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows `rows` [M] of K elements each, as a tile [M, BLOCK_K]; zeros where not valid [M]."""
+    columns = tl.arange(0, BLOCK_K)
+    mask = valid[:, None] & (columns < K)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, valid, tile, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Store the valid rows of a tile [M, BLOCK_K], rounded to the memory's dtype."""
+    columns = tl.arange(0, BLOCK_K)
+    mask = valid[:, None] & (columns < K)[None, :]
+    pointers = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(pointers, cast(tile, ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b, accumulated in float32 (float64 for float64)."""
+    if INTERPRET and a.dtype == tl.bfloat16:
+        # the interpreter keeps bfloat16 as uint16 and would multiply the bit patterns
+        result = tl.dot(_widen(a), _widen(b))
+    else:
+        # "ieee": no tf32, so that float32 means float32
+        result = tl.dot(a, b, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another float dtype, rounded to nearest, ties to even."""
+    if INTERPRET and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        # the interpreter would truncate. bfloat16 is the upper half of a float32: add just under
+        # half of the last bit that stays (all of a half where that bit is 1), then cut
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(dtype)
+    return result
+
+
+@triton.jit
+def _widen(x):  # bfloat16 -> float32, exactly, by its bits
+    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)

@@ -1,0 +1,137 @@
+"""The work of image-causal attention, as a list: which tokens attend to which image.
+
+Twin of `miniflamingo.xattn.work_list`, built on phi's own device and without waiting for it. Each
+row's tokens are sorted by the image they attend to (a stable sort, so any phi will do), and every
+image's run of tokens is cut into items of at most `chunk`. Tokens that attend to nothing are items
+of "image 0"; an image that nobody attends to owns one empty item. Letters: B batch, L text tokens,
+N images of a row, R visual tokens of an image, H heads, K head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.runtime import cast, launch, store_rows
+
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+class WorkList(NamedTuple):
+    """The tokens of a batch grouped by image; depends on phi alone, so all layers share one."""
+
+    order: torch.Tensor  # int32 [B, L]: each row's tokens, image by image
+    items: torch.Tensor  # int32 [I, 5]: batch row, image (0: none), begin and end in order, slot
+    splits: torch.Tensor  # int32 [B*N, 2]: an image's first slot and its number of slots, or 0
+    shape: tuple  # (B, L, N)
+    chunk: int  # the most tokens of an item
+
+    @property
+    def num_slots(self):
+        """Room for partial sums: at most this many items share their image with another."""
+        B, L, N = self.shape
+        return B * L // self.chunk + min(B * N, B * L // (self.chunk + 1))
+
+
+def build_work_list(phi, N, heads=1, check=True, chunk=None):
+    """Group the tokens by image, on phi's device -> WorkList. phi int[B, L] in 0..N.
+
+    N images in a row; heads is that of the attention, from which `chunk` follows by default. All
+    sizes are known on the host, so nothing waits for the device, except that check=True reads phi
+    there (see check_phi); unchecked, a phi outside 0..N counts as 0. ValueError as check_phi.
+    """
+    check_phi(phi, N, check)
+    B, L = phi.shape
+    chunk = chunk or choose_chunk(B * L * heads)
+    groups, capacity = B * (N + 1), B * (N + 1) + B * L // chunk  # image 0 stands for no image
+    phi = torch.where((phi >= 0) & (phi <= N), phi, 0).int()
+    ordered, order = phi.sort(dim=1, stable=True)
+    images = torch.arange(N + 2, device=phi.device, dtype=torch.int32).repeat(B, 1)
+    run = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
+    begin, end = run[:, :-1].flatten(), run[:, 1:].flatten()
+    count = ((end - begin + chunk - 1) // chunk).clamp(min=1)  # of items, also for an empty run
+    last = count.cumsum(0)
+    index = torch.arange(capacity, device=phi.device)
+    group = torch.searchsorted(last, index, right=True)  # the item's; `groups` where it is spare
+    spare, group = group >= groups, group.clamp(max=max(groups - 1, 0))
+    part = index - (last - count)[group]
+    image = torch.where(spare, 0, group % (N + 1))
+    begin = begin[group] + part * chunk
+    end = torch.where(spare, begin, torch.minimum(begin + chunk, end[group]))
+    is_split = (count > 1) & (torch.arange(groups, device=phi.device) % (N + 1) > 0)
+    slots = torch.where(is_split, count, 0)
+    first_slot = slots.cumsum(0) - slots
+    slot = torch.where(is_split[group] & ~spare, first_slot[group] + part, -1)
+    items = torch.stack([group // (N + 1), image, begin, end, slot], dim=1)
+    splits = torch.stack([first_slot, slots], dim=1).view(B, N + 1, 2)[:, 1:].reshape(B * N, 2)
+    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
+
+
+def check_phi(phi, N, check=True):
+    """ValueError unless phi is int [B, L]; with check=True also unless 0 <= phi <= N."""
+    if phi.ndim != 2 or phi.dtype not in INTEGERS:
+        raise ValueError(f"phi must be int [B, L], got {phi.dtype} {list(phi.shape)}")
+    if check and phi.numel():
+        low, high = (int(x) for x in phi.aminmax())
+        if low < 0 or high > N:
+            raise ValueError(f"phi must lie in 0..{N} (N = {N} images), got {low}..{high}")
+
+
+def choose_chunk(rows):
+    """Tokens of an item, 64 to 512, for B*L*H = rows: long enough that partial sums stay cheap,
+    short enough that one image alone gives 512 programs, about four for each processor of a GPU."""
+    chunk = 64
+    while chunk < 512 and rows // (2 * chunk) >= 512:
+        chunk *= 2
+    return chunk
+
+
+# --- what the kernels do with it ----------------------------------------------------------------
+
+
+@triton.jit
+def load_item(items_ptr, item):
+    """An item's batch row (64 bits, offsets start from it), image, and range of places in order."""
+    items_ptr += item * 5
+    b = tl.load(items_ptr).to(tl.int64)
+    return b, tl.load(items_ptr + 1), tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+
+
+@triton.jit
+def store_zeros(
+    ptr, order_ptr, begin, end, stride, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Zeros for the tokens at places begin..end of order."""
+    for start in range(begin, end, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        token = tl.load(order_ptr + place, place < end, other=0)
+        zeros = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        store_rows(ptr, token, stride, place < end, zeros, K, BLOCK_K)
+
+
+@triton.jit
+def _sum_partials(part_ptr, out_ptr, splits_ptr, size, BLOCK: tl.constexpr):
+    """Add up the partial sums [slots, size] of each image that has any, into out [B*N, size]."""
+    blocks = tl.cdiv(size, BLOCK)
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    slot, slots = tl.load(splits_ptr + image * 2), tl.load(splits_ptr + image * 2 + 1)
+    if slots > 0:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        part_ptr += slot.to(tl.int64) * size
+        total = tl.zeros([BLOCK], part_ptr.dtype.element_ty)
+        for _ in range(slots):
+            total += tl.load(part_ptr + i, i < size, other=0.0)
+            part_ptr += size
+        total = cast(total, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + image.to(tl.int64) * size + i, total, i < size)
+
+
+def sum_partials(parts, outs, work, BLOCK=1024):
+    """Add up the partial sums of the images that have several items; the others are left alone."""
+    if work.num_slots:
+        for part, out in zip(parts, outs):
+            size = part[0].numel()
+            programs = len(work.splits) * triton.cdiv(size, BLOCK)
+            launch(_sum_partials, programs, part, out, work.splits, size, BLOCK=BLOCK)

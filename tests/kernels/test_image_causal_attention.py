@@ -1,0 +1,315 @@
+"""The fused image-causal attention against its NumPy twin, plain torch, and its own promises."""
+
+import numpy as np
+import pytest
+
+import kernels
+
+if kernels.unavailable():
+    pytest.skip(kernels.unavailable(), allow_module_level=True)
+
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import compare
+from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
+from kernels.runtime import INTERPRET, cast, launch, poisoned, replaced
+from kernels.work_list import build_work_list, choose_chunk
+from miniflamingo import xattn
+
+interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
+ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")
+
+
+def draw(phi, N, R=7, H=2, K=16, dtype=torch.float32, device="cpu", seed=0):
+    """dout, q, k, v, phi as tensors."""
+    phi = torch.as_tensor(phi, dtype=torch.int32)
+    (B, L), g = phi.shape, torch.Generator().manual_seed(seed)
+    shapes = (B, L, H, K), (B, L, H, K), (B, N, R, H, K), (B, N, R, H, K)
+    floats = (torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype) for s in shapes)
+    return *floats, phi.to(device)
+
+
+def both(dout, q, k, v, phi, **options):
+    """out, dq, dk, dv of the kernel, from poisoned buffers."""
+    with poisoned():
+        out = image_causal_attention(q, k, v, phi, **options)
+        return out, *image_causal_attention_backward(dout, q, k, v, phi, **options)
+
+
+def twin(dout, q, k, v, phi):
+    """The same from NumPy in float64."""
+    dout, q, k, v, phi = map(compare.to_numpy, (dout, q, k, v, phi))
+    grads = xattn.image_causal_attention_backward(dout, q, k, v, phi)
+    return xattn.image_causal_attention(q, k, v, phi), *grads
+
+
+# --- accuracy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+@pytest.mark.parametrize("case", ATTENTION.cases)
+def test_error_is_at_most_twice_that_of_plain_torch(case, dtype, device):
+    for record in compare.compare(ATTENTION, case, dtype, device):
+        assert record.ok, record
+
+
+@interpreted
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_shape_and_any_phi(data):
+    size = lambda most, least=1: data.draw(st.integers(least, most))  # noqa: E731
+    B, L, N, R, H, K = size(2), size(12, 0), size(3, 0), size(70), size(2), size(33)
+    phi = data.draw(st.lists(st.integers(0, N), min_size=B * L, max_size=B * L))
+    args = draw(torch.tensor(phi, dtype=torch.int32).reshape(B, L), N, R, H, K, torch.float64)
+    work = build_work_list(args[-1], N, chunk=size(8))
+    for x, reference in zip(both(*args, work=work), twin(*args)):
+        np.testing.assert_allclose(x.numpy(), reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("R", [5, 70])
+def test_zeros_are_exact(R, device):
+    phi = [[0, 0, 3, 3, 0, 1], [0] * 6]
+    out, dq, dk, dv = both(*draw(phi, N=3, R=R, device=device))
+    nowhere = torch.tensor(phi, device=device) == 0
+    assert (out[nowhere] == 0).all() and (dq[nowhere] == 0).all()
+    assert (out[~nowhere] != 0).all()
+    for grad in (dk, dv):
+        attended = (grad != 0).flatten(2).any(-1).tolist()
+        assert attended == [[True, False, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("B,L,N", [(0, 4, 2), (2, 0, 2), (2, 5, 0), (1, 0, 0)])
+def test_empty_sizes(B, L, N, device):
+    args = draw(np.zeros((B, L), int), N, device=device)
+    for x, reference in zip(both(*args), twin(*args)):
+        assert x.shape == reference.shape and (x == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy
+def test_a_nan_in_an_image_stays_with_its_tokens(device):
+    dout, q, k, v, phi = draw([[1, 2, 0, 2, 3]], N=3, device=device)
+    k[0, 1], v[0, 1] = float("nan"), float("nan")
+    out, dq, dk, dv = both(dout, q, k, v, phi)
+    assert out[0].isnan().flatten(1).any(-1).tolist() == [False, True, False, True, False]
+    assert dq[0].isnan().flatten(1).any(-1).tolist() == [False, True, False, True, False]
+    assert not dk[0, [0, 2]].isnan().any() and not dv[0, [0, 2]].isnan().any()
+
+
+# --- layouts, determinism, the work list --------------------------------------------------------
+
+
+@pytest.mark.parametrize("R", [5, 70])
+def test_strides_change_nothing(R, device):
+    dout, q, k, v, phi = draw([[0, 1, 1, 2, 2, 2]] * 2, N=2, R=R, device=device)
+    expected = both(dout, q, k, v, phi)
+    packed = torch.stack([q, dout], dim=3).unbind(3)  # rows apart, as from one projection
+    heads_first = [x.transpose(-2, -3).contiguous().transpose(-2, -3) for x in (k, v)]
+    phi_apart = phi.repeat_interleave(2, dim=1)[:, ::2]
+    for x, y in zip(both(packed[1], packed[0], *heads_first, phi_apart), expected):
+        assert torch.equal(x, y)
+    columns_first = [x.mT.contiguous().mT for x in (dout, q, k, v)]
+    assert columns_first[0].stride(-1) != 1
+    for x, y in zip(both(*columns_first, phi), expected):
+        assert torch.equal(x, y)
+
+
+def test_an_expanded_gradient(device):
+    _, q, k, v, phi = draw([[0, 1, 2]], N=2, device=device)
+    q.requires_grad_()
+    image_causal_attention(q, k, v, phi).sum().backward()  # dout has strides of 0
+    expected = image_causal_attention_backward(torch.ones_like(q), q.detach(), k, v, phi)[0]
+    assert torch.equal(q.grad, expected)
+
+
+@pytest.mark.parametrize("R", [5, 70])
+def test_two_runs_agree_bit_for_bit(R, device):
+    args = draw([[1] * 150 + [2] * 30], N=2, R=R, device=device)
+    assert all(torch.equal(x, y) for x, y in zip(both(*args), both(*args)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_work_list_holds_every_token_once(data):
+    B, L, N = (data.draw(st.integers(0, most)) for most in (3, 30, 5))
+    cells = data.draw(st.lists(st.integers(0, N), min_size=B * L, max_size=B * L))
+    phi, chunk = torch.tensor(cells, dtype=torch.int64).reshape(B, L), data.draw(st.integers(1, 9))
+    work = build_work_list(phi, N, chunk=chunk)
+    seen, slots, owners = torch.zeros_like(phi), [], []
+    for b, image, begin, end, slot in work.items.tolist():
+        tokens = work.order[b, begin:end].long() if begin < end else torch.tensor([], dtype=int)
+        assert len(tokens) <= chunk and (phi[b, tokens] == image).all()
+        assert tokens.tolist() == sorted(tokens.tolist())
+        seen[b, tokens] += 1
+        slots += [slot] * (slot >= 0)
+        owners += [(b, image)] * (image > 0)
+    assert (seen == 1).all()
+    assert sorted(slots) == list(range(len(slots))) and len(slots) <= work.num_slots
+    assert set(owners) == {(b, n) for b in range(B) for n in range(1, N + 1)}
+    sums = [s for first, count in work.splits.tolist() for s in range(first, first + count)]
+    assert sorted(sums) == sorted(slots)
+
+
+def test_work_list_agrees_with_its_twin():
+    phi = np.array([[0, 2, 2, 1, 2], [3, 3, 0, 0, 3]])
+    owner, tokens = xattn.work_list(phi, N=3, most=2)
+    expected = {(int(o), tuple(t[t < phi.size].tolist())) for o, t in zip(owner, tokens)}
+    work = build_work_list(torch.tensor(phi), 3, chunk=2)
+    got = {
+        (b * 3 + image - 1, tuple((b * 5 + work.order[b, begin:end]).tolist()))
+        for b, image, begin, end, _ in work.items.tolist()
+        if image and begin < end
+    }
+    assert got == expected
+
+
+def test_layers_share_a_work_list(device):
+    args = draw([[0, 1, 1, 2]], N=2, device=device)
+    work = build_work_list(args[-1], 2, heads=2)
+    assert all(torch.equal(x, y) for x, y in zip(both(*args, work=work), both(*args)))
+
+
+def test_chunks_grow_with_the_work():
+    assert [choose_chunk(rows) for rows in (0, 2**15, 2**16, 2**17, 2**24)] == [
+        64, 64, 128, 256, 512,
+    ]  # fmt: skip
+
+
+def test_unchecked_phi_outside_its_range_counts_as_0(device):
+    args = draw([[0, 1, 2, 0]], N=2, device=device)
+    wrong = torch.tensor([[-5, 1, 2, 3]], device=device, dtype=torch.int32)
+    assert all(
+        torch.equal(x, y) for x, y in zip(both(*args[:-1], wrong, check=False), both(*args))
+    )
+
+
+def test_poison_shows_what_a_kernel_forgets():
+    args = draw([[0, 1]], N=1, device="cpu" if INTERPRET.value else "cuda")
+    with replaced(launch=lambda *args, **options: None):
+        assert all(x.isnan().all() for x in both(*args))
+    assert not any(x.isnan().any() for x in both(*args))
+
+
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_the_host_never_waits(device):
+    args = draw([[0, 1, 1, 2]], N=2, device=device)
+    both(*args)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        image_causal_attention(*args[1:], check=False)
+        image_causal_attention_backward(*args, check=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- torch --------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("R,chunk", [(3, 64), (3, 2), (70, 2)])
+def test_gradcheck(R, chunk):
+    _, q, k, v, phi = draw([[0, 2, 2, 2, 1], [1, 0, 0, 1, 1]], N=2, R=R, H=1, K=4, dtype=torch.float64)
+    work = build_work_list(phi, 2, chunk=chunk)
+    for x in (q, k, v):
+        x.requires_grad_()
+    attend = lambda q, k, v: image_causal_attention(q, k, v, phi, work)  # noqa: E731
+    assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=True)
+
+
+def test_opcheck(device):
+    dout, q, k, v, phi = draw([[0, 1, 2]], N=2, device=device)
+    work = build_work_list(phi, 2)
+    lists = work.order, work.items, work.splits, work.chunk
+    ops = torch.ops.miniflamingo
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.image_causal_attention.default, (*leaves, *lists))
+    torch.library.opcheck(ops.image_causal_attention_backward.default, (dout, q, k, v, *lists))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile(backend, device):
+    dout, q, k, v, phi = draw([[0, 1, 2, 2]], N=2, device=device)
+
+    def run(function):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, phi)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    def doubled(q, k, v, phi):
+        return 2 * image_causal_attention(q, k, v, phi, check=False)
+
+    torch.compiler.reset()
+    compiled = torch.compile(doubled, backend=backend, fullgraph=True)
+    for x, y in zip(run(compiled), run(doubled)):
+        torch.testing.assert_close(x, y)
+
+
+@triton.jit
+def _cast_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, cast(tl.load(x_ptr + i), out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_that_of_torch(dtype, device):
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    ties = 1 + torch.arange(16) / 256  # halfway between two bfloat16s, every other one
+    x[:16], x[16:18] = ties, torch.tensor([float("inf"), -0.0])
+    x, out = x.to(device), torch.empty(1024, dtype=dtype, device=device)
+    launch(_cast_kernel, 1, x, out, BLOCK=1024)
+    assert torch.equal(out, x.to(dtype))
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+q, kv, phi = torch.zeros(2, 5, 2, 16), torch.zeros(2, 3, 4, 2, 16), torch.zeros(2, 5, dtype=int)
+WRONG = {
+    "phi too short": (dict(phi=phi[:, :4]), r"\[2, 5\].*got int64 \[2, 4\]"),
+    "phi is float": (dict(phi=phi.float()), r"int.*got torch.float32 \[2, 5\]"),
+    "phi too large": (dict(phi=phi + 4), r"0\.\.3.*got 4\.\.4"),
+    "phi negative": (dict(phi=phi - 1), r"0\.\.3.*got -1\.\.-1"),
+    "phi elsewhere": (dict(phi=phi.to("meta")), r"on cpu, got .* on meta"),
+    "v unlike k": (dict(v=kv[:, :2]), r"\[2, 3, 4, 2, 16\], got \[2, 2, 4, 2, 16\]"),
+    "other heads": (dict(q=q[:, :, :1]), r"q \[2, 5, 1, 16\] and k \[2, 3, 4, 2, 16\]"),
+    "k without N": (dict(k=kv[:, 0]), r"k \[2, 4, 2, 16\]"),
+    "K = 129": (
+        dict(q=torch.zeros(2, 5, 2, 129), k=torch.zeros(2, 3, 4, 2, 129), v=torch.zeros(2, 3, 4, 2, 129)),
+        r"K must be 1 to 128, got 129",
+    ),
+    "R = 257": (
+        dict(k=torch.zeros(2, 3, 257, 2, 16), v=torch.zeros(2, 3, 257, 2, 16)),
+        r"R must be 1 to 256, got 257",
+    ),
+    "mixed dtypes": (dict(v=kv.half()), "one dtype.*got float32, float32, float16"),
+    "integers": (dict(q=q.int(), k=kv.int(), v=kv.int()), "float32.*got int32, int32, int32"),
+    "mixed devices": (dict(v=kv.to("meta")), "one device.*got cpu, cpu, meta"),
+    "a work list for others": (
+        dict(work=build_work_list(phi[:, :3], 3)), r"\(2, 5, 3\).*got \(2, 3, 3\)",
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", WRONG)
+def test_value_errors_quote_expected_and_got(name):
+    change, message = WRONG[name]
+    args = dict(q=q, k=kv, v=kv, phi=phi) | change
+    with pytest.raises(ValueError, match=message):
+        image_causal_attention(**args)
+    with pytest.raises(ValueError, match=message):
+        image_causal_attention_backward(q, **args)
+
+
+@interpreted
+def test_dout_must_be_like_q():
+    with pytest.raises(ValueError, match=r"float32 \[2, 5, 2, 16\] on cpu, got float16"):
+        image_causal_attention_backward(q.half(), q, kv, kv, phi)
+
+
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_cpu_tensors_are_refused_on_a_gpu_machine(device):
+    with pytest.raises(ValueError, match="one device, cuda, got cpu"):
+        image_causal_attention(q, kv, kv, phi)

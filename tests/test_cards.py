@@ -1,0 +1,85 @@
+"""Model cards: three tiny runs are shipped; a run that is not finished is refused."""
+
+import json
+
+import pytest
+
+from miniflamingo import cards, training
+from miniflamingo.evaluation import Evaluation
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The three stages, two steps each, and the figures of the bridged model."""
+    folder = tmp_path_factory.mktemp("runs")
+    two = training.OptimiserConfig(steps=2)
+    lm = training.LanguageRun(optimiser=two, batch=12)
+    vision = training.VisionRun(optimiser=two, batch=12)
+    bridge = training.BridgeRun(
+        optimiser=two, batches=(6, 2, 2, 2), pool_per_class=2, pool_pairs=8, pool_clips=4
+    )
+    stages = {
+        "lm": lambda: training.LanguageStage(lm),
+        "vision": lambda: training.VisionStage(vision),
+        "flamingo": lambda: training.BridgeStage(bridge, folder / "lm", folder / "vision"),
+    }
+    for name, make in stages.items():
+        training.Run(make(), folder / name).train(progress=False)
+        cards.record_run(folder / name, seconds=1.5)
+    model = training.load_flamingo(folder / "flamingo" / "model.safetensors")
+    metrics = Evaluation(model, samples=4, per_class=2).run(shots=(0, 1))
+    (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
+    cards.ship(runs, tmp_path)
+    for stage in cards.ABOUT:
+        shipped = (tmp_path / stage / "model.safetensors").read_bytes()
+        assert shipped == (runs / stage / "model.safetensors").read_bytes()
+        text = (tmp_path / stage / "card.md").read_text()
+        assert "| command | `python -m miniflamingo" in text
+        assert "| steps | 2 |" in text and "1.5 s" in text
+    count = training.load_flamingo(tmp_path / "flamingo" / "model.safetensors").num_parameters()
+    assert f"| parameters | {count:,}, float32 |" in text
+    assert "binding_8way" in text and "gates |tanh(alpha)|" in text
+    alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text())
+    assert alphas["steps"] == [1, 2]
+
+
+def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
+    (runs / "vision" / "run.json").rename(runs / "vision" / "kept")
+    try:
+        with pytest.raises(ValueError, match=r"missing: .*vision/run\.json$"):
+            cards.ship(runs, tmp_path / "to")
+    finally:
+        (runs / "vision" / "kept").rename(runs / "vision" / "run.json")
+    assert not (tmp_path / "to").exists()
+
+
+def test_shipped_weights_are_what_their_cards_say():
+    shipped = training.WEIGHTS / "flamingo"
+    model = training.load_flamingo(shipped / "model.safetensors")
+    metrics = json.loads((shipped / "metrics.json").read_text())
+    alphas = json.loads((shipped / "alphas.json").read_text())
+    assert metrics["alpha"] == model.alphas()
+    assert [alphas["alpha_xattn"][-1], alphas["alpha_dense"][-1]] == list(metrics["alpha"].values())
+    for part in ("lm", "vision"):  # the frozen parts lie in the bridged model, unchanged
+        own = training.load_tensors(training.WEIGHTS / part / "model.safetensors")[0]
+        inside = {"lm": model.lm, "vision": model.vision_encoder}[part].state_dict()
+        assert all((own[name] == inside[name]).all() for name in inside)
+
+
+def test_the_shipped_model_still_answers_as_its_metrics_say():
+    """A fresh sample, of another seed than the card's, within what chance explains."""
+    shipped = training.WEIGHTS / "flamingo"
+    model = training.load_flamingo(shipped / "model.safetensors")
+    metrics = json.loads((shipped / "metrics.json").read_text())
+    sample = Evaluation(model, samples=200, seed=3_000_000, per_class=10)
+    curve = sample.binding("binding_8way")
+    for shots in ("0", "4", "32"):
+        low, high = curve[shots]["interval"]
+        known = metrics["few_shot"]["binding_8way"][shots]
+        assert low - 0.03 <= known <= high + 0.03, (shots, known, low, high)
+    low, high = sample.motion()["direction"]["interval"]
+    assert low - 0.03 <= metrics["motion"]["direction"]["accuracy"] <= high + 0.03
