@@ -18,6 +18,7 @@ import threading
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -488,11 +489,16 @@ class BridgeStage(Stage):
         self.model = assemble(config.model, paths["lm"], paths["vision"], config.seed)
         self.weights = Lambda(*config.weights)._asdict()
         self.batches = Lambda(*config.batches)._asdict()
-        bar = (lambda work: tqdm(work, desc="pictures")) if progress else (lambda work: work)
-        c = config
-        self.pool = datasets.Pool.draw(
-            self.model.vision_encoder, [c.seed, 2], "train", datasets.SEEN,
-            c.pool_per_class, c.pool_per_blend, c.pool_pairs, c.pool_clips, bar,
+        self.progress = progress
+
+    @cached_property
+    def pool(self):
+        """Pictures of the training split and their features; drawn when first asked for."""
+        bar = (lambda work: tqdm(work, desc="pictures")) if self.progress else (lambda work: work)
+        c = self.config
+        return datasets.Pool.draw(
+            self.model.vision_encoder, [c.seed, 2], "train", c.pool_per_class, c.pool_pairs,
+            c.pool_clips, datasets.SEEN, c.pool_per_blend, bar,
         )  # fmt: skip
 
     def identity(self):

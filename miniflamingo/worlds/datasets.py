@@ -106,9 +106,9 @@ class Pool:
     videos: np.ndarray
 
     @classmethod
-    def draw(cls, encoder, seed, split="train", classes=ANY, per_class=100, per_blend=0,
-             pairs=4000, clips=1200, progress=lambda x: x):  # fmt: skip
-        """Draw and encode a pool of the classes bool[colour, shape].
+    def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
+             classes=ANY, per_blend=0, progress=lambda x: x):  # fmt: skip
+        """Draw and encode a pool of the classes bool[colour, shape], and of blends.
 
         encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v].
         """
