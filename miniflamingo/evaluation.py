@@ -94,7 +94,7 @@ class Evaluation:
     def __init__(self, model, samples=1000, seed=TEST_SEED, per_class=40, progress=lambda x: x):
         split = "validation" if seed == VALIDATION_SEED else "test"
         self.model, self.samples, self.seed = model, samples, seed
-        sizes = dict(per_class=per_class, pairs=samples, clips=samples)
+        sizes = dict(per_class=per_class, pairs=4 * samples, clips=samples)
         encoder = model.vision_encoder
         self.pool = Pool.draw(encoder, [seed, 0], split, **sizes, progress=progress)
         self.media = {
@@ -181,9 +181,10 @@ class Evaluation:
             words = {word: float(right[:, i].mean()) for i, word in
                      enumerate(("article", "size", "colour", "shape"))}  # fmt: skip
             result[name] = figure(right.all(axis=1)) | {"words": words}
-        rng = self.rng("captions", "pairs")
-        asked = datasets.pair_caption_documents(self.pool, self.samples, 1, rng)
-        result["two_objects"] = figure(self._written(asked, 0, width=3).all(axis=1))
+        for name, held_out in (("two_objects", False), ("two_objects_held_out", True)):
+            rng = self.rng("captions", name)
+            asked = datasets.pair_caption_documents(self.pool, self.samples, 1, rng, held_out)
+            result[name] = figure(self._written(asked, 0, width=3).all(axis=1))
         return result
 
     def questions(self):
@@ -195,10 +196,11 @@ class Evaluation:
                 asked = datasets.question_documents(self.pool, self.samples, 1, rng, allowed, i)
                 result[kind + name] = figure(self._written(asked, 3).all(axis=1))
                 result[kind + name + "_ranked"] = figure(self._ranked(asked, 3, candidates[i]))
-        rng = self.rng("questions", "two objects")
-        asked = datasets.pair_question_documents(self.pool, self.samples, 1, rng)
-        result["two_objects"] = figure(self._written(asked, 5).all(axis=1))
-        result["two_objects_ranked"] = figure(self._ranked(asked, 5, COLOUR_IDS))
+        for name, held_out in (("two_objects", False), ("two_objects_held_out", True)):
+            rng = self.rng("questions", name)
+            asked = datasets.pair_question_documents(self.pool, self.samples, 1, rng, held_out)
+            result[name] = figure(self._written(asked, 5).all(axis=1))
+            result[name + "_ranked"] = figure(self._ranked(asked, 5, COLOUR_IDS))
         return result
 
     def _ranked(self, documents, words, candidates):

@@ -172,9 +172,9 @@ class Oracle:
 def test_right_answers_count_and_wrong_ones_do_not(examination, monkeypatch, right):
     Oracle(monkeypatch, examination, right)
     parts = [getattr(examination, name)() for name in ("captions", "questions", "motion")]
-    assert [len(part) for part in parts] == [5, 14, 2]
+    assert [len(part) for part in parts] == [6, 16, 2]
     accuracies = [figure["accuracy"] for part in parts for figure in part.values()]
-    assert accuracies == [float(right)] * 21
+    assert accuracies == [float(right)] * 24
 
 
 def test_captions_are_scored_word_by_word(examination, monkeypatch):

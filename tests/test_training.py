@@ -337,7 +337,10 @@ def trained(tmp_path_factory):
     return {"lm": lm, "vision": vision}
 
 
-SMALL_POOL = {"pool_per_class": 1, "pool_pairs": 20, "pool_clips": 10, "batches": (8, 2, 2, 2)}
+SMALL_POOL = {
+    "pool_per_class": 1, "pool_per_blend": 1, "pool_pairs": 20, "pool_clips": 10,
+    "batches": (8, 2, 2, 2),
+}  # fmt: skip
 
 
 def bridge(trained, steps=3, model=None, **changes):

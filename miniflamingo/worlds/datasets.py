@@ -15,6 +15,7 @@ from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.worlds import shapes
 from miniflamingo.worlds.grammar import (
     ANY,
+    BLENDED,
     COLOUR_IDS,
     DIRECTION_IDS,
     HELD_OUT,
@@ -34,6 +35,7 @@ from miniflamingo.worlds.grammar import (
 
 IGNORED = -100  # a target that counts for nothing
 SEEN = ~HELD_OUT  # bool[colour, shape], the classes that the bridge is trained on
+WORDLESS = np.concatenate([SEEN, BLENDED], axis=1)  # and those that have no word, for binding
 CHUNK = 256  # pictures that are encoded at a time
 GROUP = 8  # rows of a contrastive batch that differ in one shape alone
 
@@ -90,12 +92,13 @@ def _different_in_group(B, classes, rng):  # -> int[B]
 class Pool:
     """Labelled pictures and the frozen encoder's features of them.
 
-    objects (colour, shape, size) int[n1], per_class pictures of each of the 128 classes in turn;
-    pairs, the same, int[n2, 2]; clips (colour, shape, size, direction) int[n3];
-    images [n1 + n2, 1, S, D_v]; videos [n3, T, S, D_v].
+    counts int[colour, shape (+ blend)] says how many pictures of one object there are of each
+    class; objects (colour, shape, size) int[n1] are their labels, class by class; pairs, the same,
+    int[n2, 2]; clips (colour, shape, size, direction) int[n3]; images [n1 + n2, 1, S, D_v];
+    videos [n3, T, S, D_v].
     """
 
-    per_class: int
+    counts: np.ndarray
     objects: tuple
     pairs: tuple
     clips: tuple
@@ -104,13 +107,17 @@ class Pool:
 
     @classmethod
     def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
-             pair_classes=ANY, progress=lambda x: x):  # fmt: skip
-        """Draw and encode a pool; encoder maps [B, 24, 24, 3] to features [B, S, D_v]."""
+             classes=ANY, per_blend=0, progress=lambda x: x):  # fmt: skip
+        """Draw and encode a pool of the classes bool[colour, shape], and of blends.
+
+        encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v].
+        """
         rng = np.random.default_rng(seed)
-        colour, shape = np.divmod(np.repeat(np.arange(ANY.size), per_class), ANY.shape[1])
-        objects = (colour, shape, rng.integers(0, 2, len(colour)))
-        pairs = draw_pair_attributes((pairs,), pair_classes, rng)
-        moving = (*draw_attributes((clips,), pair_classes, rng), rng.integers(0, 4, clips))
+        counts = np.concatenate([per_class * classes, per_blend * BLENDED], axis=1)
+        every = np.repeat(np.arange(counts.size), counts.ravel())
+        objects = (*np.divmod(every, counts.shape[1]), rng.integers(0, 2, len(every)))
+        pairs = draw_pair_attributes((pairs,), classes, rng)
+        moving = (*draw_attributes((clips,), classes, rng), rng.integers(0, 4, clips))
         kinds = ((shapes.draw_objects, objects), (shapes.draw_pairs, pairs),
                  (shapes.draw_clips, moving))  # fmt: skip
         work = [(draw, [label[i : i + CHUNK] for label in labels])
@@ -118,18 +125,24 @@ class Pool:
         images, videos = [], []
         for draw, labels in progress(work):
             pictures = draw(*labels, rng, split=split)
-            frames = pictures.reshape(-1, *pictures.shape[-3:])
-            parts = [encoder(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
-            features = np.concatenate(parts)
-            features = features.reshape(len(pictures), -1, *features.shape[1:])
-            (videos if draw is shapes.draw_clips else images).append(features)
-        return cls(per_class, objects, pairs, moving, np.concatenate(images),
-                   np.concatenate(videos))  # fmt: skip
+            (videos if draw is shapes.draw_clips else images).append(_encode(encoder, pictures))
+        return cls(counts, objects, pairs, moving, np.concatenate(images), np.concatenate(videos))
 
     def pick(self, colour, shape, rng):
         """Random pictures of one object of the given classes: indices into `images`, int[...]."""
-        first = (colour * ANY.shape[1] + shape) * self.per_class
-        return first + rng.integers(0, self.per_class, np.shape(colour))
+        starts = np.cumsum(self.counts).reshape(self.counts.shape) - self.counts
+        return starts[colour, shape] + rng.integers(0, self.counts[colour, shape])
+
+    def pick_pairs(self, size, rng, held_out=False):
+        """Random pairs, both of whose classes are SEEN (or, held_out, not both): indices [size]."""
+        seen = SEEN[self.pairs[0], self.pairs[1]].all(axis=-1)
+        return rng.choice(np.flatnonzero(seen != held_out), size)
+
+
+def _encode(encoder, pictures):  # [B, (T,) 24, 24, 3] -> [B, T, S, D_v], T = 1 for an image
+    frames = pictures.reshape(-1, *pictures.shape[-3:])
+    parts = [encoder(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
+    return np.concatenate(parts).reshape(len(pictures), -1, *parts[0].shape[1:])
 
 
 class Documents(NamedTuple):
@@ -219,18 +232,18 @@ def question_documents(pool, B, N, rng, allowed=SEEN, kind=None):
     return _documents(phrase("<image>", *np.moveaxis(asked, -1, 0)), pictures)
 
 
-def pair_question_documents(pool, B, N, rng):
-    """<image> what color is circle ? red <EOC>, of two objects."""
-    chosen = rng.integers(0, len(pool.pairs[0]), (B, N))
+def pair_question_documents(pool, B, N, rng, held_out=False):
+    """<image> what color is circle ? red <EOC>, of two objects; held_out: see Pool.pick_pairs."""
+    chosen = pool.pick_pairs((B, N), rng, held_out)
     colour, shape, _ = (label[chosen] for label in pool.pairs)
     asked = pair_question(colour, shape, rng.integers(0, 2, (B, N)))
     chunks = phrase("<image>", *np.moveaxis(asked, -1, 0))
     return _documents(chunks, len(pool.objects[0]) + chosen)
 
 
-def pair_caption_documents(pool, B, N, rng):
-    """<image> a small red circle and a large blue bar <EOC>."""
-    chosen = rng.integers(0, len(pool.pairs[0]), (B, N))
+def pair_caption_documents(pool, B, N, rng, held_out=False):
+    """<image> a small red circle and a large blue bar <EOC>; held_out: see Pool.pick_pairs."""
+    chosen = pool.pick_pairs((B, N), rng, held_out)
     said = pair_caption(*(label[chosen] for label in pool.pairs))
     chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
     return _documents(chunks, len(pool.objects[0]) + chosen)
@@ -244,11 +257,18 @@ def clip_documents(pool, B, N, rng):
     return _documents(chunks, chosen, source="videos")
 
 
-def interleaved_documents(pool, B, rng, N=5, noise=0.0):
+def interleaved_documents(pool, B, rng, N=5, noise=0.0, wordless=0.0):
     """The small world's web pages: N pictures each, half binding of 2, 3 or 5 classes, the rest
-    captions, questions about one object, and questions about one of two."""
-    rows = np.diff(np.round(np.linspace(0, B // 2, 4)).astype(int))
-    parts = [binding_documents(pool, b, N, w, rng)[0] for b, w in zip(rows, (2, 3, 5))]
+    captions, questions about one object, and questions about one of two.
+
+    A share `wordless` of the binding episodes has blends among its classes, so that a name must be
+    bound to what is seen and not to what it is called.
+    """
+    rows, parts = np.diff(np.round(np.linspace(0, B // 2, 4)).astype(int)), []
+    blend = np.arange(WORDLESS.shape[1]) >= SEEN.shape[1]
+    for b, ways in zip(rows, (2, 3, 5)):
+        allowed = WORDLESS & ~(blend & (rng.random((b, 1, 1)) >= wordless))
+        parts.append(binding_documents(pool, b, N, ways, rng, allowed)[0])
     rows = np.diff(np.round(np.linspace(0, B - B // 2, 4)).astype(int))
     parts.append(caption_documents(pool, rows[0], N, rng, noise=noise))
     parts.append(question_documents(pool, rows[1], N, rng))

@@ -17,7 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from miniflamingo.prompt import BOS, EOC, PAD, WordTokenizer, split_words
-from miniflamingo.worlds.shapes import COLOURS, DIRECTIONS, NUM_GEOMETRIC, SHAPES, SIZES
+from miniflamingo.worlds.shapes import (
+    BLENDS,
+    COLOURS,
+    DIRECTIONS,
+    NUM_GEOMETRIC,
+    SHAPES,
+    SIZES,
+)
 
 NAMES = split_words(
     "dax wug blick toma fep zorp kiki bouba mip lorp gazz tiv nurf pim sref quib vosh yalt cheg "
@@ -71,6 +78,8 @@ DIGIT = ~GEOMETRIC
 HELD_OUT_SHAPES = GEOMETRIC & ((np.add.outer(np.arange(8), np.arange(len(SHAPES))) % 4) == 0)
 HELD_OUT_DIGITS = DIGIT & (np.arange(len(SHAPES)) >= len(SHAPES) - 3)
 HELD_OUT = HELD_OUT_SHAPES | HELD_OUT_DIGITS
+# bool[colour, blend]: both parts are seen in that colour
+BLENDED = np.stack([~HELD_OUT[:, a] & ~HELD_OUT[:, b] for a, b in BLENDS], axis=1)
 
 
 def draw_attributes(shape, allowed, rng):  # -> colour, shape, size, int[shape] each
@@ -107,10 +116,10 @@ def draw_episode(B, n, ways, rng, allowed=ANY, mode=None):
     mode "pair": a class is a colour and a shape; "colour" or "shape": the other one is held
     constant within the episode. By default each row draws its own mode. allowed is
     bool[colour, shape], or one such table a row; a row with fewer than `ways` classes in its table
-    uses those that there are.
+    uses those that there are. A table may have more columns than SHAPES: those of BLENDS.
     """
     mode = rng.integers(0, 3, B) if mode is None else np.full(B, MODES.index(mode))
-    allowed = np.broadcast_to(allowed, (B, *ANY.shape))
+    allowed = np.broadcast_to(allowed, (B, *np.shape(allowed)[-2:]))
     order = np.where(allowed, rng.random(allowed.shape), np.inf)  # classes in a random order
     order[mode == 1] += _all_but_one(order[mode == 1], 1, rng)  # one shape: colours tell apart
     order[mode == 2] += _all_but_one(order[mode == 2], 2, rng)  # one colour: shapes tell apart
@@ -118,7 +127,7 @@ def draw_episode(B, n, ways, rng, allowed=ANY, mode=None):
     chosen = np.argsort(order, axis=1)[:, :ways]
     found = np.minimum(np.isfinite(order).sum(axis=1), ways)
     index = (rng.random((B, n)) * found[:, None]).astype(int)
-    colour, shape = np.divmod(np.take_along_axis(chosen, index, axis=1), len(SHAPES))
+    colour, shape = np.divmod(np.take_along_axis(chosen, index, axis=1), allowed.shape[-1])
     names = NAME_IDS[np.argsort(rng.random((B, len(NAMES))), axis=1)[:, :ways]]
     return Episode(colour, shape, np.take_along_axis(names, index, axis=1), index)
 

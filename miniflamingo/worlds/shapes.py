@@ -9,6 +9,7 @@ Every function draws B pictures at once, float32 in [0, 1]. colour, shape and si
 """
 
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar", *DIGITS)
 SIZES = ("small", "large")
 DIRECTIONS = ("left", "right", "up", "down")
 NUM_GEOMETRIC = len(SHAPES) - len(DIGITS)
+# two shapes drawn over one another: 78 more shapes, numbered from len(SHAPES) on, that have no word
+# and so can only be learned from examples; made of all but the last three digits, which are kept
+BLENDS = tuple(combinations(range(len(SHAPES) - 3), 2))
 
 RGB = np.array(
     [(0.9, 0.1, 0.1), (0.1, 0.75, 0.15), (0.15, 0.25, 0.95), (0.95, 0.9, 0.1),
@@ -92,7 +96,17 @@ def glyph_cover(digit, x, y, size, split, rng):  # int[B], [B], [B], int[B] -> [
 
 
 def cover_of(shape, x, y, radius, size, split, rng):  # -> [B, 24, 24]
-    """The cover of any shape: geometric ones are soft, digits are handwritten."""
+    """The cover of any shape: geometric ones are soft, digits handwritten, blends two in one."""
+    plain = [(s, s) for s in range(len(SHAPES))]
+    first, second = np.array([*plain, *BLENDS])[shape].T
+    cover = _plain_cover(first, x, y, radius, size, split, rng)
+    rows = np.flatnonzero(first != second)
+    over = _plain_cover(second[rows], *(a[rows] for a in (x, y, radius, size)), split, rng)
+    cover[rows] = np.maximum(cover[rows], over)
+    return cover
+
+
+def _plain_cover(shape, x, y, radius, size, split, rng):
     digit = shape >= NUM_GEOMETRIC
     cover = geometric_cover(np.where(digit, 0, shape), x, y, radius)
     rows = np.flatnonzero(digit)

@@ -5,7 +5,7 @@ import pytest
 
 from miniflamingo.prompt import BOS, EOC, IMAGE, PAD
 from miniflamingo.worlds import datasets, grammar
-from miniflamingo.worlds.datasets import GROUP, IGNORED, SEEN, Pool
+from miniflamingo.worlds.datasets import GROUP, IGNORED, SEEN, WORDLESS, Pool
 from miniflamingo.worlds.grammar import HELD_OUT, HELD_OUT_SHAPES, NAME_IDS, TOKENIZER
 from miniflamingo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, SIZES
 
@@ -17,7 +17,7 @@ def encoder(pictures):
 
 @pytest.fixture(scope="module")
 def pool():
-    return Pool.draw(encoder, 5, per_class=3, pairs=60, clips=40, pair_classes=SEEN)
+    return Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_blend=1, pairs=60, clips=40)
 
 
 def labels_of(pool, documents):
@@ -44,14 +44,19 @@ def says(colour, shape, size):
 
 
 def test_a_pool_follows_its_seed_and_holds_every_class(pool):
-    assert pool.images.shape[:2] == (128 * 3 + 60, 1) and pool.videos.shape[:2] == (40, 8)
-    again = Pool.draw(encoder, 5, per_class=3, pairs=60, clips=40, pair_classes=SEEN)
+    pictures = 3 * SEEN.sum() + grammar.BLENDED.sum() + 60
+    assert pool.images.shape[:2] == (pictures, 1) and pool.videos.shape[:2] == (40, 8)
+    again = Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_blend=1, pairs=60, clips=40)
     assert np.array_equal(pool.images, again.images) and np.array_equal(pool.videos, again.videos)
     rng = np.random.default_rng(0)
-    colour, shape = rng.integers(0, 8, 200), rng.integers(0, 16, 200)
+    classes = np.argwhere(WORDLESS)
+    colour, shape = classes[rng.integers(0, len(classes), 300)].T
     picked = pool.pick(colour, shape, rng)
     assert np.array_equal(pool.objects[0][picked], colour)
     assert np.array_equal(pool.objects[1][picked], shape)
+    assert len(set(picked)) > 150
+    with pytest.raises(ValueError):  # there is none of a class that is held out
+        pool.pick(*np.argwhere(HELD_OUT)[:1].T, rng)
 
 
 def test_chunks_of_the_pool_do_not_matter(pool, monkeypatch):
@@ -156,9 +161,30 @@ def test_nothing_held_out_is_shown_in_training(pool):
 
 
 def test_held_out_tables_can_be_asked_for(pool):
+    pool = Pool.draw(encoder, 5, per_class=1, pairs=200, clips=3)
     documents = datasets.caption_documents(pool, 50, 1, np.random.default_rng(0), HELD_OUT_SHAPES)
     colour, shape, _ = labels_of(pool, documents)
     assert HELD_OUT_SHAPES[colour, shape].all()
+    for held_out in (False, True):
+        asked = datasets.pair_question_documents(pool, 50, 1, np.random.default_rng(0), held_out)
+        colour, shape, _ = labels_of(pool, asked)
+        assert (HELD_OUT[colour, shape].any(axis=-1) == held_out).all()
+
+
+def test_blends_are_bound_to_names_and_have_no_words(pool):
+    rng, shares = np.random.default_rng(0), []
+    for wordless in (0.0, 0.5, 1.0):
+        drawn = [
+            datasets.interleaved_documents(pool, 32, rng, wordless=wordless) for _ in range(20)
+        ]
+        documents = datasets.together(drawn)
+        shown = documents.pictures < len(pool.objects[0])
+        shape = pool.objects[1][np.where(shown, documents.pictures, 0)]
+        blend = shown & (shape >= len(SHAPES))
+        bound = (documents.tokens[:, 2] == TOKENIZER.ids["this"])[:, None]
+        assert not (blend & ~bound).any()  # captions and questions have words for all they see
+        shares.append(blend[bound[:, 0]].mean())
+    assert shares[0] == 0 < shares[1] < shares[2]
 
 
 # --- text before its picture ----------------------------------------------------------------------

@@ -72,6 +72,21 @@ def test_geometric_shapes_differ_and_have_their_geometry():
     assert upper < 0.7 * lower  # a triangle stands on its base
 
 
+def test_a_blend_covers_what_its_two_shapes_cover():
+    place, size = np.full(2, 12.0), np.ones(2, int)
+    for blend, parts in ((0, (0, 1)), (5, (0, 6))):
+        assert shapes.BLENDS[blend] == parts
+        covers = [
+            shapes.cover_of(
+                np.array(shape), place, place, place * 0 + 5, size, "train",
+                np.random.default_rng(0),
+            )
+            for shape in ([len(SHAPES) + blend] * 2, [parts[0]] * 2, [parts[1]] * 2)
+        ]  # fmt: skip
+        np.testing.assert_allclose(covers[0], np.maximum(covers[1], covers[2]))
+    assert len(set(shapes.BLENDS)) == 78 and max(b for _, b in shapes.BLENDS) == 12
+
+
 def test_first_object_is_on_the_left():
     rng = np.random.default_rng(0)
     colour = np.tile([COLOURS.index("red"), COLOURS.index("blue")], (B, 1))
