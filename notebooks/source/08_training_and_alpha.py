@@ -16,8 +16,8 @@
 # model (module 05). The gradients come from the library's tape: a `with Tape() as tape:` around the
 # forward pass, then `tape.backward(loss)`.
 #
-# **Time:** about 0 minutes: 0 to read (0 words, 200 a minute) and 36 for five exercises.
-# Computing takes about 25 seconds of one core.
+# **Time:** about 51 minutes: 15 to read (3,000 words, 200 a minute) and 36 for five exercises.
+# Computing takes about 22 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
@@ -340,7 +340,8 @@ def update(learning, moments, t, o):
 source(Run.step)
 
 # %% [markdown]
-# Three steps of both, from the same start and with the same batches:
+# Three steps of both, from the same start and with the same batches. They agree up to rounding,
+# which Adam enlarges where it divides a tiny gradient by its own tiny size:
 
 # %%
 hand, rng = copy.copy(stage), np.random.default_rng([config.seed, 1])
@@ -358,7 +359,7 @@ for t in (1, 2, 3):
     records.append(run.step())
     path.append(run.optimiser.weights.copy())
 by_hand = np.concatenate([p.data.ravel() for _, p in learning])
-assert np.allclose(by_hand - path[0], path[3] - path[0], rtol=1e-3, atol=1e-7)
+assert np.linalg.norm(by_hand - path[3]) < 1e-3 * np.linalg.norm(path[3] - path[0])
 
 # %% [markdown]
 # ## The gates open first
@@ -488,16 +489,18 @@ log = json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text())
 show(
     plots.plot_alphas(**log),
     alt="The size of tanh of alpha over the whole run of the package's model, attention and "
-    "feed-forward, three layers each: a fast rise from 0, then nearly flat lines, the deepest "
-    "layer's far above the other two.",
+    "feed-forward, three layers each: a fast rise from 0 at the very start, slower changes later, "
+    "and at the end the deepest layer's line lies highest in both panels.",
 )
 
 # %% [markdown]
 # The paper's figure on Flamingo-3B, in miniature: the gates grow quickly from 0, at all layers,
-# then flatten; and **the deeper the layer, the larger the gate**. It is tempting to read that as
-# "deep layers use the image more". The authors warn: the scale of the activations may differ with
-# depth, too, and what a layer adds is *gate times branch*. We can measure it, as a share of the
-# stream y that it is added to:
+# then flatten; and **the deeper the layer, the larger the gate**. Two warnings. The curves flatten
+# in part because our learning rate falls, where the paper's is constant. And it is tempting to read
+# the order as "deep layers use the image more", but, as the authors say, the scale of the
+# activations may differ with depth, too: what a layer adds is *gate times branch*. We can measure
+# it, as a share of the stream y that it is added to:
+
 
 # %%
 shares = []
@@ -694,10 +697,10 @@ for name, text in texts.items():
 #
 # 1. **`tan` for `tanh`** in the gate (flamingo-pytorch, pull request 2).
 # 2. **No $1 - \tanh^2$** in alpha's gradient: the hand-written backward's classic.
-# 3. **"Frozen" weights that move** (diffusers, issue 1009): the gradients are set to zero, but the
-#    optimiser still has the weights, and decoupled decay needs no gradient.
-# 4. **A mask that masks nothing** (open-flamingo, issue 269): `labels == token` compares ids with
-#    the token as a *word*. That is false everywhere, and no error.
+# 3. **"Frozen" weights that move** (diffusers, issue 1009, with word embeddings): the gradients are
+#    set to zero, but the optimiser still has the weights, and decoupled decay needs no gradient.
+# 4. **A mask that masks nothing** (open-flamingo, issue 269, with an end token): `labels == token`
+#    compares ids with the token as a *word*. That is false everywhere, and no error.
 
 # %%
 from miniflamingo.autograd import differentiable
@@ -755,8 +758,8 @@ for name, (gate, backward) in gates.items():
     print(f"{name:<18}", *(f"{'✓' if x else '✗':^12}" for x in ok))
 
 # %% tags=["volatile"]
-losses = {}
-for name, (gate, _) in gates.items():
+losses = {"the library": records[29]["loss"]}
+for name, (gate, _) in list(gates.items())[1:]:
     with patch.object(xattn, "tanh_gate", gate):
         losses[name] = train(copy.deepcopy(start), 30)[-1]["loss"]
 print("loss after 30 updates:", ", ".join(f"{name} {x:.2f}" for name, x in losses.items()))
