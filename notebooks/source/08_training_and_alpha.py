@@ -377,7 +377,7 @@ assert np.linalg.norm(by_hand - path[3]) < 1e-3 * np.linalg.norm(path[3] - path[
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# With `t = np.tanh(alpha)`, the derivative of tanh is `1 - t * t`.
+# With $t = \tanh(\alpha)$, the derivative of tanh is $1 - t^2$.
 #
 # </details>
 
