@@ -272,9 +272,9 @@ def accumulate(stage, batches):  # equation (2), into the p.grad of everything t
 # %%
 accumulate(stage, batches)
 learning = [(name, p) for name, p in stage.model.named_parameters() if p.requires_grad]
-alive = [name for name, p in learning if np.any(p.grad)]
+alive = {name: p.grad for name, p in learning if np.any(p.grad)}
 print(len(alive), "parameters of", len(learning), "have a gradient other than 0:")
-print("\n".join(alive))
+print("\n".join(f"{name}  {float(grad):+.2f}" for name, grad in alive.items()))
 
 # %% [markdown]
 # Six scalars of a quarter of a million numbers. The resampler has none either: whatever it sends
@@ -436,9 +436,9 @@ for group in ("gates", "gated_xattn", "resampler"):
 # Both answers come from Adam. $\hat m / \sqrt{\hat v}$ of the very first update is g/|g|: a sign.
 # So all gates set out at the same pace, whatever their gradient, and in a direction that is decided
 # by the chance of the branch's random weights. The branches stand still in update 1, but for weight
-# decay. From update 2 on they move at full rate, since Adam divides their tiny gradient by its own
+# decay. From update 2 on they move at nearly full rate, since Adam divides their tiny gradient by its own
 # tiny size. The gates are *first*, but by one update, not by hundreds; with plain gradient descent
-# the branches would have to wait until a gate is wide open.
+# the branches would move in proportion to the gate, that is, hardly at all.
 
 # %% [markdown]
 # ## How alpha evolves
