@@ -436,9 +436,9 @@ for group in ("gates", "gated_xattn", "resampler"):
 # Both answers come from Adam. $\hat m / \sqrt{\hat v}$ of the very first update is g/|g|: a sign.
 # So all gates set out at the same pace, whatever their gradient, and in a direction that is decided
 # by the chance of the branch's random weights. The branches stand still in update 1, but for weight
-# decay. From update 2 on they move at nearly full rate, since Adam divides their tiny gradient by its own
-# tiny size. The gates are *first*, but by one update, not by hundreds; with plain gradient descent
-# the branches would move in proportion to the gate, that is, hardly at all.
+# decay. From update 2 on they move at nearly full rate, since Adam divides their tiny gradient by
+# its own tiny size. The gates are *first*, but by one update, not by hundreds; with plain gradient
+# descent the branches would move in proportion to the gate, that is, hardly at all.
 
 # %% [markdown]
 # ## How alpha evolves
