@@ -299,16 +299,16 @@ def measure_case(entry, shape, device, limits, repeats):
 def prepare(trial, args):
     """Fill in the state, its memory, and how long the host waits for it: the second time."""
     trial.implementation.prepare(*args)
-    held = synchronised_bytes(args)
+    held = synchronised_bytes(trial)
     start = time.perf_counter()
     trial.state = trial.implementation.prepare(*args)
-    trial.state_bytes = synchronised_bytes(args) - held
+    trial.state_bytes = synchronised_bytes(trial) - held
     trial.record.prepare_microseconds = (time.perf_counter() - start) * 1e6
 
 
-def synchronised_bytes(args):
-    """The memory in use on the arguments' GPU, once it has finished; 0 on a CPU."""
-    if not args[0].is_cuda:
+def synchronised_bytes(trial):
+    """The memory in use on the GPU, once it has finished; 0 on a CPU."""
+    if trial.record.backend == "cpu":
         return 0
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
@@ -331,9 +331,9 @@ def check(trial, args, dout, expected):
 
 def clock(trial, copies, dout, repeats):
     """Fill in the times and the memory."""
-    record, device = trial.record, copies[0][0].device.type
+    record, device = trial.record, trial.record.backend
     if device == "cuda":
-        held = synchronised_bytes(copies[0])
+        held = synchronised_bytes(trial)
         torch.cuda.reset_peak_memory_stats()
         call_trial(trial, copies[0], dout)
         record.peak_bytes = torch.cuda.max_memory_allocated() - held + trial.state_bytes
@@ -519,9 +519,10 @@ def run(device="auto", json=None, quick=False, case="", plots=None):
 def measure_all(document, cases, device, repeats, json):
     """Measure the cases into the document; True where a kernel failed on a GPU, or it was lost."""
     failed = False
-    # implementations compile one function for each; beyond a limit torch would run it uncompiled
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if device == "cuda":
+        # all implementations compile the same functions; past a limit torch runs them uncompiled
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     for entry, shape in cases:
         try:
             records = measure_fitting(entry, shape, device, document["limits"], repeats)
@@ -533,7 +534,8 @@ def measure_all(document, cases, device, repeats, json):
         print_case(records)
         if json:
             write_json(json, document)
-        torch.compiler.reset()  # or the next shapes would count as recompilations
+        if device == "cuda":
+            torch.compiler.reset()  # or the next shapes would count as recompilations
     return failed
 
 

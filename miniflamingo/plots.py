@@ -479,22 +479,21 @@ def plot_cost(document, entry, direction):
     rows = [r for r in _timed(document) if (r["entry"], r["direction"]) == (entry, direction)]
     if not rows:
         raise ValueError(f"expected times of {entry}, {direction}; the document has none")
-    panels = {}
-    for r in rows:
-        panels.setdefault(_panel_title(r["shape"]), []).append(r)
-    columns = min(4, -(-len(panels) // 2) if len(panels) > 1 else 1)
-    lines = -(-len(panels) // columns)
-    figure = Figure((3.0 * columns + 1.2, 2.7 * lines + 1.2), layout="constrained")
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for one in axes[len(panels) :]:
-        one.set_axis_off()
+    sizes = list(dict.fromkeys(_sizes(r["shape"]) for r in rows))
+    kinds = list(dict.fromkeys(r["shape"]["phi"] for r in rows))
+    width = max(6.4, 3 * len(sizes))
+    figure = Figure((width, 2.6 * len(kinds) + 1.2), layout="constrained")
+    panels = figure.subplots(len(kinds), len(sizes), sharex=True, sharey=True, squeeze=False)
     styles = _implementation_styles(rows)
-    for one, (title, some) in zip(axes, panels.items()):
-        _draw_cost(one, some, styles)
-        one.set_title(title, fontsize=9)
-    for one in axes[::columns]:
-        one.set_ylabel("microseconds")
-    _name_lines(figure, axes[0], f"{entry}, {direction}, on {_where(document)}")
+    for i, kind in enumerate(kinds):
+        for axes, size in zip(panels[i], sizes):
+            some = [r for r in rows if (_sizes(r["shape"]), r["shape"]["phi"]) == (size, kind)]
+            _draw_cost(axes, some, styles)
+            axes.set_title("{} heads × {}, B = {}, ".format(*size) + f"{kind} φ", fontsize=9)
+        panels[i][0].set_ylabel("microseconds")
+    for axes in panels[-1]:
+        axes.set_xlabel("images N")
+    _name_lines(figure, panels[0][0], f"{entry}, {direction}, on {_where(document)}", width)
     return figure
 
 
@@ -508,9 +507,8 @@ def _where(document):
     return meta["gpu"] or f"a CPU (no kernel timed): {meta['cpu'] or meta['machine']}"
 
 
-def _panel_title(shape):
-    B, H, K = (shape[letter] for letter in "BHK")
-    return f"{H} heads × {K}, {shape['phi']} φ, B = {B}"
+def _sizes(shape):
+    return shape["H"], shape["K"], shape["B"]
 
 
 def _implementation_styles(rows):
@@ -538,15 +536,16 @@ def _draw_cost(axes, rows, styles):
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set(xlabel="images N", xticks=sorted(floor))
+    axes.set_xticks(sorted(floor))
     axes.grid(True)
 
 
-def _name_lines(figure, axes, title):
-    """A title, and a legend below all panels."""
+def _name_lines(figure, axes, title, width):
+    """A title, and a legend below all panels; both as wide as the figure, in inches."""
+    title = textwrap.fill(title, int(11 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", ncols=4, fontsize=8)
+    figure.legend(handles, names, loc="outside lower left", ncols=int(width / 2), fontsize=8)
 
 
 @styled
@@ -574,9 +573,11 @@ def plot_roofline(document):
     panels[0].set_ylabel("TFLOP/s")
     for entry, marker in markers.items():
         panels[0].plot([], [], marker, color=GREY, label=entry)
-    panels[0].plot([], [], "s", color=VISIBLE, label="this project's kernels")
+    if any(r["is_kernel"] for r in rows):
+        panels[0].plot([], [], "s", color=VISIBLE, label="this project's kernels")
     panels[0].plot([], [], "s", mfc="none", mec=WRONG, label="peers")
-    _name_lines(figure, panels[0], f"roofline of {_where(document)}")
+    title = f"roofline of {_where(document)}"
+    _name_lines(figure, panels[0], title, 4.6 * len(directions))
     return figure
 
 
@@ -593,7 +594,9 @@ def _draw_roof(axes, limits, intensities):
     note = dict(fontsize=8, color=INK, textcoords="offset points")
     axes.annotate(f"{peak / 1e12:.3g} TFLOP/s", (ends[1], peak / 1e12), (0, 4), ha="right", **note)
     start = (ends[0], bandwidth * ends[0] / 1e12)
-    axes.annotate(f"{bandwidth / 1e9:.0f} GB/s", start, (2, 12), **note)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.annotate(f"{bandwidth / 1e9:.0f} GB/s", start, (12, -4), va="top", **note)
+    axes.set_xscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.grid(True)

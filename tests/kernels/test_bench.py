@@ -341,6 +341,70 @@ def test_calls_go_round_the_copies():
     assert seen[:3] == [0, 1, 0] and seen[3:] == [0, 1, 0, 1, 0]
 
 
+class FakeGpu:
+    """As much of torch.cuda as the timing asks for: a clock that only calls and pauses advance."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls, self.held = 0.0, [], 0
+        properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+        for name, stand_in in dict(
+            synchronize=lambda: None,
+            _sleep=lambda cycles: self.run(cycles, "pause"),
+            Event=self.event,
+            get_device_properties=lambda device: properties,
+            memory_allocated=lambda: self.held,
+            max_memory_allocated=lambda: self.held + 700,
+            reset_peak_memory_stats=lambda: None,
+        ).items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def run(self, milliseconds, what):
+        self.now += milliseconds
+        self.calls.append(what)
+
+    def event(self, enable_timing):
+        event = types.SimpleNamespace(elapsed_time=lambda end: end.time - event.time)
+        event.record = lambda: setattr(event, "time", self.now)
+        return event
+
+
+def test_a_gpus_calls_are_timed_without_the_pause_before_them(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    taken = bench.time_calls(lambda i: gpu.run(0.25 * (1 + i), i), 2, 4, "cuda")
+    assert taken == pytest.approx([250, 500, 250, 500])  # microseconds
+    assert gpu.calls[-8:] == ["pause", 0, "pause", 1, "pause", 0, "pause", 1]
+
+
+@pytest.mark.parametrize("B,L", [(1, 40), (8, 4096)])
+def test_the_copies_exceed_the_cache(monkeypatch, B, L):
+    FakeGpu(monkeypatch)
+    shape = dict(B=B, L=L, N=2, R=64, H=16, K=64, phi="even")
+    args, _ = arguments("image_causal_attention", shape)
+    copies = bench.rotation(args, "cuda")
+    one = sum(x.nbytes for x in bench.floats(args))
+    assert (len(copies) - 1) * one >= 4 * 60 * 2**20 > (len(copies) - 2) * one
+    assert all(x.requires_grad for x in bench.floats(copies[-1]))
+    assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
+    assert all(copy[3] is args[3] for copy in copies)
+
+
+def test_memory_counts_what_was_prepared(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+
+    def prepare(*args):
+        gpu.held += 30
+        return peers.prepare_eager(*args)
+
+    choice = dataclasses.replace(peers.EAGER, prepare=prepare)
+    args, dout = arguments("image_causal_attention", ONE_IMAGE)
+    fields = "e", ONE_IMAGE, "bf16", "forward", "cuda", "eager", False, 1, 1, 1.0, "bytes"
+    trial = bench.Trial(bench.Record(*fields), choice)
+    bench.attempt(trial, bench.prepare, args)
+    monkeypatch.setattr(bench, "_time_cuda", lambda *args: [2.0, 2.0])
+    bench.attempt(trial, bench.clock, [args], dout, 2)
+    assert trial.record.peak_bytes == 700 + 30 and trial.record.percent_of_floor == 50
+
+
 @pytest.mark.parametrize("value,error", [(1.0, 0.0), (1.5, 0.5), (math.nan, math.inf)])
 def test_the_worst_row(value, error):
     reference = torch.ones(3, 4, 1, dtype=torch.float64)
