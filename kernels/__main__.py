@@ -23,7 +23,9 @@ def main(argv=None):
     command = commands.add_parser("bench", help="time and memory beside every peer's; needs a GPU")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
-    command.add_argument("--quick", action="store_true", help="one shape of each entry, few calls")
+    command.add_argument(
+        "--quick", action="store_true", help="three shapes of each entry, few calls"
+    )
     command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
     command.add_argument("--plots", metavar="DIR", help="also draw the figures into DIR")
     arguments = vars(parser.parse_args(argv))

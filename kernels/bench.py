@@ -14,6 +14,9 @@ one that cannot run, or is wrong, is listed with the reason. A row's figures:
     MB          the most memory that a call held beyond its arguments, with what was prepared
     error       the worst row's, relative to its norm or a typical row's (see worst_row)
 
+The file has more: both halves' medians, bytes and flops, and prepare_microseconds, how long the
+host waits for what is made of phi once a forward pass (a mask, a work list): "us" leaves it out.
+
 On a GPU the inputs are bfloat16 and rotate through copies that together exceed four times the L2
 cache (or 60 MB, if that is more), so that a call finds it cold; CUDA events time it, behind a pause
 on the device that is longer than the host needs to enqueue the call. On a CPU small shapes in

@@ -15,9 +15,10 @@ Needs torch alone; kernels are imported when they are used.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -253,13 +254,27 @@ def gathered_attention(state, q, k, v, phi):
     return out.transpose(1, 2).masked_fill((phi == 0)[:, :, None, None], 0.0)
 
 
-def decoding_implementations(shape):
-    """Attention of one token a row, over keys and values that were projected before.
+def prepare_decode(*args):
+    """The kernel; nothing depends on phi."""
+    return import_module("kernels.decode_attention").decode_attention
 
-    The kernel is image-causal attention's; one for decoding alone would take its place here.
-    """
+
+def decode_attention(kernel, q, k, v, phi):
+    """This project's kernel for one token, which has no axis for it."""
+    return kernel(q[:, 0], k, v, phi[:, 0])[:, None]
+
+
+def decoding_implementations(shape):
+    """Attention of one token a row, over keys and values that were projected before."""
+    own = Implementation("fused", decode_attention, prepare_decode, "cuda", is_kernel=True)
+    general = replace(FUSED, name="image_causal_attention", is_kernel=False)
     gathered = Implementation("gather, SDPA", gathered_attention)
-    return [FUSED, NUMPY, EAGER, SDPA, gathered]
+    return [*present("decode_attention", own), general, NUMPY, EAGER, SDPA, gathered]
+
+
+def present(module, implementation):
+    """[implementation] where the package has the kernel's file, [] where it does not."""
+    return [implementation] if find_spec(f"kernels.{module}") else []
 
 
 # --- the resampler's attention --------------------------------------------------------------------
@@ -295,9 +310,26 @@ def numpy_resampler_backward(dout, q, k_x, v_x, k_latents, v_latents):
     return dq, dk[:, :M], dv[:, :M], dk[:, M:], dv[:, M:]
 
 
+def prepare_resampler(q, k_x, v_x, k_latents, v_latents):
+    """The kernel, and the list of features: every image has all M."""
+    kernel = import_module("kernels.resampler_attention").padded_resampler_attention
+    build = import_module("kernels.feature_list").build_padded_list
+    (images, M), heads = k_x.shape[:2], q.shape[2]
+    lengths = torch.full((images,), M, device=q.device)
+    return kernel, lengths, build(lengths, M, heads, check=False)
+
+
+def fused_resampler(state, *args):
+    """This project's kernel: nothing is concatenated."""
+    kernel, lengths, work = state
+    return kernel(*args, lengths, work, check=False)
+
+
 def resampler_implementations(shape):
-    """The resampler's attention: its peers; a kernel would stand first (is_kernel=True)."""
+    """The resampler's attention: the kernel, then its peers."""
+    own = Implementation("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
     return [
+        *present("resampler_attention", own),
         Implementation(
             "NumPy",
             numpy_run(numpy_resampler),
