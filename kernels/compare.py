@@ -24,11 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import triton
 
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.runtime import INTERPRET, poisoned
+from kernels.runtime import INTERPRET, poisoned, torch, triton
 from miniflamingo import xattn
 from miniflamingo.module import write_atomically
 
@@ -135,7 +133,7 @@ def to_numpy(x):
 
 def dense_attention(q, k, v, phi):
     """Plain torch in the precision of its inputs: a dense mask over all N*R visual tokens."""
-    (B, L, H, K), (N, R) = q.shape, k.shape[1:3]
+    (B, _, H, K), (N, R) = q.shape, k.shape[1:3]
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
     mask = (phi[:, :, None] == image)[:, None]  # [B, 1, L, N*R]
     q, k, v = (x.reshape(B, -1, H, K).transpose(1, 2) for x in (q, k, v))
@@ -243,7 +241,7 @@ def meta():
 
 
 def write_json(path, records):
-    """Write {"meta": {...}, "records": [...]}; a NaN or an infinity is null, as JSON has neither."""
+    """Write {"meta": {...}, "records": [...]}; NaN and infinities become null."""
     rows = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in map(asdict, records)

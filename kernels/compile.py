@@ -20,18 +20,14 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-
 from kernels import image_causal_attention
-from kernels.runtime import INTERPRET, replaced
+from kernels.runtime import INTERPRET, replaced, torch, triton
 
 EXAMPLES = (image_causal_attention.launch_examples,)  # of each kernel file: (K, dtype, R) -> None
 
+GPUTarget = triton.backends.compiler.GPUTarget
 # name -> Triton's target, and the shared memory that one program can have there
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -41,7 +37,13 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # (dtype, K, R), the paper's R = 64 first. The usual ones touch every kernel and both widths
-USUAL = (("bf16", 64, 64), ("bf16", 128, 64), ("fp32", 16, 8), ("fp32", 128, 64), ("bf16", 128, 256))
+USUAL = (
+    ("bf16", 64, 64),
+    ("bf16", 128, 64),
+    ("fp32", 16, 8),
+    ("fp32", 128, 64),
+    ("bf16", 128, 256),
+)
 SHAPES = ((64, 64), (128, 64), (16, 8), (128, 256), (32, 32), (40, 64), (64, 40), (80, 7), (96, 64))
 SHAPES += ((128, 1), (64, 128), (40, 100))
 FULL = (

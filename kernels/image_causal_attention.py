@@ -22,15 +22,12 @@ Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_block
 over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. Compiled without register spills: `python -m kernels
-compile`. Not tested: tensors of more than 2^31 elements (offsets are 64 bits wide), several GPUs in
-one process. The launch options are chosen for fitting in registers, not yet by measured time.
+any order of phi, strided q, k, v, dout. Compiled without register spills for sm_80, sm_90 and
+gfx942: `python -m kernels compile`. Not tested: any GPU yet (tests/kernels runs there as it is);
+tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one process. The
+launch options were chosen for fitting in registers, not by measured time.
 float64, for checking gradients, exists in the interpreter alone.
 """
-
-import torch
-import triton
-import triton.language as tl
 
 from kernels import image_causal_attention_blocks as in_blocks
 from kernels.runtime import (
@@ -44,6 +41,9 @@ from kernels.runtime import (
     rows_contiguous,
     side,
     store_rows,
+    tl,
+    torch,
+    triton,
 )
 from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
 
@@ -62,7 +62,7 @@ def _forward(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
     if image == 0:  # no image before these tokens: they attend to nothing
@@ -95,7 +95,7 @@ def _backward(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
@@ -170,7 +170,7 @@ def fits_one_tile(K, dtype, R):
 
 
 def _launch_forward(q, k, v, work):
-    (B, L, H, K), R = q.shape, k.shape[2]
+    (_, L, H, K), R = q.shape, k.shape[2]
     if not fits_one_tile(K, q.dtype, R):
         return in_blocks.launch_forward(q, k, v, work)
     out = allocate(q.shape, q.dtype, q.device)
@@ -183,7 +183,7 @@ def _launch_forward(q, k, v, work):
 
 
 def _launch_backward(dout, q, k, v, work):
-    (B, L, H, K), (N, R) = q.shape, k.shape[1:3]
+    (_, L, H, K), (N, R) = q.shape, k.shape[1:3]
     if not fits_one_tile(K, q.dtype, R):
         return in_blocks.launch_backward(dout, q, k, v, work)
     dq, dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
@@ -278,11 +278,9 @@ def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
 def _prepare(q, k, v, phi, work, check):
     """Check the arguments (ValueError), and build the work list unless it is given."""
     check_tensors(q, k, v)
-    (B, L, H, K), N = q.shape, k.shape[1]
+    (B, L, H, _), N = q.shape, k.shape[1]
     if phi.shape != (B, L) or phi.device != q.device:
-        raise ValueError(
-            f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}"
-        )
+        raise ValueError(f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}")
     if work is None:
         return build_work_list(phi, N, heads=H, check=check)
     if work.shape != (B, L, N) or work.order.device != q.device:

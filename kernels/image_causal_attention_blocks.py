@@ -17,11 +17,19 @@ rounding error of a number of the size of m.
 Tested and untested: as in `image_causal_attention.py`.
 """
 
-import torch
-import triton
-import triton.language as tl
-
-from kernels.runtime import LOG2E, allocate, cast, dot, launch, load_rows, side, store_rows
+from kernels.runtime import (
+    LOG2E,
+    allocate,
+    cast,
+    dot,
+    launch,
+    load_rows,
+    side,
+    store_rows,
+    tl,
+    torch,
+    triton,
+)
 from kernels.work_list import load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
@@ -34,7 +42,7 @@ def _forward_blocks(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
     if image == 0:
@@ -75,7 +83,7 @@ def _backward_dq(
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    item, h = tl.program_id(0) // H, tl.program_id(0) % H
+    item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
@@ -133,7 +141,7 @@ def _backward_dkdv(
 ):  # fmt: skip
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     block, item_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    item, h = item_head // H, item_head % H
+    item, h = item_head // H, (item_head % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     if image > 0:
         n, r = image - 1, block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -181,7 +189,7 @@ OPTIONS = {
     ("_backward_dq", False, True): (32, 4, 32),
     ("_backward_dq", True, True): (16, 8, 32),
     ("_backward_dkdv", False, False): (32, 4, 64),
-    ("_backward_dkdv", True, False): (32, 8, 64),
+    ("_backward_dkdv", True, False): (16, 8, 64),
     ("_backward_dkdv", False, True): (16, 4, 32),
     ("_backward_dkdv", True, True): (16, 8, 64),
 }
@@ -196,7 +204,7 @@ def options_for(kernel, K, dtype, R):
 
 def launch_forward(q, k, v, work):
     """The forward pass -> out, for arguments that `image_causal_attention` has checked."""
-    (B, L, H, K), R = q.shape, k.shape[2]
+    (_, L, H, K), R = q.shape, k.shape[2]
     out = allocate(q.shape, q.dtype, q.device)
     launch(
         _forward_blocks, len(work.items) * H, q, k, v, out, work.order, work.items,

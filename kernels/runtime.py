@@ -1,5 +1,7 @@
 """What every kernel stands on: the interpreter flag, launching, allocating, and a few tile helpers.
 
+Kernel files take torch, triton and tl from here, so that it is this file that finds one missing.
+
 `launch` and `allocate` are the only ways in which a kernel file starts a kernel and gets memory.
 Both can be replaced for a while: `poisoned()` fills every fresh buffer with NaN, so that a value
 that a kernel forgot to store is seen; `compile.py` records launches instead of making them.

@@ -9,12 +9,7 @@ N images of a row, R visual tokens of an image, H heads, K head width.
 
 from typing import NamedTuple
 
-import torch
-import triton
-import triton.language as tl
-
-from kernels.runtime import cast, launch, store_rows
-
+from kernels.runtime import cast, launch, store_rows, tl, torch, triton
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -45,28 +40,35 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     check_phi(phi, N, check)
     B, L = phi.shape
     chunk = chunk or choose_chunk(B * L * heads)
-    groups, capacity = B * (N + 1), B * (N + 1) + B * L // chunk  # image 0 stands for no image
-    phi = torch.where((phi >= 0) & (phi <= N), phi, 0).int()
+    phi = phi.long()
+    phi = torch.where((phi >= 0) & (phi <= N), phi, 0)
     ordered, order = phi.sort(dim=1, stable=True)
-    images = torch.arange(N + 2, device=phi.device, dtype=torch.int32).repeat(B, 1)
-    run = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
-    begin, end = run[:, :-1].flatten(), run[:, 1:].flatten()
+    images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
+    runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
+    items, splits = _cut_runs(runs, L, chunk)
+    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
+
+
+def _cut_runs(runs, L, chunk):
+    """Cut the runs of tokens into items -> items [I, 5], splits [B*N, 2], as in WorkList."""
+    B, images = runs.shape[0], runs.shape[1] - 1  # images count "image 0"
+    begin, end = runs[:, :-1].flatten(), runs[:, 1:].flatten()  # of each run, [B * images]
     count = ((end - begin + chunk - 1) // chunk).clamp(min=1)  # of items, also for an empty run
     last = count.cumsum(0)
-    index = torch.arange(capacity, device=phi.device)
-    group = torch.searchsorted(last, index, right=True)  # the item's; `groups` where it is spare
-    spare, group = group >= groups, group.clamp(max=max(groups - 1, 0))
-    part = index - (last - count)[group]
-    image = torch.where(spare, 0, group % (N + 1))
-    begin = begin[group] + part * chunk
-    end = torch.where(spare, begin, torch.minimum(begin + chunk, end[group]))
-    is_split = (count > 1) & (torch.arange(groups, device=phi.device) % (N + 1) > 0)
+    item = torch.arange(len(count) + B * L // chunk, device=runs.device)  # as many as can be
+    run = torch.searchsorted(last, item, right=True)  # the item's; beyond all runs, it is spare
+    spare, run = run >= len(count), run.clamp(max=max(len(count) - 1, 0))
+    part = item - (last - count)[run]
+    image = torch.where(spare, 0, run % images)
+    # partial sums: only images with several items have slots
+    is_split = (count > 1) & (torch.arange(len(count), device=runs.device) % images > 0)
     slots = torch.where(is_split, count, 0)
     first_slot = slots.cumsum(0) - slots
-    slot = torch.where(is_split[group] & ~spare, first_slot[group] + part, -1)
-    items = torch.stack([group // (N + 1), image, begin, end, slot], dim=1)
-    splits = torch.stack([first_slot, slots], dim=1).view(B, N + 1, 2)[:, 1:].reshape(B * N, 2)
-    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
+    slot = torch.where(is_split[run] & ~spare, first_slot[run] + part, -1)
+    begin = begin[run] + part * chunk
+    end = torch.where(spare, begin, torch.minimum(begin + chunk, end[run]))
+    splits = torch.stack([first_slot, slots], dim=1).view(B, images, 2)[:, 1:].reshape(-1, 2)
+    return torch.stack([run // images, image, begin, end, slot], dim=1), splits
 
 
 def check_phi(phi, N, check=True):
@@ -93,15 +95,16 @@ def choose_chunk(rows):
 
 @triton.jit
 def load_item(items_ptr, item):
-    """An item's batch row (64 bits, offsets start from it), image, and range of places in order."""
+    """An item's batch row, image, and range of places in order; 64 bits where offsets follow."""
     items_ptr += item * 5
-    b = tl.load(items_ptr).to(tl.int64)
-    return b, tl.load(items_ptr + 1), tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+    b, image = tl.load(items_ptr).to(tl.int64), tl.load(items_ptr + 1).to(tl.int64)
+    return b, image, tl.load(items_ptr + 2), tl.load(items_ptr + 3)
 
 
 @triton.jit
 def store_zeros(
-    ptr, order_ptr, begin, end, stride, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    ptr, order_ptr, begin, end, stride,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Zeros for the tokens at places begin..end of order."""
     for start in range(begin, end, BLOCK_M):

@@ -20,6 +20,7 @@ from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
 from miniflamingo.module import write_atomically
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
+from miniflamingo.worlds.video import read_clip
 
 # --- sizes --------------------------------------------------------------------------------------
 
@@ -146,23 +147,29 @@ def evaluate(arguments):
 
 
 class Part(argparse.Action):
-    """Collects --text, --image and --video in the order in which they are given."""
+    """Collects --text, --image and --video, as (option, value), in the order of the prompt."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        part = value if option_string == "--text" else Path(value)
-        namespace.parts = [*(namespace.parts or []), part]
+        namespace.parts = [*(namespace.parts or []), (option_string, value)]
+
+
+def read_part(option, value, num_frames):
+    """A text as it is; an image's Path; a video as a list of images, spread over its length."""
+    if option == "--text":
+        return value
+    if not Path(value).exists():
+        raise ValueError(f"no image or video at {value}")
+    return Path(value) if option == "--image" else read_clip(value, num_frames)
 
 
 def generate(arguments):
     """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
     if not arguments.parts:
         raise ValueError("a prompt needs at least one --text, --image or --video")
-    for path in (part for part in arguments.parts if isinstance(part, Path)):
-        if not path.exists():
-            raise ValueError(f"no image or video at {path}")
     model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
     size, most = model.config.vision.image_size, arguments.max_new_tokens
-    batch = build_batch([arguments.parts], TOKENIZER, size, close=False)
+    prompt = [read_part(*part, model.config.num_frames) for part in arguments.parts]
+    batch = build_batch([prompt], TOKENIZER, size, close=False)
     if arguments.beam is not None:
         ids, score = decoding.beam_search(model, batch, most, arguments.beam)[0]
         print(f"{TOKENIZER.decode(ids)}   (log-likelihood {score:.2f})")

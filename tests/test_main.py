@@ -56,6 +56,16 @@ def test_generate_answers_in_the_order_of_the_prompt(picture, capsys):
     assert capsys.readouterr().out.split()[0] == "red"
 
 
+def test_generate_watches_a_clip(tmp_path, capsys):
+    directions = np.arange(4)
+    attributes = (np.zeros(4, int), np.zeros(4, int), np.ones(4, int), directions)
+    clips = shapes.draw_clips(*attributes, np.random.default_rng(3), split="test")
+    for clip, direction in zip(clips, shapes.DIRECTIONS):
+        shapes.save_clip(tmp_path / "clip.gif", clip)
+        assert main(["generate", "--video", str(tmp_path / "clip.gif")]) == 0
+        assert capsys.readouterr().out.split() == ["moving", direction]
+
+
 def test_generate_samples_from_a_seed(picture, capsys):
     prompt = ["generate", "--image", picture, "--max-new-tokens", "8"]
     for sampling in (

@@ -46,10 +46,27 @@ def read_videos(source, root=None, tokenizer=None, fps=1, max_frames=8, strict=F
 
 def _clip(record, rng, report, tokenizer, fps, max_frames):
     caption = check_text(record.text(), tokenizer)
-    name, source = record.media("video", VIDEO_SUFFIXES)
+    draw = partial(draw_times, fps=fps, count=max_frames, rng=rng)
+    return [_read(*record.media("video", VIDEO_SUFFIXES), draw), caption]
+
+
+def _read(name, source, draw):
     read = _read_animation if name.lower().endswith(ANIMATIONS) else _read_video
-    frames = read(name, source, partial(draw_times, fps=fps, count=max_frames, rng=rng))
-    return [frames, caption]
+    return read(name, source, draw)
+
+
+def read_clip(path, num_frames=8):
+    """One file -> num_frames PIL images, spread evenly over its whole length.
+
+    What read_videos samples once a second, for a clip of any length. ValueError (a BadRecord) for a
+    file without frames or that cannot be read, and for PyAV not being installed where it is needed.
+    """
+    return _read(str(path), Path(path), partial(spread_times, count=num_frames))
+
+
+def spread_times(duration, count):
+    """`count` times, evenly spread over a clip; a second apart if its duration is None."""
+    return [Fraction(k * (count if duration is None else duration)) / count for k in range(count)]
 
 
 def draw_times(duration, fps, count, rng):

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(params=["interpreter", "gpu"])
 def device(request):
-    """ "cpu" under Triton's interpreter, "cuda" on a GPU; the one that is not at hand is skipped."""
+    """The torch device: the CPU under Triton's interpreter, or a GPU; skips what is not here."""
     from kernels.runtime import INTERPRET
 
     if request.param == "gpu" and INTERPRET.value:

@@ -181,9 +181,7 @@ def test_chunks_grow_with_the_work():
 def test_unchecked_phi_outside_its_range_counts_as_0(device):
     args = draw([[0, 1, 2, 0]], N=2, device=device)
     wrong = torch.tensor([[-5, 1, 2, 3]], device=device, dtype=torch.int32)
-    assert all(
-        torch.equal(x, y) for x, y in zip(both(*args[:-1], wrong, check=False), both(*args))
-    )
+    assert all(torch.equal(x, y) for x, y in zip(both(*args[:-1], wrong, check=False), both(*args)))
 
 
 def test_poison_shows_what_a_kernel_forgets():
@@ -211,7 +209,9 @@ def test_the_host_never_waits(device):
 @interpreted
 @pytest.mark.parametrize("R,chunk", [(3, 64), (3, 2), (70, 2)])
 def test_gradcheck(R, chunk):
-    _, q, k, v, phi = draw([[0, 2, 2, 2, 1], [1, 0, 0, 1, 1]], N=2, R=R, H=1, K=4, dtype=torch.float64)
+    _, q, k, v, phi = draw(
+        [[0, 2, 2, 2, 1], [1, 0, 0, 1, 1]], N=2, R=R, H=1, K=4, dtype=torch.float64
+    )
     work = build_work_list(phi, 2, chunk=chunk)
     for x in (q, k, v):
         x.requires_grad_()
@@ -276,7 +276,7 @@ WRONG = {
     "other heads": (dict(q=q[:, :, :1]), r"q \[2, 5, 1, 16\] and k \[2, 3, 4, 2, 16\]"),
     "k without N": (dict(k=kv[:, 0]), r"k \[2, 4, 2, 16\]"),
     "K = 129": (
-        dict(q=torch.zeros(2, 5, 2, 129), k=torch.zeros(2, 3, 4, 2, 129), v=torch.zeros(2, 3, 4, 2, 129)),
+        dict(q=torch.zeros(2, 5, 2, 129), k=(wide := torch.zeros(2, 3, 4, 2, 129)), v=wide),
         r"K must be 1 to 128, got 129",
     ),
     "R = 257": (

@@ -16,7 +16,7 @@ from PIL import Image
 
 from miniflamingo.prompt import WordTokenizer, build_batch
 from miniflamingo.worlds.disk import Stream
-from miniflamingo.worlds.video import draw_times, read_videos
+from miniflamingo.worlds.video import draw_times, read_clip, read_videos, spread_times
 
 TOKENIZER = WordTokenizer(["a", "cat"])
 
@@ -319,3 +319,18 @@ def test_without_pyav_a_video_says_what_to_install_and_gifs_still_work(tmp_path,
         ValueError, match=r'x\.mp4 needs PyAV.* pip install "miniflamingo\[video\]"'
     ):
         list(read(tmp_path, ("x.gif", gif([100])), ("x.mp4", b"")))
+
+
+@pytest.mark.parametrize("frames, count, expected", [
+    (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (3, 6, [0, 0, 1, 1, 2, 2]),
+    (16, 4, [0, 4, 8, 12]),
+])  # fmt: skip
+def test_one_clip_is_spread_over_its_whole_length(frames, count, expected, tmp_path):
+    (tmp_path / "a.gif").write_bytes(gif([50] * frames))
+    assert levels([read_clip(tmp_path / "a.gif", count)]) == expected
+
+
+def test_a_clip_without_a_known_length_is_looked_at_once_a_second():
+    assert spread_times(None, 3) == [0, 1, 2]
+    assert spread_times(Fraction(1, 2), 2) == [0, Fraction(1, 4)]
