@@ -467,7 +467,7 @@ class BridgeRun:
     caption_noise: float = 0.3
     wordless: float = 0.3
     pool_per_class: int = 100
-    pool_per_blend: int = 10
+    pool_per_turned: int = 30
     pool_pairs: int = 4000
     pool_clips: int = 1200
     seed: int = 0
@@ -502,7 +502,7 @@ class BridgeStage(Stage):
         c = self.config
         return datasets.Pool.draw(
             self.model.vision_encoder, [c.seed, 2], "train", c.pool_per_class, c.pool_pairs,
-            c.pool_clips, datasets.SEEN, c.pool_per_blend, bar,
+            c.pool_clips, datasets.SEEN, c.pool_per_turned, bar,
         )  # fmt: skip
 
     def identity(self):

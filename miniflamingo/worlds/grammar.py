@@ -18,12 +18,12 @@ import numpy as np
 
 from miniflamingo.prompt import BOS, EOC, PAD, SPECIAL_TOKENS, WordTokenizer, split_words
 from miniflamingo.worlds.shapes import (
-    BLENDS,
     COLOURS,
     DIRECTIONS,
     NUM_GEOMETRIC,
     SHAPES,
     SIZES,
+    TURNED,
 )
 
 NAMES = split_words(
@@ -78,8 +78,8 @@ DIGIT = ~GEOMETRIC
 HELD_OUT_SHAPES = GEOMETRIC & ((np.add.outer(np.arange(8), np.arange(len(SHAPES))) % 4) == 0)
 HELD_OUT_DIGITS = DIGIT & (np.arange(len(SHAPES)) >= len(SHAPES) - 3)
 HELD_OUT = HELD_OUT_SHAPES | HELD_OUT_DIGITS
-# bool[colour, blend]: both parts are seen in that colour
-BLENDED = np.stack([~HELD_OUT[:, a] & ~HELD_OUT[:, b] for a, b in BLENDS], axis=1)
+# bool[colour, turned shape]: upright, it is seen in that colour
+TURNED_SEEN = ~HELD_OUT[:, [SHAPES.index(word) for word, _ in TURNED]]
 
 
 def draw_attributes(shape, allowed, rng):  # -> colour, shape, size, int[shape] each
@@ -116,7 +116,7 @@ def draw_episode(B, n, ways, rng, allowed=ANY, mode=None):
     mode "pair": a class is a colour and a shape; "colour" or "shape": the other one is held
     constant within the episode. By default each row draws its own mode. allowed is
     bool[colour, shape], or one such table a row; a row with fewer than `ways` classes in its table
-    uses those that there are. A table may have more columns than SHAPES: those of BLENDS.
+    uses those that there are. A table may have more columns than SHAPES: those of TURNED.
     """
     mode = rng.integers(0, 3, B) if mode is None else np.full(B, MODES.index(mode))
     allowed = np.broadcast_to(allowed, (B, *np.shape(allowed)[-2:]))
