@@ -99,7 +99,7 @@ def glyph_cover(digit, x, y, size, split, rng):  # int[B], [B], [B], int[B] -> [
 
 
 def cover_of(shape, x, y, radius, size, split, rng):  # -> [B, 24, 24]
-    """The cover of any shape: geometric ones are soft, digits handwritten; turned ones turn whole."""
+    """The cover of any shape; a turned one is turned together with its place in the picture."""
     upright = [*range(len(SHAPES)), *(SHAPES.index(word) for word, _ in TURNED)]
     cover = _plain_cover(np.array(upright)[shape], x, y, radius, size, split, rng)
     for b in np.flatnonzero(shape >= len(SHAPES)):
