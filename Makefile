@@ -1,6 +1,7 @@
 # `make demo` and `make test` install what they need into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+SEEDS ?= 0 1 2
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
 else
@@ -32,12 +33,14 @@ notebooks: $(READY)  ## render the course again from its sources
 check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
 	@$(RUN) -m notebooks.render --check $(ARGS)
 
-weights: $(READY)  ## train all three stages, evaluate, and replace the shipped weights
-	$(RUN) -m miniflamingo train lm --out runs/lm
-	$(RUN) -m miniflamingo train vision --out runs/vision
-	$(RUN) -m miniflamingo train flamingo --lm runs/lm --vision runs/vision --out runs/flamingo
-	$(RUN) -m miniflamingo evaluate --checkpoint runs/flamingo --json runs/flamingo/metrics.json
-	$(RUN) -m miniflamingo ship runs
+weights: $(READY)  ## train all three stages from three seeds, and replace the shipped weights
+	@for seed in $(SEEDS); do $(RUN) -m miniflamingo train lm --seed $$seed --out runs/$$seed/lm && \
+	$(RUN) -m miniflamingo train vision --seed $$seed --out runs/$$seed/vision && \
+	$(RUN) -m miniflamingo train flamingo --seed $$seed --lm runs/$$seed/lm \
+	--vision runs/$$seed/vision --out runs/$$seed/flamingo && \
+	$(RUN) -m miniflamingo evaluate --checkpoint runs/$$seed/flamingo \
+	--json runs/$$seed/flamingo/metrics.json || exit 1; done
+	$(RUN) -m miniflamingo ship $(SEEDS:%=runs/%)
 
 lab: $(READY)  ## JupyterLab on the course
 	@$(RUN) -m jupyterlab notebooks/student

@@ -223,7 +223,7 @@ def parser():
     command.add_argument("--top-p", type=float, help="nucleus sampling")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("ship", help="what the package carries, from finished runs")
-    command.add_argument("runs", help="the folder of the runs lm, vision and flamingo")
+    command.add_argument("runs", nargs="+", help="folders with the runs lm, vision and flamingo")
     command.add_argument("--to", default=training.WEIGHTS, help="the package's own by default")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")

@@ -1,7 +1,8 @@
 """Model cards: what a trained model is, from which command, and what it reached.
 
 `ship` turns the folders of the three training runs into what the package carries: for each stage
-its weights and a card.md, and for the bridged model also the history of its gates and its figures.
+its weights and a card.md, and for the bridged model also the history of its gates, its figures, and
+those of the same training from other seeds.
 """
 
 import json
@@ -40,6 +41,34 @@ ABOUT = {
     ),
 }
 
+# what is quoted first: where it stands in the metrics
+HEADLINES = {
+    "8-way at 32 shots": ("few_shot", "binding_8way", "32"),
+    "8-way at 32 shots, combinations held out": ("few_shot", "binding_8way_held_out", "32"),
+    "4-way at 32 shots, by shape alone": ("few_shot", "shape_4way", "32"),
+    "3-way at 8 shots, digits never seen": ("few_shot", "digits_3way_unseen", "8"),
+    "captions": ("captions", "seen", "accuracy"),
+    "captions, combinations held out": ("captions", "held_out", "accuracy"),
+    "questions about colour": ("questions", "color", "accuracy"),
+    "questions about shape": ("questions", "shape", "accuracy"),
+    "questions about size": ("questions", "size", "accuracy"),
+    "questions about one of two objects": ("questions", "two_objects", "accuracy"),
+    "direction of motion": ("motion", "direction", "accuracy"),
+    "skill of the language model that is left": ("text_only", "binding_8way_32", "kept"),
+}
+
+
+def headlines(metrics):
+    """{name: float} of the figures that are quoted first."""
+    return {name: metrics[a][b][c] for name, (a, b, c) in HEADLINES.items()}
+
+
+def summary(seeds):
+    """Yield the rows of a Markdown table from {seed: headlines}: median, lowest and highest."""
+    for name in HEADLINES:
+        values = sorted(figures[name] for figures in seeds.values())
+        yield f"| {name} | {np.median(values):.3f} | {values[0]:.3f} to {values[-1]:.3f} |"
+
 
 def record_run(out, seconds):
     """Write run.json beside a finished run: command, processor time, versions, machine, date."""
@@ -56,30 +85,37 @@ def record_run(out, seconds):
 
 
 def ship(runs, to):
-    """Copy the models of runs/lm, runs/vision and runs/flamingo to the folder `to`, with cards.
+    """Copy the models of the first folder of `runs` to the folder `to`, with their cards.
 
-    ValueError when a run is not finished, or the bridged model has not been evaluated.
+    runs: folders of one training from several seeds, each with the runs lm, vision and flamingo,
+    the last one with the metrics.json of its evaluation. ValueError when one is not finished.
     """
-    runs, to = Path(runs), Path(to)
-    needed = {stage: ["model.safetensors", "run.json", "log.jsonl"] for stage in ABOUT}
-    needed["flamingo"].append("metrics.json")
-    paths = [runs / stage / name for stage, names in needed.items() for name in names]
+    runs, to = [Path(run) for run in runs], Path(to)
+    needed = [Path(stage) / name for stage in ABOUT for name in
+              ("model.safetensors", "run.json", "log.jsonl")]  # fmt: skip
+    needed.append(Path("flamingo") / "metrics.json")
+    paths = [run / path for run in runs for path in needed]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"these files of the runs are missing: {', '.join(missing)}")
-    metrics = json.loads((runs / "flamingo" / "metrics.json").read_text())
-    model = load_flamingo(runs / "flamingo" / "model.safetensors")
+    metrics = [json.loads((run / "flamingo" / "metrics.json").read_text()) for run in runs]
+    model = load_flamingo(runs[0] / "flamingo" / "model.safetensors")
     figures = {
-        "lm": [_text_only(metrics, "lm")],
+        "lm": [_text_only(metrics[0], "lm")],
         "vision": _probed(probe(model.vision_encoder)),
-        "flamingo": [*table(metrics), _gates(metrics["alpha"])],
+        "flamingo": [*table(metrics[0]), _gates(metrics[0]["alpha"])],
     }
     for stage in ABOUT:
-        (to / stage).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(runs / stage / "model.safetensors", to / stage / "model.safetensors")
-        write_atomically(to / stage / "card.md", card(stage, runs / stage, figures[stage]).encode())
-    alphas = json.dumps(read_alphas(runs / "flamingo" / "log.jsonl"))
-    write_atomically(to / "flamingo" / "alphas.json", alphas.encode())
-    shutil.copyfile(runs / "flamingo" / "metrics.json", to / "flamingo" / "metrics.json")
+        own = to / stage
+        own.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(runs[0] / stage / "model.safetensors", own / "model.safetensors")
+        write_atomically(own / "card.md", card(stage, runs[0] / stage, figures[stage]).encode())
+    history = {
+        "alphas.json": read_alphas(runs[0] / "flamingo" / "log.jsonl"),
+        "metrics.json": metrics[0],
+        "seeds.json": {run.name: headlines(m) for run, m in zip(runs, metrics)},
+    }
+    for name, values in history.items():
+        write_atomically(to / "flamingo" / name, json.dumps(values).encode())
 
 
 def card(stage, run, figures):

@@ -214,6 +214,48 @@ LINES = ("-", "--", ":", "-.")
 
 
 @styled
+def plot_mixture(rows, weights):
+    """One step of training on a mixture: a document of each dataset, weighted, into one update.
+
+    rows {dataset: (words, counted)}: L strings, and bool[L], which of them count in the loss;
+    weights {dataset: lambda}. ValueError when the two do not fit.
+    """
+    for name, (words, counted) in rows.items():
+        if len(words) != len(counted) or name not in weights:
+            raise ValueError(f"{name!r}: {len(words)} words, {len(counted)} counted, {weights}")
+    left, y, bus, middles = 96, MARGIN, 700, []
+    figure, axes = _canvas(bus + 112, 1)
+    for name, (words, counted) in rows.items():
+        places, lines = _wrap([len(word) * LETTER + 10 for word in words], bus - left - 60)
+        middles.append(y + (lines * (BOX + 4) - 4) / 2)
+        for word, counts, (x, line, width) in zip(words, counted, places):
+            colour = IMAGE_COLOURS[1] if counts else PAPER
+            _draw_box(axes, left + x, y + line * (BOX + 4), width, word, colour)
+        y += lines * (BOX + 4) + 8
+        axes.text(MARGIN, middles[-1], name, va="center", weight="bold")
+        axes.text(left, y, f"{np.sum(counted)} of {len(words)} tokens count", va="center",
+                  color=GREY, fontsize=8)  # fmt: skip
+        end = left + max(x + width for x, _, width in places)
+        axes.plot([end + 6, bus], [middles[-1]] * 2, color=GREY, lw=1)
+        axes.text(bus - 6, middles[-1] - 8, f"× {weights[name]:g}", ha="right", va="center")
+        y += 20
+    _draw_bus(axes, bus, middles)
+    _legend(axes, {"counts in the loss": IMAGE_COLOURS[1], "is only read": PAPER}, left, y + 4)
+    figure.set_size_inches((bus + 112) / 72, (y + 20) / 72)
+    axes.set_ylim(y + 20, 0)
+    return figure
+
+
+def _draw_bus(axes, x, middles):
+    """A line that gathers the rows at these heights, and where it leads."""
+    centre = (middles[0] + middles[-1]) / 2
+    axes.plot([x, x], [middles[0], middles[-1]], color=GREY, lw=1)
+    arrow = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (x + 24, centre), (x, centre), arrowprops=arrow)
+    axes.text(x + 30, centre, "sum of the\ngradients:\none update", va="center")
+
+
+@styled
 def plot_alphas(steps, alpha_xattn, alpha_dense):
     """How alpha evolves (paper, appendix): |tanh(alpha)| of every layer, one panel a gate.
 
@@ -227,10 +269,10 @@ def plot_alphas(steps, alpha_xattn, alpha_dense):
         for layer, values in enumerate(np.abs(np.tanh(alpha)).T):
             colour = shades(layer / max(layers - 1, 1))
             axes.plot(steps, values, color=colour, ls=LINES[layer % 4], lw=1.8)
-            axes.annotate(f"layer {layer}", (steps[-1], values[-1]), (4, 0), fontsize=8,
-                          textcoords="offset points", va="center", color=INK)  # fmt: skip
         axes.set(xlabel="step", ylim=(0, 1), xlim=(0, max(steps[-1], 1)))
         axes.grid(True)
+        ends = np.abs(np.tanh(alpha[-1]))
+        _name_ends(axes, steps[-1], {f"layer {i}": (y, INK) for i, y in enumerate(ends)}, 4, 8)
     left, right = figure.axes
     left.set(title="attention", ylabel="|tanh(alpha)|")
     right.set(title="feed-forward")
@@ -391,10 +433,10 @@ def plot_lines(x, series, xlabel, ylabel, title="", log=True):
     """Lines with markers, named at their right ends: series is {name: [len(x)]}."""
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
+    ends = {}
     for (name, y), colour, marker in zip(series.items(), ("#0b3c78", WRONG, "#009e73"), "os^"):
         axes.plot(x, y, color=colour, marker=marker, lw=1.8, ms=5)
-        axes.annotate(name, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center",
-                      color=colour)  # fmt: skip
+        ends[name] = y[-1], colour
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -402,4 +444,20 @@ def plot_lines(x, series, xlabel, ylabel, title="", log=True):
             axis.set_major_formatter("{x:g}")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=x)
     axes.grid(True)
+    _name_ends(axes, x[-1], ends, 8, 9)
     return figure
+
+
+def _name_ends(axes, x, ends, gap, size):
+    """Name lines at their right ends, one above the other where they would overlap.
+
+    ends {name: (y, colour)}; gap, in points, is how far from the end. Wants the axes' final limits.
+    """
+    scale = axes.yaxis.get_transform().transform
+    low, high = scale(np.array(axes.get_ylim()))
+    height, lowest = 0.8 * 72 * axes.figure.get_figheight(), -np.inf
+    for name, (y, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        place = height * (scale(np.array([y]))[0] - low) / (high - low)
+        lowest = max(place, lowest + size + 2)
+        axes.annotate(name, (x, y), (gap, lowest - place), textcoords="offset points",
+                      va="center", color=colour, fontsize=size)  # fmt: skip

@@ -115,6 +115,7 @@ def execute(notebook, folder):
         notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
         resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
+        coalesce_streams=True,  # a slow loop prints in pieces, differently at every run
     )  # fmt: skip
     try:
         client.execute(env={**os.environ, **ENVIRONMENT})

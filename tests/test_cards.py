@@ -1,6 +1,7 @@
 """Model cards: three tiny runs are shipped; a run that is not finished is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,13 +28,13 @@ def runs(tmp_path_factory):
         training.Run(make(), folder / name).train(progress=False)
         cards.record_run(folder / name, seconds=1.5)
     model = training.load_flamingo(folder / "flamingo" / "model.safetensors")
-    metrics = Evaluation(model, samples=4, per_class=2).run(shots=(0, 1))
+    metrics = Evaluation(model, samples=4, per_class=2).run()
     (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 
 def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
-    cards.ship(runs, tmp_path)
+    cards.ship([runs], tmp_path)
     for stage in cards.ABOUT:
         shipped = (tmp_path / stage / "model.safetensors").read_bytes()
         assert shipped == (runs / stage / "model.safetensors").read_bytes()
@@ -45,13 +46,30 @@ def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
     assert "binding_8way" in text and "gates |tanh(alpha)|" in text
     alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text())
     assert alphas["steps"] == [1, 2]
+    seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text())
+    assert list(seeds) == [runs.name]
+    assert list(seeds[runs.name]) == list(cards.HEADLINES)
+
+
+def test_a_summary_is_the_median_and_the_range_over_the_seeds():
+    seeds = {s: dict.fromkeys(cards.HEADLINES, v) for s, v in (("0", 0.9), ("1", 0.5), ("2", 0.6))}
+    rows = list(cards.summary(seeds))
+    assert rows[0] == "| 8-way at 32 shots | 0.600 | 0.500 to 0.900 |"
+    assert len(rows) == len(cards.HEADLINES)
+
+
+def test_the_readme_quotes_the_shipped_seeds():
+    seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text())
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for row in cards.summary(seeds):
+        assert row in readme
 
 
 def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
     (runs / "vision" / "run.json").rename(runs / "vision" / "kept")
     try:
         with pytest.raises(ValueError, match=r"missing: .*vision/run\.json$"):
-            cards.ship(runs, tmp_path / "to")
+            cards.ship([runs], tmp_path / "to")
     finally:
         (runs / "vision" / "kept").rename(runs / "vision" / "run.json")
     assert not (tmp_path / "to").exists()

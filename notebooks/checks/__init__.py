@@ -5,7 +5,7 @@ mistake that many make is told apart from others by what it computes, and is cal
 The tests give every check typical wrong answers and expect that name.
 """
 
-from notebooks.checks import module_06  # noqa: F401  registers its exercises
+from notebooks.checks import module_06, module_08  # noqa: F401  they register their exercises
 from notebooks.checks.core import Result, check
 
 __all__ = ["Result", "check"]

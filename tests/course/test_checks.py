@@ -3,6 +3,7 @@
 An answer that is right must pass however it is written, and no answer may make a check raise.
 """
 
+import cases_08
 import numpy as np
 import pytest
 
@@ -87,6 +88,7 @@ RIGHT = [
     ("6.4", one_head),
     ("6.5", reached_as_in_the_notebook),
     ("6.5", reached_by_noise),
+    *cases_08.RIGHT,
 ]
 
 
@@ -210,6 +212,7 @@ WRONG = [
     ("6.5", all_tokens_at_once, "compare token by token"),
     ("6.5", lambda *a: np.roll(ABOUT(*a), 1, 1), "image j is column j - 1"),
     ("6.5", in_place, "changes its argument number 3 in place"),
+    *cases_08.WRONG,
 ]  # fmt: skip
 
 

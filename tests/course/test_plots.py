@@ -25,6 +25,8 @@ def every_figure():
     yield plots.plot_image_causal_mask(WORDS * 9, np.tile(PHI, 9), 40, 64)
     yield plots.plot_reach(WORDS, PHI, {"a": rng.random((8, 2)), "b": np.zeros((8, 2))})
     yield plots.plot_work_list(WORDS, *work_list(PHI[None], 2, most=2))
+    yield plots.plot_mixture({"one": (WORDS * 3, np.tile(PHI, 3) > 0)}, {"one": 0.5})
+    yield plots.plot_alphas([1, 9], [[0.1, -0.5], [0.2, -1]], [[0.0, 0.0], [0.3, 0.31]])
     yield plots.plot_lines([1, 2, 4], {"one": [1, 2, 4], "two": [1, 1, 1]}, "x", "y")
 
 
@@ -41,14 +43,14 @@ def test_pyplot_is_not_used():
     from matplotlib import pyplot
 
     figures = list(every_figure())
-    assert len(figures) == 7 and pyplot.get_fignums() == []
+    assert len(figures) == 9 and pyplot.get_fignums() == []
 
 
 def test_figures_are_deterministic(tmp_path):
     for name in "ab":
         for i, figure in enumerate(every_figure()):
             figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
-    for i in range(7):
+    for i in range(9):
         assert (tmp_path / f"a{i}.png").read_bytes() == (tmp_path / f"b{i}.png").read_bytes()
 
 
@@ -84,6 +86,31 @@ def test_a_work_list_shows_each_token_once_and_no_free_place():
     assert "Cats" not in said
 
 
+def test_the_mixture_says_what_counts_and_how_much():
+    rows = {"a": (WORDS, PHI > 0), "b": (["<BOS>", "x"], np.array([False, True]))}
+    figure = plots.plot_mixture(rows, {"a": 1.0, "b": 0.2})
+    boxes = [p for p in figure.axes[0].patches if type(p).__name__ == "FancyBboxPatch"]
+    counted = [to_hex(box.get_facecolor()) != plots.PAPER for box in boxes]
+    assert counted == [*(PHI > 0), False, True]
+    said = texts(figure)
+    assert {"× 1", "× 0.2", "5 of 8 tokens count", "1 of 2 tokens count"} <= set(said)
+
+
+def test_alphas_are_shown_by_size_and_named_apart():
+    alpha = np.array([[0, 0, 0], [0.02, -0.03, -2]])
+    figure = plots.plot_alphas([0, 1], alpha, alpha / 2)
+    for axes, values in zip(figure.axes, (alpha, alpha / 2)):
+        drawn = np.array([line.get_ydata() for line in axes.lines]).T
+        assert np.allclose(drawn, abs(np.tanh(values)))
+        names = {t.get_text(): t for t in axes.texts}
+        assert {n: t.xy[1] for n, t in names.items()} == pytest.approx(
+            {f"layer {i}": y for i, y in enumerate(drawn[-1])}
+        )
+        height = 0.8 * 72 * figure.get_figheight()
+        places = sorted(t.xy[1] * height + t.get_position()[1] for t in names.values())
+        assert min(np.diff(places)) > 9.9
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -96,6 +123,7 @@ def test_a_work_list_shows_each_token_once_and_no_free_place():
             lambda: plots.plot_mask(WORDS, np.ones((8, 5), bool), 2),
             r"\[8, 2\*R\], got bool \[8, 5\]",
         ),
+        (lambda: plots.plot_mixture({"a": (WORDS, PHI[:3] > 0)}, {"a": 1}), "8 words, 3 counted"),
         (lambda: plots.plot_reach(WORDS, PHI, {"a": np.ones((7, 2))}), r"'a' must be \[8, 2\]"),
     ],
 )
