@@ -108,16 +108,17 @@ class Resampler(Module):
 
     input_dim is projected to dim where they differ. num_frames time embeddings are learned; learned
     spatial embeddings exist only where `num_features` (S) is given, which the paper does not have.
-    Their standard deviation at the start, 0.3, is a choice that matters: it is about that of the
-    mini model's features, and three times as much drowns them. final_norm is a choice too: the
-    paper's pseudo-code shows none, all public re-implementations do.
+    Their size at the start, about 0.3, is a choice that matters: it is that of the mini model's
+    features, and three times as much drowns them. So does the time embeddings' form, points on a
+    line: drawn one by one, they left the mini model blind to motion for up to 1,000 steps.
+    final_norm is a choice too: the pseudo-code shows none, all public re-implementations have one.
     """
 
     def __init__(self, input_dim, dim, num_frames, num_features, final_norm, *, rng):
         self.input_proj = Linear(input_dim, dim, rng=rng) if input_dim != dim else None
-        self.time_embeddings = Parameter(
-            rng.normal(0, 0.3, (num_frames, dim)).astype(np.float32, copy=False)
-        )
+        line = np.linspace(-1.5, 1.5, num_frames)[:, None] * rng.normal(0, 0.3, dim)
+        noise = rng.normal(0, 0.1, (num_frames, dim))
+        self.time_embeddings = Parameter((line + noise).astype(np.float32, copy=False))
         self.spatial_embeddings = (
             Parameter(rng.normal(0, 0.3, (num_features, dim)).astype(np.float32, copy=False))
             if num_features

@@ -358,13 +358,17 @@ MINI_VISION = PRESETS["mini"].vision
 
 @dataclass(frozen=True)
 class LanguageRun:
-    """Texts of the small world; one batch in ten holds long binding episodes."""
+    """Texts of the small world; one batch in ten holds long binding episodes.
+
+    any_keys: the share of binding whose keys are any words (see grammar.any_binding).
+    """
 
     optimiser: OptimiserConfig = OptimiserConfig(steps=1000)
     model: LanguageConfig = MINI_LM
     batch: int = 48
     length: int = 48
     long_share: float = 0.1
+    any_keys: float = 0.33
     seed: int = 0
 
 
@@ -380,8 +384,8 @@ class LanguageStage(Stage):
     def draw(self, dataset, rng):
         c = self.config
         if rng.random() < c.long_share:
-            return grammar.long_text_batch(c.batch // 4, rng)
-        return grammar.text_batch(c.batch, rng, c.length)
+            return grammar.long_text_batch(c.batch // 4, rng, c.any_keys)
+        return grammar.text_batch(c.batch, rng, c.length, c.any_keys)
 
     def count(self, batch):
         return int((batch[:, 1:] != PAD).sum())
@@ -463,7 +467,7 @@ class BridgeRun:
     caption_noise: float = 0.3
     wordless: float = 0.3
     pool_per_class: int = 100
-    pool_per_blend: int = 10
+    pool_per_turned: int = 30
     pool_pairs: int = 4000
     pool_clips: int = 1200
     seed: int = 0
@@ -498,7 +502,7 @@ class BridgeStage(Stage):
         c = self.config
         return datasets.Pool.draw(
             self.model.vision_encoder, [c.seed, 2], "train", c.pool_per_class, c.pool_pairs,
-            c.pool_clips, datasets.SEEN, c.pool_per_blend, bar,
+            c.pool_clips, datasets.SEEN, c.pool_per_turned, bar,
         )  # fmt: skip
 
     def identity(self):

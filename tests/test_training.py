@@ -338,7 +338,7 @@ def trained(tmp_path_factory):
 
 
 SMALL_POOL = {
-    "pool_per_class": 1, "pool_per_blend": 1, "pool_pairs": 20, "pool_clips": 10,
+    "pool_per_class": 1, "pool_per_turned": 1, "pool_pairs": 20, "pool_clips": 10,
     "batches": (8, 2, 2, 2),
 }  # fmt: skip
 

@@ -15,11 +15,11 @@ from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.worlds import shapes
 from miniflamingo.worlds.grammar import (
     ANY,
-    BLENDED,
     COLOUR_IDS,
     DIRECTION_IDS,
     HELD_OUT,
     KINDS,
+    TURNED_SEEN,
     caption,
     document,
     draw_attributes,
@@ -35,7 +35,7 @@ from miniflamingo.worlds.grammar import (
 
 IGNORED = -100  # a target that counts for nothing
 SEEN = ~HELD_OUT  # bool[colour, shape], the classes that the bridge is trained on
-WORDLESS = np.concatenate([SEEN, BLENDED], axis=1)  # and those that have no word, for binding
+WORDLESS = np.concatenate([SEEN, TURNED_SEEN], axis=1)  # and those that have no word, for binding
 CHUNK = 256  # pictures that are encoded at a time
 GROUP = 8  # rows of a contrastive batch that differ in one shape alone
 
@@ -92,7 +92,7 @@ def _different_in_group(B, classes, rng):  # -> int[B]
 class Pool:
     """Labelled pictures and the frozen encoder's features of them.
 
-    counts int[colour, shape (+ blend)] says how many pictures of one object there are of each
+    counts int[colour, shape (+ turned)] says how many pictures of one object there are of each
     class; objects (colour, shape, size) int[n1] are their labels, class by class; pairs, the same,
     int[n2, 2]; clips (colour, shape, size, direction) int[n3]; images [n1 + n2, 1, S, D_v];
     videos [n3, T, S, D_v].
@@ -107,13 +107,13 @@ class Pool:
 
     @classmethod
     def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
-             classes=ANY, per_blend=0, progress=lambda x: x):  # fmt: skip
-        """Draw and encode a pool of the classes bool[colour, shape], and of blends.
+             classes=ANY, per_turned=0, progress=lambda x: x):  # fmt: skip
+        """Draw and encode a pool of the classes bool[colour, shape], and of turned shapes.
 
         encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v].
         """
         rng = np.random.default_rng(seed)
-        counts = np.concatenate([per_class * classes, per_blend * BLENDED], axis=1)
+        counts = np.concatenate([per_class * classes, per_turned * TURNED_SEEN], axis=1)
         every = np.repeat(np.arange(counts.size), counts.ravel())
         objects = (*np.divmod(every, counts.shape[1]), rng.integers(0, 2, len(every)))
         pairs = draw_pair_attributes((pairs,), classes, rng)
@@ -261,13 +261,13 @@ def interleaved_documents(pool, B, rng, N=5, noise=0.0, wordless=0.0):
     """The small world's web pages: N pictures each, half binding of 2, 3 or 5 classes, the rest
     captions, questions about one object, and questions about one of two.
 
-    A share `wordless` of the binding episodes has blends among its classes, so that a name must be
-    bound to what is seen and not to what it is called.
+    A share `wordless` of the binding episodes has turned shapes among its classes, so that a name
+    must be bound to what is seen and not to what it is called.
     """
     rows, parts = np.diff(np.round(np.linspace(0, B // 2, 4)).astype(int)), []
-    blend = np.arange(WORDLESS.shape[1]) >= SEEN.shape[1]
+    turned = np.arange(WORDLESS.shape[1]) >= SEEN.shape[1]
     for b, ways in zip(rows, (2, 3, 5)):
-        allowed = WORDLESS & ~(blend & (rng.random((b, 1, 1)) >= wordless))
+        allowed = WORDLESS & ~(turned & (rng.random((b, 1, 1)) >= wordless))
         parts.append(binding_documents(pool, b, N, ways, rng, allowed)[0])
     rows = np.diff(np.round(np.linspace(0, B - B // 2, 4)).astype(int))
     parts.append(caption_documents(pool, rows[0], N, rng, noise=noise))

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from miniflamingo.prompt import BOS, EOC, PAD, WordTokenizer, split_words
+from miniflamingo.prompt import BOS, EOC, PAD, SPECIAL_TOKENS, WordTokenizer, split_words
 from miniflamingo.worlds.shapes import (
-    BLENDS,
     COLOURS,
     DIRECTIONS,
     NUM_GEOMETRIC,
     SHAPES,
     SIZES,
+    TURNED,
 )
 
 NAMES = split_words(
@@ -78,8 +78,8 @@ DIGIT = ~GEOMETRIC
 HELD_OUT_SHAPES = GEOMETRIC & ((np.add.outer(np.arange(8), np.arange(len(SHAPES))) % 4) == 0)
 HELD_OUT_DIGITS = DIGIT & (np.arange(len(SHAPES)) >= len(SHAPES) - 3)
 HELD_OUT = HELD_OUT_SHAPES | HELD_OUT_DIGITS
-# bool[colour, blend]: both parts are seen in that colour
-BLENDED = np.stack([~HELD_OUT[:, a] & ~HELD_OUT[:, b] for a, b in BLENDS], axis=1)
+# bool[colour, turned shape]: upright, it is seen in that colour
+TURNED_SEEN = ~HELD_OUT[:, [SHAPES.index(word) for word, _ in TURNED]]
 
 
 def draw_attributes(shape, allowed, rng):  # -> colour, shape, size, int[shape] each
@@ -116,14 +116,14 @@ def draw_episode(B, n, ways, rng, allowed=ANY, mode=None):
     mode "pair": a class is a colour and a shape; "colour" or "shape": the other one is held
     constant within the episode. By default each row draws its own mode. allowed is
     bool[colour, shape], or one such table a row; a row with fewer than `ways` classes in its table
-    uses those that there are. A table may have more columns than SHAPES: those of BLENDS.
+    uses those that there are. A table may have more columns than SHAPES: those of TURNED.
     """
     mode = rng.integers(0, 3, B) if mode is None else np.full(B, MODES.index(mode))
     allowed = np.broadcast_to(allowed, (B, *np.shape(allowed)[-2:]))
     order = np.where(allowed, rng.random(allowed.shape), np.inf)  # classes in a random order
     order[mode == 1] += _all_but_one(order[mode == 1], 1, rng)  # one shape: colours tell apart
     order[mode == 2] += _all_but_one(order[mode == 2], 2, rng)  # one colour: shapes tell apart
-    order = order.reshape(B, -1)
+    order = order.reshape(B, np.prod(allowed.shape[1:]))
     chosen = np.argsort(order, axis=1)[:, :ways]
     found = np.minimum(np.isfinite(order).sum(axis=1), ways)
     index = (rng.random((B, n)) * found[:, None]).astype(int)
@@ -178,6 +178,19 @@ def binding(episode):  # Episode of [B, n] -> int[B, 1 + 4 n]
     return document(phrase(*keys, episode.name, "<EOC>"))
 
 
+def any_binding(B, n, ways, rng):  # -> int[B, 1 + 4 n]
+    """up thing dax <EOC>: binding whose keys are any two words, so that it is learned as such.
+
+    What a language model reads in a picture it has no word for is no pair of a colour and a shape.
+    """
+    first = len(SPECIAL_TOKENS)
+    keys = rng.integers(first, len(TOKENIZER), (B, ways, 2))
+    names = NAME_IDS[np.argsort(rng.random((B, len(NAMES))), axis=1)[:, :ways]]
+    classes = np.concatenate([keys, names[..., None]], axis=-1)  # [B, ways, 3]
+    index = rng.integers(0, ways, (B, n, 1))
+    return document(phrase(*np.moveaxis(np.take_along_axis(classes, index, 1), -1, 0), "<EOC>"))
+
+
 def _closed(sentences):  # int[B, n, words] -> int[B, 1 + n * (words + 1)]
     end = np.full((*sentences.shape[:-1], 1), EOC)
     return document(np.concatenate([sentences, end], axis=-1))
@@ -186,13 +199,17 @@ def _closed(sentences):  # int[B, n, words] -> int[B, 1 + n * (words + 1)]
 # --- what the language model reads ----------------------------------------------------------------
 
 
-def text_batch(B, rng, length=48):
-    """A batch of texts int[B, L], L <= length: 60 % binding of 2, 3 and up to 6 classes, the rest
-    captions, questions about one object and about two, and motion."""
+def text_batch(B, rng, length=48, any_keys=0.0):
+    """A batch of texts int[B, L], L <= length: 60 % binding of 2, 3 and up to 6 classes, a share
+    `any_keys` of it with any words as keys; the rest captions, questions about one object and about
+    two, and motion."""
     shots = (length - 1) // 4
     rows = np.diff(np.round(np.linspace(0, 0.6 * B, 4)).astype(int))
-    ways = (2, 3, int(rng.integers(2, 7)))
-    texts = [binding(draw_episode(b, shots, w, rng)) for b, w in zip(rows, ways)]
+    ways, texts = (2, 3, int(rng.integers(2, 7))), []
+    for b, w in zip(rows, ways):
+        free = round(b * any_keys)
+        texts.append(binding(draw_episode(b - free, shots, w, rng)))
+        texts.append(any_binding(free, shots, w, rng))
     rows = np.diff(np.round(np.linspace(0, B - rows.sum(), 5)).astype(int))
     texts.append(_closed(caption(*draw_attributes((rows[0], (length - 1) // 5), ANY, rng))))
     one = draw_attributes((rows[1], (length - 1) // 9), ANY, rng)
@@ -208,6 +225,8 @@ def text_batch(B, rng, length=48):
     return stack_rows(texts)
 
 
-def long_text_batch(B, rng):
+def long_text_batch(B, rng, any_keys=0.0):
     """Binding alone, 8 to 33 shots of 2 to 8 classes: what 32 shots later rest on."""
-    return binding(draw_episode(B, int(rng.integers(8, 34)), int(rng.integers(2, 9)), rng))
+    shots, ways, free = int(rng.integers(8, 34)), int(rng.integers(2, 9)), round(B * any_keys)
+    words = binding(draw_episode(B - free, shots, ways, rng))
+    return np.concatenate([words, any_binding(free, shots, ways, rng)])

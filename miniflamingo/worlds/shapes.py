@@ -9,7 +9,7 @@ Every function draws B pictures at once, float32 in [0, 1]. colour, shape and si
 """
 
 from functools import cache
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,12 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar", *DIGITS)
 SIZES = ("small", "large")
 DIRECTIONS = ("left", "right", "up", "down")
 NUM_GEOMETRIC = len(SHAPES) - len(DIGITS)
-# two shapes drawn over one another: 78 more shapes, numbered from len(SHAPES) on, that have no word
-# and so can only be learned from examples; made of all but the last three digits, which are kept
-BLENDS = tuple(combinations(range(len(SHAPES) - 3), 2))
+# shapes turned left or right or mirrored, where that makes another shape: numbered from len(SHAPES)
+# on, they have no word, so that their names can only be learned from examples
+TURNS = {"left": lambda image: np.rot90(image), "right": lambda image: np.rot90(image, -1),
+         "mirrored": np.fliplr}  # fmt: skip
+TURNED = (*product(("two", "three", "four", "five", "six"), TURNS), ("triangle", "left"),
+          ("triangle", "right"), ("bar", "left"))  # fmt: skip
 
 RGB = np.array(
     [(0.9, 0.1, 0.1), (0.1, 0.75, 0.15), (0.15, 0.25, 0.95), (0.95, 0.9, 0.1),
@@ -96,13 +99,11 @@ def glyph_cover(digit, x, y, size, split, rng):  # int[B], [B], [B], int[B] -> [
 
 
 def cover_of(shape, x, y, radius, size, split, rng):  # -> [B, 24, 24]
-    """The cover of any shape: geometric ones are soft, digits handwritten, blends two in one."""
-    plain = [(s, s) for s in range(len(SHAPES))]
-    first, second = np.array([*plain, *BLENDS])[shape].T
-    cover = _plain_cover(first, x, y, radius, size, split, rng)
-    rows = np.flatnonzero(first != second)
-    over = _plain_cover(second[rows], *(a[rows] for a in (x, y, radius, size)), split, rng)
-    cover[rows] = np.maximum(cover[rows], over)
+    """The cover of any shape; a turned one is turned together with its place in the picture."""
+    upright = [*range(len(SHAPES)), *(SHAPES.index(word) for word, _ in TURNED)]
+    cover = _plain_cover(np.array(upright)[shape], x, y, radius, size, split, rng)
+    for b in np.flatnonzero(shape >= len(SHAPES)):
+        cover[b] = TURNS[TURNED[shape[b] - len(SHAPES)][1]](cover[b])
     return cover
 
 

@@ -17,7 +17,7 @@ def encoder(pictures):
 
 @pytest.fixture(scope="module")
 def pool():
-    return Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_blend=1, pairs=60, clips=40)
+    return Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_turned=1, pairs=60, clips=40)
 
 
 def labels_of(pool, documents):
@@ -44,9 +44,9 @@ def says(colour, shape, size):
 
 
 def test_a_pool_follows_its_seed_and_holds_every_class(pool):
-    pictures = 3 * SEEN.sum() + grammar.BLENDED.sum() + 60
+    pictures = 3 * SEEN.sum() + grammar.TURNED_SEEN.sum() + 60
     assert pool.images.shape[:2] == (pictures, 1) and pool.videos.shape[:2] == (40, 8)
-    again = Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_blend=1, pairs=60, clips=40)
+    again = Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_turned=1, pairs=60, clips=40)
     assert np.array_equal(pool.images, again.images) and np.array_equal(pool.videos, again.videos)
     rng = np.random.default_rng(0)
     classes = np.argwhere(WORDLESS)
@@ -171,7 +171,7 @@ def test_held_out_tables_can_be_asked_for(pool):
         assert (HELD_OUT[colour, shape].any(axis=-1) == held_out).all()
 
 
-def test_blends_are_bound_to_names_and_have_no_words(pool):
+def test_turned_shapes_are_bound_to_names_and_have_no_words(pool):
     rng, shares = np.random.default_rng(0), []
     for wordless in (0.0, 0.5, 1.0):
         drawn = [
@@ -180,10 +180,10 @@ def test_blends_are_bound_to_names_and_have_no_words(pool):
         documents = datasets.together(drawn)
         shown = documents.pictures < len(pool.objects[0])
         shape = pool.objects[1][np.where(shown, documents.pictures, 0)]
-        blend = shown & (shape >= len(SHAPES))
+        turned = shown & (shape >= len(SHAPES))
         bound = (documents.tokens[:, 2] == TOKENIZER.ids["this"])[:, None]
-        assert not (blend & ~bound).any()  # captions and questions have words for all they see
-        shares.append(blend[bound[:, 0]].mean())
+        assert not (turned & ~bound).any()  # captions and questions have words for all they see
+        shares.append(turned[bound[:, 0]].mean())
     assert shares[0] == 0 < shares[1] < shares[2]
 
 

@@ -160,3 +160,26 @@ def test_long_batches_hold_many_shots():
         assert np.isin(batch[:, 3::4], NAME_IDS).all() and np.isin(batch[:, 2::4], SHAPE_IDS).all()
         shots.add((batch.shape[1] - 1) // 4)
     assert min(shots) >= 8 and max(shots) <= 33 and len(shots) > 10
+
+
+def test_any_words_can_be_keys():
+    rows = grammar.any_binding(300, 9, 3, np.random.default_rng(0))
+    assert rows.shape == (300, 37) and (rows[:, 4::4] == EOC).all()
+    keys = np.stack([rows[:, 1::4], rows[:, 2::4]], axis=-1)
+    names = rows[:, 3::4]
+    assert np.isin(names, NAME_IDS).all()
+    assert set(keys.ravel()) == set(range(4, len(TOKENIZER)))  # every word but the special tokens
+    for key, name in zip(keys, names):
+        pairs = {(*k, n) for k, n in zip(key, name)}
+        assert len(pairs) == len(set(name)) <= 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_binding_has_any_keys(share):
+    batch = grammar.text_batch(48, np.random.default_rng(0), 48, share)
+    long = grammar.long_text_batch(12, np.random.default_rng(0), share)
+    for rows, binding in ((batch, 29), (long, 12)):
+        bound = rows[np.isin(rows[:, 3], NAME_IDS) & (rows[:, 4] == EOC)]
+        assert len(bound) >= binding - 1
+        free = (~np.isin(bound[:, 2], SHAPE_IDS)).mean()  # a quarter of free keys looks like words
+        assert 0.5 * share <= free <= share

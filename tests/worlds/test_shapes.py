@@ -72,19 +72,25 @@ def test_geometric_shapes_differ_and_have_their_geometry():
     assert upper < 0.7 * lower  # a triangle stands on its base
 
 
-def test_a_blend_covers_what_its_two_shapes_cover():
-    place, size = np.full(2, 12.0), np.ones(2, int)
-    for blend, parts in ((0, (0, 1)), (5, (0, 6))):
-        assert shapes.BLENDS[blend] == parts
-        covers = [
-            shapes.cover_of(
-                np.array(shape), place, place, place * 0 + 5, size, "train",
-                np.random.default_rng(0),
-            )
-            for shape in ([len(SHAPES) + blend] * 2, [parts[0]] * 2, [parts[1]] * 2)
-        ]  # fmt: skip
-        np.testing.assert_allclose(covers[0], np.maximum(covers[1], covers[2]))
-    assert len(set(shapes.BLENDS)) == 78 and max(b for _, b in shapes.BLENDS) == 12
+def test_turned_shapes_are_what_they_say():
+    def cover(shape):
+        place, size = np.full(1, 12.0), np.ones(1, int)
+        rng = np.random.default_rng(0)
+        return shapes.cover_of(np.array([shape]), place, place, place * 0 + 5, size, "train", rng)[
+            0
+        ]
+
+    for i, (word, turn) in enumerate(shapes.TURNED):
+        upright, turned = cover(SHAPES.index(word)), cover(len(SHAPES) + i)
+        undone = {
+            "left": np.rot90(turned, -1),
+            "right": np.rot90(turned),
+            "mirrored": turned[:, ::-1],
+        }
+        np.testing.assert_array_equal(undone[turn], upright)
+        assert np.abs(turned - upright).max() > 0.5
+    # the digits that are kept for later are not among them, turned or not
+    assert not {word for word, _ in shapes.TURNED} & {"seven", "eight", "nine"}
 
 
 def test_first_object_is_on_the_left():
