@@ -335,13 +335,22 @@ def _differences(theirs, ours, path=""):
 
 @contextmanager
 def _asked_to_stop():
-    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole."""
+    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole.
+
+    Asked twice, it ends at once, with what the last checkpoint holds.
+    """
     stop = threading.Event()
+
+    def ask(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals reach the main thread alone
         return
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda *_: stop.set()) for s in signals]
+    before = [signal.signal(s, ask) for s in signals]
     try:
         yield stop
     finally:
