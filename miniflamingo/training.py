@@ -367,16 +367,16 @@ MINI_VISION = PRESETS["mini"].vision
 
 @dataclass(frozen=True)
 class LanguageRun:
-    """Texts of the small world; one batch in ten holds long binding episodes.
+    """Texts of the small world; one batch in five holds long binding episodes.
 
     any_keys: the share of binding whose keys are any words (see grammar.any_binding).
     """
 
-    optimiser: OptimiserConfig = OptimiserConfig(steps=1000)
+    optimiser: OptimiserConfig = OptimiserConfig(steps=2000)
     model: LanguageConfig = MINI_LM
     batch: int = 48
     length: int = 48
-    long_share: float = 0.1
+    long_share: float = 0.2
     any_keys: float = 0.33
     seed: int = 0
 
@@ -415,7 +415,7 @@ class VisionRun:
     """Pictures and captions, contrastively, with a text encoder that is thrown away afterwards."""
 
     optimiser: OptimiserConfig = OptimiserConfig(
-        steps=600, warmup=50, weight_decay=1e-3, beta2=0.999
+        steps=2000, warmup=50, weight_decay=1e-3, beta2=0.999
     )
     model: VisionConfig = MINI_VISION
     batch: int = 96
