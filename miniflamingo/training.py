@@ -466,15 +466,15 @@ class BridgeRun:
     pictures are drawn and encoded, once.
     """
 
-    optimiser: OptimiserConfig = OptimiserConfig(steps=1500, alpha_rate=10.0)
+    optimiser: OptimiserConfig = OptimiserConfig(steps=1800, rate=3e-3, alpha_rate=10.0)
     model: FlamingoConfig = MINI_BRIDGE
-    weights: tuple = (1.0, 0.2, 0.2, 0.5)
+    weights: tuple = (1.0, 0.2, 0.4, 0.5)
     batches: tuple = (32, 16, 16, 12)
     pictures: int = 5
     strategy: str = "accumulate"
     p_next: float = 0.0
     caption_noise: float = 0.3
-    wordless: float = 0.3
+    wordless: float = 0.25
     pool_per_class: int = 100
     pool_per_turned: int = 30
     pool_pairs: int = 4000
