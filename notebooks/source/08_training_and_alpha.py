@@ -68,7 +68,7 @@ for name, batch in batches.items():
 show(
     plots.plot_mixture(rows, stage.weights),
     alt="Four rows, one for each dataset, with the words of a document: documents, times 1; "
-    "captions, times 0.2; pairs, times 0.2; clips, times 0.5. BOS and the image tags are grey, "
+    "captions, times 0.2; pairs, times 0.4; clips, times 0.5. BOS and the image tags are grey, "
     "which is only read; all other words are blue, which counts in the loss. The four rows run "
     "into one line: sum of the gradients, one update.",
 )
@@ -77,7 +77,7 @@ show(
 # | letter | meaning | here | in the paper |
 # |---|---|---|---|
 # | M | datasets | 4 | 4: M3W, ALIGN, LTIP, VTP |
-# | $\lambda_m$ | weight of dataset m | 1, 0.2, 0.2, 0.5 | 1, 0.2, 0.2, 0.03 |
+# | $\lambda_m$ | weight of dataset m | 1, 0.2, 0.4, 0.5 | 1, 0.2, 0.2, 0.03 |
 # | $\theta$ | the numbers that learn | counted below | 1.4 billion in the 3B model |
 # | $\eta_t$ | rate of update t | 2e-3 after 20, then falling | 1e-4 after 5,000, then constant |
 # | c | most that the gradient's norm may be | 1 | 1 |
@@ -317,7 +317,7 @@ check("8.3", clip)
 #
 # Equations (3) to (5), parameter by parameter. `moments[name]` is (m, v) and t counts from 1. The
 # gates have ten times the rate of the rest (`alpha_rate`, a choice of ours that the paper does not
-# have: 60 or 1,500 steps are few for a number that starts at 0).
+# have: 60 or 1,800 steps are few for a number that starts at 0).
 
 
 # %%
