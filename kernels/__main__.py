@@ -1,4 +1,4 @@
-"""The command line: `python -m kernels compare | compile | step`.
+"""The command line: `python -m kernels compare | compile | step | bench`.
 
 Errors are one line and exit code 2.
 """
@@ -20,6 +20,14 @@ def main(argv=None):
     command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
     command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
     command.add_argument("--steps", type=int, default=20)
+    command = commands.add_parser("bench", help="time and memory beside every peer's; needs a GPU")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    command.add_argument(
+        "--quick", action="store_true", help="three shapes of each entry, few calls"
+    )
+    command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
+    command.add_argument("--plots", metavar="DIR", help="also draw the figures into DIR")
     arguments = vars(parser.parse_args(argv))
     try:
         # imported late: each command needs its own part of torch and Triton
