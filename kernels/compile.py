@@ -45,7 +45,7 @@ USUAL = (
     ("bf16", 128, 256),
 )
 SHAPES = ((64, 64), (128, 64), (16, 8), (128, 256), (32, 32), (40, 64), (64, 40), (80, 7), (96, 64))
-SHAPES += ((128, 1), (64, 128), (40, 100))
+SHAPES += ((128, 1), (64, 128), (40, 100), (128, 32), (16, 64), (16, 256))
 FULL = (
     *((dtype, K, R) for K, R in SHAPES for dtype in ("bf16", "fp32")),
     *(("fp16", K, R) for K, R in SHAPES[:4]),  # compiles as bf16 does but for the conversions

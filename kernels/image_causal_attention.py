@@ -141,8 +141,9 @@ def _backward(
 # --- launching ----------------------------------------------------------------------------------
 
 
-# (kernel, K > 64, float32) -> tokens of a tile, warps of a program: the widest that compile without
-# spilling for sm_80, sm_90 and gfx942 (`python -m kernels compile`); not yet chosen by time
+# (kernel, K > 64, float32) -> tokens of a tile, warps of a program: wide ones that compile without
+# spilling for sm_80, sm_90 and gfx942 (`python -m kernels compile`, Triton 3.7.1; 3.6.0 spills 8
+# bytes in _backward, float32, K > 64, R <= 16); not yet chosen by time
 OPTIONS = {
     ("_forward", False, False): (64, 4),
     ("_forward", True, False): (64, 4),
