@@ -345,33 +345,34 @@ def _resample_dkdv(
 
 # --- launching ----------------------------------------------------------------------------------
 
-# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block: the widest
-# that compile without spilling for sm_80, sm_90 and gfx942; not yet chosen by time
+# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (2: the
+# next block is loaded while this one is worked on): wide ones that compile without spilling for
+# sm_80, sm_90 and gfx942; not yet chosen by time
 OPTIONS = {
-    ("_resample", False, False): (64, 4, 64),
-    ("_resample", True, False): (64, 4, 64),
-    ("_resample", False, True): (32, 4, 32),
-    ("_resample", True, True): (32, 8, 32),
-    ("_resample_stats", False, False): (64, 4, 64),
-    ("_resample_stats", True, False): (64, 8, 32),
-    ("_resample_stats", False, True): (32, 4, 32),
-    ("_resample_stats", True, True): (16, 8, 32),
-    ("_resample_dq", False, False): (64, 4, 64),
-    ("_resample_dq", True, False): (64, 8, 32),
-    ("_resample_dq", False, True): (32, 4, 32),
-    ("_resample_dq", True, True): (16, 8, 32),
-    ("_resample_dkdv", False, False): (32, 4, 64),
-    ("_resample_dkdv", True, False): (16, 8, 64),
-    ("_resample_dkdv", False, True): (16, 4, 32),
-    ("_resample_dkdv", True, True): (16, 8, 64),
+    ("_resample", False, False): (64, 4, 64, 2),
+    ("_resample", True, False): (64, 4, 64, 2),
+    ("_resample", False, True): (32, 4, 32, 1),
+    ("_resample", True, True): (32, 8, 16, 1),
+    ("_resample_stats", False, False): (64, 4, 64, 2),
+    ("_resample_stats", True, False): (64, 8, 32, 2),
+    ("_resample_stats", False, True): (32, 4, 32, 1),
+    ("_resample_stats", True, True): (16, 8, 32, 1),
+    ("_resample_dq", False, False): (64, 4, 64, 2),
+    ("_resample_dq", True, False): (64, 8, 32, 2),
+    ("_resample_dq", False, True): (32, 8, 32, 1),
+    ("_resample_dq", True, True): (16, 8, 32, 1),
+    ("_resample_dkdv", False, False): (32, 4, 64, 1),
+    ("_resample_dkdv", True, False): (16, 8, 64, 1),
+    ("_resample_dkdv", False, True): (32, 8, 32, 1),
+    ("_resample_dkdv", True, True): (16, 8, 64, 1),
 }
 
 
 def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file, _resample_merge excepted."""
-    BLOCK_M, num_warps, BLOCK_N = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
+    BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
     blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=num_stages)
 
 
 def _launch(kernel, programs, tensors, strided, options):
