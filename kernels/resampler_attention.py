@@ -345,8 +345,8 @@ def _resample_dkdv(
 
 # --- launching ----------------------------------------------------------------------------------
 
-# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (2: the
-# next block is loaded while this one is worked on): wide ones that compile without spilling for
+# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with 2
+# the next block is loaded while this one is worked on): wide ones that compile without spilling for
 # sm_80, sm_90 and gfx942; not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
@@ -404,7 +404,7 @@ def _merge(parts, m, inverse, x, features, statistics):
 
 
 def _launch_forward(q, k_x, v_x, k_l, v_l, features):
-    B, R, H, K = q.shape
+    _, R, H, K = q.shape
     out = allocate(q.shape, q.dtype, q.device)
     precise = torch.promote_types(q.dtype, torch.float32)
     parts = _partials(features, R, H, K, precise, q.device)
@@ -521,7 +521,7 @@ def resampler_attention_backward(dout, q, k_x, v_x, k_l, v_l, offsets, work=None
 
 
 def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, check=True):
-    """The same for padded features k_x, v_x [B, M, H, K], of which image b's first lengths[b] count.
+    """The same for padded features k_x, v_x [B, M, H, K]: image b has the first lengths[b] of its M.
 
     lengths int[B] in 0..M; all M of every image by default. What lies behind them is not read, and
     its gradient is 0. work is `build_padded_list` of the lengths. No copy is made where k_x and v_x

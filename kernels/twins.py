@@ -4,6 +4,8 @@ The resampler's attention exists there only inside a module, and decoding is ima
 with L = 1. `compare.py` puts all of it beside the kernels. Letters as in their files.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -42,7 +44,7 @@ def _joined(x, latents, offsets, b):  # [total, H, K], [B, R, H, K] -> [H, M + R
 def concatenated_attention(q, k_x, v_x, k_l, v_l, offsets):
     """The same in plain torch, in the precision of its inputs."""
     outs, offsets = [], offsets.tolist()
-    for b, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+    for b, (begin, end) in enumerate(pairwise(offsets)):
         k = torch.cat([k_x[begin:end], k_l[b]]).transpose(0, 1)  # [H, M + R, K]
         v = torch.cat([v_x[begin:end], v_l[b]]).transpose(0, 1)
         scores = q[b].transpose(0, 1) @ k.mT * q.shape[-1] ** -0.5
@@ -73,7 +75,6 @@ RESAMPLER_CASES = {
     "unequal, M = 1": resampler_case(1, 63, 64, 65, R=8, H=2, K=16),
     "split over the features": resampler_case(270, 3, R=64, K=64),
     "split, unequal, R = 20": resampler_case(300, 0, 200, R=20, K=40),
-    "not split": resampler_case(*[3] * 32, R=4, H=8, K=16),
     "R = 1, features": resampler_case(40, 7, R=1, K=16),
     "R = 100, K = 80, features": resampler_case(60, R=100, K=80),
     "R = 256, K = 128, features": resampler_case(40, R=256, K=128),
