@@ -345,9 +345,9 @@ def _resample_dkdv(
 
 # --- launching ----------------------------------------------------------------------------------
 
-# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with 2
-# the next block is loaded while this one is worked on): wide ones that compile without spilling for
-# sm_80, sm_90 and gfx942; not yet chosen by time
+# (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with
+# 2, a block is loaded while the one before it is worked on): wide ones that compile without
+# spilling for sm_80, sm_90 and gfx942; not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
     ("_resample", True, False): (64, 4, 64, 2),
@@ -521,7 +521,7 @@ def resampler_attention_backward(dout, q, k_x, v_x, k_l, v_l, offsets, work=None
 
 
 def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, check=True):
-    """The same for padded features k_x, v_x [B, M, H, K]: image b has the first lengths[b] of its M.
+    """The same for padded features k_x, v_x [B, M, H, K]: image b has lengths[b] of its M rows.
 
     lengths int[B] in 0..M; all M of every image by default. What lies behind them is not read, and
     its gradient is 0. work is `build_padded_list` of the lengths. No copy is made where k_x and v_x

@@ -279,7 +279,9 @@ BREAKAGES = {
     "statistics not merged": (
         "    _merge(parts, *statistics, features, statistics=True)\n", "", {"backward"},
     ),
-    "partial dq not added": ("    sum_partials([dq_part], grads[:1], features)\n", "", {"backward"}),
+    "partial dq not added": (
+        "    sum_partials([dq_part], grads[:1], features)\n", "", {"backward"},
+    ),
     "delta forgotten": (" - delta[:, None])", ")", {"backward"}),
     "delta forgotten in dk": (" - delta[None, :])", ")", {"backward"}),
     "dk not scaled": ("dk * SCALE", "dk", {"backward"}),
@@ -383,7 +385,7 @@ WRONG = {
     "K = 129": (like(ARGUMENTS, K=129), "K must be 1 to 128, got 129"),
     "R = 257": (like(ARGUMENTS, R=257), "R must be 1 to 256, got 257"),
     "R = 0": (like(ARGUMENTS, R=0), "R must be 1 to 256, got 0"),
-    "mixed dtypes": (dict(v_x=features.half()), "q, k_x, v_x, k_l, v_l must have one dtype.*float16"),
+    "mixed dtypes": (dict(v_x=features.half()), "q, k_x, v_x, k_l, v_l must have one.*float16"),
     "integers": ({n: x.int() for n, x in ARGUMENTS.items()}, "float32.*got int32, int32"),
     "mixed devices": (dict(k_l=latents.to("meta")), "one device.*got cpu, cpu, cpu, meta, cpu"),
     "too few offsets": (dict(offsets=OFFSETS[:2]), r"\[B \+ 1\] = \[3\] on cpu, got int64 \[2\]"),
@@ -423,7 +425,7 @@ WRONG_PADDED = {
     "other B": (dict(k_x=pairs[:1], v_x=pairs[:1]), r"B = 2, got \[1, 4, 2, 16\]"),
     "v_x unlike k_x": (dict(v_x=pairs[:, :3]), r"got \[2, 4, 2, 16\] and \[2, 3, 2, 16\]"),
     "too few lengths": (dict(lengths=torch.tensor([1])), r"lengths.*\[2\] on cpu, got int64 \[1\]"),
-    "float lengths": (dict(lengths=torch.zeros(2)), r"lengths must be int \[B\], got float32 \[2\]"),
+    "float lengths": (dict(lengths=torch.zeros(2)), r"must be int \[B\], got float32 \[2\]"),
     "too long": (dict(lengths=torch.tensor([1, 5])), r"in 0\.\.4 \(M = 4 features\), got 1\.\.5"),
     "negative": (dict(lengths=torch.tensor([-1, 4])), r"in 0\.\.4.*got -1\.\.4"),
     "other widths": (dict(q=latents[..., :8]), r"\[B, R, H, K\], all three, got \[2, 5, 2, 8\]"),
