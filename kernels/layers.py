@@ -3,7 +3,8 @@
 A checkpoint of `miniflamingo.Flamingo` loads here unchanged, and back: `load_state_dict` of one
 takes the `state_dict` of the other (see `from_numpy` and `to_numpy`). Each class stands for the
 NumPy class of the same name; look there for the formulas and the paper's sections. Wherever text
-looks at images, `backend` chooses "torch" (plain torch, a dense mask) or "fused" (the kernel).
+looks at images, or latents at features, `backend` chooses "torch" (plain torch: a dense mask, a
+concatenation) or "fused" (the kernels).
 
 Letters: B batch, L text tokens, N images, T frames, S features of a frame, R visual tokens, H
 heads, K head width, D width, V words.
@@ -21,6 +22,12 @@ from miniflamingo.vision import ACTIVATION_GAIN
 from miniflamingo.xattn import compute_phi
 
 BACKENDS = ("torch", "fused")
+
+
+def check_backend(backend):
+    """ValueError unless backend is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def squared_relu(x):  # [...] -> [...]
@@ -117,11 +124,30 @@ class PerceiverLayer(nn.Module):
         self.attention = MultiHeadAttention(dim, heads, head_dim)
         self.ffw = FeedForward(dim, ffw_mult * dim)
 
-    def forward(self, latents, inputs, mask=None):
-        x = self.latent_norm(latents)
-        context = torch.cat([self.input_norm(inputs), x], dim=1)
-        latents = latents + self.attention(x, context, mask=mask)
+    def forward(self, latents, inputs, mask=None, backend="torch", work=None):
+        """latents [B, R, D], inputs [B, M, D] -> [B, R, D].
+
+        mask bool[B, 1, 1, M + R] is for "torch"; work, for "fused", is the features'
+        `feature_list.build_padded_list`, by default of M for all. ValueError for another backend.
+        """
+        check_backend(backend)
+        x, inputs = self.latent_norm(latents), self.input_norm(inputs)
+        if backend == "fused":
+            attended = self._attend_fused(x, inputs, work)
+        else:
+            attended = self.attention(x, torch.cat([inputs, x], dim=1), mask=mask)
+        latents = latents + attended
         return latents + self.ffw(latents)
+
+    def _attend_fused(self, x, inputs, work):
+        """The same attention without the concatenation: its two parts are projected apart."""
+        from kernels.resampler_attention import padded_resampler_attention
+
+        a = self.attention
+        q = a.project(a.q_proj, x)
+        k_x, v_x, k_l, v_l = (a.project(p, y) for y in (inputs, x) for p in (a.k_proj, a.v_proj))
+        out = padded_resampler_attention(q, k_x, v_x, k_l, v_l, work=work)
+        return a.out_proj(out.flatten(-2))
 
 
 class Resampler(nn.Module):
@@ -159,17 +185,32 @@ class PerceiverResampler(Resampler):
     ):  # fmt: skip
         super().__init__(input_dim, dim, num_frames, num_features)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * 0.3)
+        self.heads = heads
         self.layers = nn.ModuleList(PerceiverLayer(dim, heads, head_dim) for _ in range(depth))
 
-    def forward(self, features, num_frames=None):
+    def forward(self, features, num_frames=None, backend="torch"):
+        """features [B, N, T, S, D_in], num_frames int[B, N] or None -> [B, N, R, D].
+
+        ValueError for an unknown backend.
+        """
+        check_backend(backend)
         (B, N), R = features.shape[:2], len(self.latents)
         x_f, mask = self.embed(features, num_frames)
+        work = self._list_features(x_f, mask) if backend == "fused" else None
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(B * N, R)], dim=1)[:, None, None]
         x = self.latents.expand(B * N, -1, -1)
         for layer in self.layers:
-            x = layer(x, x_f, mask)
+            x = layer(x, x_f, mask, backend, work)
         return self.finish(x, B, N)
+
+    def _list_features(self, x_f, mask):
+        """What the fused layers share: which of the features [B*N, T*S, D] are real."""
+        from kernels.feature_list import build_padded_list
+
+        images, M = x_f.shape[:2]
+        lengths = torch.full((images,), M, device=x_f.device) if mask is None else mask.sum(1)
+        return build_padded_list(lengths, M, self.heads, check=False)
 
 
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
@@ -214,8 +255,7 @@ class GatedCrossAttentionDense(nn.Module):
 
     def forward(self, y, media, phi, backend="torch", work=None):
         """-> [B, L, D]."""
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        check_backend(backend)
         attended = self.attention(self.norm(y), self.project_media(media), phi, backend, work)
         y = y + self.alpha_xattn.tanh() * attended
         return y + self.alpha_dense.tanh() * self.ffw(y)
@@ -392,7 +432,7 @@ class Flamingo(nn.Module):
         self, tokens, pixels, *, phi=None, num_images=None, num_frames=None, backend="torch"
     ):
         """As miniflamingo.Flamingo.forward, with tensors: logits [B, L, V]."""
-        media = self.resampler(self.encode(pixels), num_frames)
+        media = self.resampler(self.encode(pixels), num_frames, backend)
         if phi is None:
             ids = tokens.cpu().numpy()
             num_images = np.full(len(ids), pixels.shape[1]) if num_images is None else num_images

@@ -78,7 +78,7 @@ def test_gradients_equal_the_hand_derived_ones():
 
 def test_the_fused_backend_gives_the_same_logits_and_gradients():
     pytest.importorskip("triton")
-    model, tokens, pixels, sizes = open_model(np.float64)
+    model, tokens, pixels, sizes = open_model(np.float64, resampler_depth=1, resampler_heads=2)
     twin, results = layers.Flamingo.from_numpy(model), {}
     for backend in layers.BACKENDS:
         twin.zero_grad()
@@ -88,6 +88,31 @@ def test_the_fused_backend_gives_the_same_logits_and_gradients():
         results[backend] = [logits.detach(), *grads]
     for plain, fused in zip(results["torch"], results["fused"], strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_fused_resampler_gives_the_same_tokens_and_gradients(ragged):
+    pytest.importorskip("triton")
+    resampler = layers.PerceiverResampler(5, 8, 3, 2, 2, 4, num_features=3).double()
+    features = torch.randn(2, 2, 2, 3, 5, dtype=torch.float64)
+    num_frames, results = np.array([[1, 2], [2, 0]]) if ragged else None, {}
+    for backend in layers.BACKENDS:
+        x = features.clone().requires_grad_()
+        resampler.zero_grad()
+        out = resampler(x, num_frames, backend)
+        out.square().mean().backward()
+        results[backend] = [out.detach(), x.grad, *(p.grad for p in resampler.parameters())]
+    for plain, fused in zip(results["torch"], results["fused"], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_the_fused_resampler_joins_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    layer = layers.PerceiverLayer(8, 2, 4)
+    latents, inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    expected = layer(latents, inputs)
+    monkeypatch.setattr(torch, "cat", lambda *args, **options: pytest.fail("concatenated"))
+    torch.testing.assert_close(layer(latents, inputs, backend="fused"), expected)
 
 
 def test_a_phi_that_no_image_has_counts_as_none():
@@ -114,5 +139,10 @@ def test_bad_input():
     )
     with pytest.raises(ValueError, match=r"backend must be one of .*'torch', 'fused'.* got 'cuda'"):
         layer(y, media, phi, backend="cuda")
+    resampler = layers.PerceiverResampler(8, 8, 2, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"'torch', 'fused'.* got 'triton'"):
+        resampler(torch.randn(1, 1, 1, 3, 8), backend="triton")
+    with pytest.raises(ValueError, match=r"'torch', 'fused'.* got 'triton'"):
+        resampler.layers[0](torch.randn(1, 2, 8), torch.randn(1, 3, 8), backend="triton")
     with pytest.raises(ValueError, match="perceiver resampler, got 'mlp'"):
         layers.Flamingo(FlamingoConfig.preset("mini", resampler="mlp"))
