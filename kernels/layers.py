@@ -38,9 +38,8 @@ def choose_backend(backend, x, K, R, only_last=True):
     """The backend, "torch" or "fused", that a call gets; x is one of its tensors.
 
     "auto" takes the kernel on a GPU, for the head widths K, numbers R of visual tokens and dtypes
-    that it has. "fused" without Triton
-    falls back to plain torch, with one warning. ValueError for an unknown backend, and for "fused"
-    in the ablation only_last=False, which has no kernel.
+    that it has. "fused" without Triton falls back to plain torch, with one warning. ValueError for
+    an unknown backend, and for "fused" in the ablation only_last=False, which has no kernel.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
