@@ -199,8 +199,11 @@ class GatedCrossAttentionDense(nn.Module):
     backend.
     """
 
-    def __init__(self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True):
+    def __init__(
+        self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False
+    ):
         super().__init__()
+        self.skip_without_image = skip_without_image
         self.norm, self.media_norm = nn.LayerNorm(dim), nn.LayerNorm(media_dim)
         self.attention = ImageCausalCrossAttention(dim, media_dim, heads, head_dim, only_last)
         self.alpha_xattn = nn.Parameter(torch.zeros(()))
@@ -218,7 +221,10 @@ class GatedCrossAttentionDense(nn.Module):
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         attended = self.attention(self.norm(y), self.project_media(media), phi, backend, work)
         y = y + self.alpha_xattn.tanh() * attended
-        return y + self.alpha_dense.tanh() * self.ffw(y)
+        dense = self.ffw(y)
+        if self.skip_without_image:
+            dense = dense * (phi > 0)[..., None]
+        return y + self.alpha_dense.tanh() * dense
 
 
 # --- the frozen parts ---------------------------------------------------------------------------
@@ -363,8 +369,9 @@ class Flamingo(nn.Module):
         )  # fmt: skip
         self.gated_xattn = nn.ModuleList(
             GatedCrossAttentionDense(
-                c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim, only_last=c.only_last
-            )
+                c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim,
+                only_last=c.only_last, skip_without_image=c.skip_without_image,
+            )  # fmt: skip
             for _ in range(0, c.lm.depth, c.xattn_every)
         )
         self.lm = LanguageModel(c.lm).requires_grad_(False)
