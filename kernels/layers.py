@@ -369,8 +369,12 @@ class Flamingo(nn.Module):
         )  # fmt: skip
         self.gated_xattn = nn.ModuleList(
             GatedCrossAttentionDense(
-                c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim,
-                only_last=c.only_last, skip_without_image=c.skip_without_image,
+                c.lm.dim,
+                c.media_dim,
+                c.xattn_heads,
+                c.xattn_head_dim,
+                only_last=c.only_last,
+                skip_without_image=c.skip_without_image,
             )  # fmt: skip
             for _ in range(0, c.lm.depth, c.xattn_every)
         )

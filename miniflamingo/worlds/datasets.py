@@ -168,7 +168,7 @@ def _documents(chunks, pictures, uncounted=None, source="images"):
     tokens = document(chunks)
     ignored = (tokens == PAD) | (tokens == IMAGE)
     if uncounted is not None:
-        ignored[:, 1:] |= uncounted.reshape(len(tokens), -1)
+        ignored[:, 1:] |= uncounted.reshape(ignored[:, 1:].shape)
     previous = np.zeros(len(tokens), bool)
     return Documents(tokens, np.where(ignored, IGNORED, tokens), pictures, source, previous)
 
