@@ -367,16 +367,10 @@ class Flamingo(nn.Module):
             c.resampler_head_dim, c.num_frames,
             c.vision.num_features if c.spatial_embeddings else None,
         )  # fmt: skip
+        sizes = (c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim)
+        options = {"only_last": c.only_last, "skip_without_image": c.skip_without_image}
         self.gated_xattn = nn.ModuleList(
-            GatedCrossAttentionDense(
-                c.lm.dim,
-                c.media_dim,
-                c.xattn_heads,
-                c.xattn_head_dim,
-                only_last=c.only_last,
-                skip_without_image=c.skip_without_image,
-            )  # fmt: skip
-            for _ in range(0, c.lm.depth, c.xattn_every)
+            GatedCrossAttentionDense(*sizes, **options) for _ in range(0, c.lm.depth, c.xattn_every)
         )
         self.lm = LanguageModel(c.lm).requires_grad_(False)
         own = c.train_eoc
