@@ -22,10 +22,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import image_causal_attention
+from kernels import decode_attention, image_causal_attention, resampler_attention
 from kernels.runtime import INTERPRET, replaced, torch, triton
 
-EXAMPLES = (image_causal_attention.launch_examples,)  # of each kernel file: (K, dtype, R) -> None
+# of each kernel file: (K, dtype, R) -> None
+EXAMPLES = (
+    image_causal_attention.launch_examples,
+    resampler_attention.launch_examples,
+    decode_attention.launch_examples,
+)
 
 GPUTarget = triton.backends.compiler.GPUTarget
 # name -> Triton's target, and the shared memory that one program can have there
