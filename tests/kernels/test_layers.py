@@ -13,7 +13,6 @@ CHANGES = {
     "plain": {},
     "own <EOC>": {"train_eoc": True},
     "all previous images": {"only_last": False},
-    "text alone to the LM": {"skip_without_image": True},
     "every other layer": {"xattn_every": 2},
     "no spatial embeddings": {"spatial_embeddings": False},
     "skipped without an image": {"skip_without_image": True},
