@@ -1,4 +1,4 @@
-"""The command line: `python -m kernels compare | compile | step`.
+"""The command line: `python -m kernels compare | compile | step | train`.
 
 Errors are one line and exit code 2.
 """
@@ -20,7 +20,13 @@ def main(argv=None):
     command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
     command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
     command.add_argument("--steps", type=int, default=20)
-    arguments = vars(parser.parse_args(argv))
+    commands.add_parser("train", add_help=False, help="the bridge, on one process or many")
+    arguments, rest = parser.parse_known_args(argv)
+    arguments = vars(arguments)
+    if arguments["command"] == "train":
+        arguments["options"] = rest  # it knows its own
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported late: each command needs its own part of torch and Triton
         return import_module(f"kernels.{arguments.pop('command')}").run(**arguments)
