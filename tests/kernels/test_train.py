@@ -65,8 +65,14 @@ def torchrun(*arguments, restarts=0):
     command += ["--nproc-per-node=2", f"--max-restarts={restarts}", HERE / "train_worker.py"]
     root = str(HERE.parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/train.py
     done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, cwd=root
+        [*command, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
@@ -77,7 +83,7 @@ def killed(parts, tmp_path_factory):
     """The folder of a run on two processes, one of which was killed in step 6."""
     out = tmp_path_factory.mktemp("killed")
     errors = torchrun(*parts, str(out), "SIGKILL", "5", restarts=1)
-    assert "SIGKILL" in errors
+    assert "exitcode: -9" in errors
     return out
 
 
@@ -119,7 +125,7 @@ def sharded(parts, out, resume=False, precision="fp32", **changes):
 
 
 def test_one_process_goes_on_where_two_were_asked_to_stop(parts, reference, tmp_path):
-    torchrun(*parts, str(tmp_path), "SIGTERM", "2")  # to one of them: both end the step whole
+    torchrun(*parts, str(tmp_path), "SIGTERM", "1")  # to one of them: both end step 3 whole
     assert len(log_of(tmp_path)) == 3 and not (tmp_path / "model.safetensors").exists()
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss')  # as of a process killed while it wrote
