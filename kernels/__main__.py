@@ -1,4 +1,4 @@
-"""The command line: `python -m kernels compare | compile | step | bench`.
+"""The command line: `python -m kernels compare | compile | step | bench | train`.
 
 Errors are one line and exit code 2.
 """
@@ -28,7 +28,13 @@ def main(argv=None):
     )
     command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
     command.add_argument("--plots", metavar="DIR", help="also draw the figures into DIR")
-    arguments = vars(parser.parse_args(argv))
+    commands.add_parser("train", add_help=False, help="the bridge, on one process or many")
+    arguments, rest = parser.parse_known_args(argv)
+    arguments = vars(arguments)
+    if arguments["command"] == "train":
+        arguments["options"] = rest  # it knows its own
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported late: each command needs its own part of torch and Triton
         return import_module(f"kernels.{arguments.pop('command')}").run(**arguments)

@@ -1,0 +1,397 @@
+r"""Training at scale: the bridge (or the language model) on one process or many, CPU or GPU.
+
+    python -m kernels train flamingo --out runs/big
+    torchrun --nproc-per-node 8 -m kernels train flamingo --out runs/big
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --max-restarts 3 \
+        -m kernels train flamingo --out runs/big --resume
+
+The same stages, batches, schedule and log as `python -m miniflamingo train`, in torch. All of the
+distribution is torch's own: `fully_shard` (FSDP2) cuts parameters, gradients and AdamW's moments
+over the processes; `torch.distributed.checkpoint` writes each process's part, and reads it back on
+any number of processes; torchrun starts them, and starts them again when one dies. (The variable
+keeps restarted processes from finding the addresses of the dead ones: pytorch issue 135712.)
+
+Every process draws the same global batch from the one seed and takes its rows of it. Each divides
+its summed loss by the global number of targets, so that the sum over the processes is the mean that
+one process would have, and the curve does not depend on their number. As in the paper (section 3.2)
+each update adds up the gradients of all datasets times lambda_m; trained parameters and moments are
+float32, and with --precision bf16 (the default on a GPU) frozen parameters and activations are
+bfloat16. Gradients are summed in float32 (a choice).
+
+Tested on the CPU with gloo: one process and two, float32 and bfloat16, a killed worker. Not tested:
+a GPU, NCCL, several machines. Each process builds the whole model before it is cut, for which one
+of the paper's size is too large: that needs building on the meta device. The vision stage is left
+out: its loss compares all rows of a batch with each other.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from kernels import layers
+from miniflamingo import __main__ as command_line
+from miniflamingo import training
+from miniflamingo.module import write_atomically
+from miniflamingo.prompt import IMAGE, PAD
+from miniflamingo.worlds.datasets import IGNORED
+from miniflamingo.xattn import compute_phi
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+class TextLoss(nn.Module):
+    """The language model around its loss: tokens, targets int[B, L] -> the summed loss, []."""
+
+    def __init__(self, stage, backend):
+        super().__init__()
+        self.model = layers.LanguageModel(stage.config.model)
+        state = stage.model.state_dict().items()
+        self.model.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in state})
+
+    def units(self):
+        """What is gathered at a time: the modules that fully_shard wraps, from the inside out."""
+        return [*self.model.blocks, self]
+
+    def rows(self, batch, rows):
+        """Some rows of a drawn batch, as forward's arguments."""
+        return batch[rows, :-1], np.where(batch == PAD, IGNORED, batch)[rows, 1:]
+
+    def forward(self, tokens, targets):
+        return _summed_loss(self.model(tokens), targets)
+
+
+class BridgeLoss(nn.Module):
+    """Flamingo around its loss: tokens, targets, phi int[B, L], features [B, N, T, S, D_v] -> [].
+
+    The features come from the stage's pool; the frozen eye that made them is not needed here.
+    """
+
+    def __init__(self, stage, backend):
+        super().__init__()
+        self.pool, self.backend = stage.pool, backend
+        self.model = layers.Flamingo.from_numpy(stage.model)
+        self.model.vision_encoder = None
+
+    def units(self):
+        """What is gathered at a time: the modules that fully_shard wraps, from the inside out."""
+        m = self.model
+        return [*m.resampler.layers, *m.gated_xattn, *m.lm.blocks, self]
+
+    def rows(self, batch, rows):
+        """Some rows of a drawn batch, as forward's arguments."""
+        phi = compute_phi(batch.tokens, IMAGE, batch.use_next)[rows, :-1]
+        features = getattr(self.pool, batch.source)[batch.pictures[rows]]
+        return batch.tokens[rows, :-1], batch.targets[rows, 1:], phi, features
+
+    def forward(self, tokens, targets, phi, features):
+        media = self.model.resampler(features)
+        logits = self.model.read(tokens, media, phi, self.backend, check=False)
+        return _summed_loss(logits, targets)
+
+
+def _summed_loss(logits, targets):
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+LOSSES = {"lm": TextLoss, "flamingo": BridgeLoss}
+
+
+def shard(module, mesh, precision):
+    """fully_shard the module's units over the mesh, in float32 or mixed precision ("bf16")."""
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    for unit in layers.without_scalars(module).units():
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return module
+
+
+def build_optimiser(module, config):
+    """torch's AdamW with the groups of miniflamingo.training.AdamW; "scale" multiplies the rate."""
+    groups = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_gate = name.endswith(("alpha_xattn", "alpha_dense"))
+            decays = parameter.ndim > 1 and not name.startswith("model.resampler.")
+            groups.setdefault((is_gate, decays), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "scale": config.alpha_rate if is_gate else 1.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (is_gate, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(groups, config.rate, (config.beta1, config.beta2))
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class ShardedRun:
+    """miniflamingo.training.Run over the processes of a mesh: checkpoints/, log.jsonl,
+    model.safetensors (the NumPy model's file).
+
+    All processes must see the folder `out`. ValueError when it cannot be written to, holds a run
+    that is not to be resumed, or one with another config; or when a batch has too few rows.
+    """
+
+    def __init__(self, stage, out, mesh, resume=False, checkpoint_every=100, precision="fp32",
+                 backend="auto"):  # fmt: skip
+        self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
+        self.rank, self.world = mesh.get_rank(), mesh.size()
+        self.device, self.precision = torch.device(mesh.device_type), precision
+        positive = {name: w for name, w in stage.weights.items() if w != 0}
+        self.weights = training.check_weights(positive)
+        self.checkpoints, self.log_path = self.out / "checkpoints", self.out / "log.jsonl"
+        if not resume and (self.latest() or self.log_path.exists()):
+            raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
+        module = LOSSES[stage.name](stage, backend).to(self.device)
+        self.module = shard(module, mesh, precision)
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimiser = build_optimiser(self.module, stage.config.optimiser)
+        self.rng, self.step = np.random.default_rng([stage.config.seed, 1]), 0
+        if folder := self.latest():
+            self.load(folder)
+        dist.barrier()  # all have looked, before the first one writes
+        if self.rank == 0:
+            training._prepare_folder(self.checkpoints)
+            training._truncate_log(self.log_path, self.step)
+
+    def train(self, progress=True):
+        """Go on until the last step; True when that was reached, False when interrupted.
+
+        FloatingPointError when the loss or the gradient is not finite: the last checkpoint stays.
+        """
+        steps, first, stopped = self.stage.config.optimiser.steps, self.rank == 0, False
+        bar = tqdm(total=steps, initial=self.step, disable=not (progress and first))
+        path = self.log_path if first else os.devnull
+        with bar, open(path, "a") as log, training._asked_to_stop() as stop:
+            while self.step < steps and not stopped:
+                record, stopped = self.update(stop.is_set())
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}")
+                bar.update()
+                if self.step % self.checkpoint_every == 0:
+                    self.save()
+            self.save()
+        if self.step == steps:
+            self.export()
+        elif first:
+            print(f"Interrupted after step {self.step}; go on with --resume --out {self.out}")
+        return self.step == steps
+
+    def update(self, stop=False):
+        """One update -> its log record, and whether any process was asked to stop."""
+        batches = {name: self.stage.draw(name, self.rng) for name in self.weights}
+        counts = {name: self.stage.count(batch) for name, batch in batches.items()}
+        weights = training.step_weights(self.stage.strategy, self.weights, self.step, counts)
+        self.optimiser.zero_grad()
+        sums = []
+        for name, weight in weights.items():
+            loss = self.module(*self.own_rows(name, batches[name]))
+            # fully_shard averages over the processes: times their number, it adds up
+            (loss * (weight * self.world / counts[name])).backward()
+            sums.append(loss.detach().double())
+        *sums, stopped = self.add_up([*sums, torch.tensor(float(stop))])
+        losses = {name: total / counts[name] for name, total in zip(weights, sums)}
+        norm, rate = self.apply_gradient(losses)
+        parts = {name: weights[name] * losses[name] for name in losses}
+        record = {
+            "step": self.step, "loss": sum(parts.values()), "losses": losses, "weighted": parts,
+            "gradient_norm": norm, "rate": rate, **self.gates(),
+        }  # fmt: skip
+        return record, stopped > 0
+
+    def own_rows(self, name, batch):
+        """This process's rows of a batch, every world-th one, as tensors on its device."""
+        rows = len(batch[0] if isinstance(batch, tuple) else batch)
+        if rows < self.world:
+            raise ValueError(f"a batch of {name} has {rows} rows, for {self.world} processes")
+        arrays = self.module.rows(batch, slice(self.rank, None, self.world))
+        return [torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
+
+    def add_up(self, values):
+        """The sums of some scalars over the processes, as floats."""
+        total = torch.stack([value.to(self.device, torch.float64) for value in values])
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def apply_gradient(self, losses):
+        """Clip, and step -> (norm before clipping, rate)."""
+        config = self.stage.config.optimiser
+        norm = nn.utils.clip_grad_norm_(self.trained, config.clip).full_tensor().item()
+        wrong = [f"the loss of dataset {n!r} is {x}" for n, x in losses.items() if x - x != 0]
+        if wrong or norm - norm != 0:
+            kept = f"the last checkpoint is {self.latest()}" if self.latest() else "none saved"
+            what = wrong[0] if wrong else f"the gradient's norm is {norm}"
+            raise FloatingPointError(f"step {self.step + 1}: {what}; {kept}")
+        rate = float(training.scheduled_rate(config, self.step))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimiser.step()
+        self.step += 1
+        return norm, rate
+
+    def gates(self):
+        """As Stage.gates, from the first process, which holds the only element of each gate."""
+        values = {"alpha_xattn": [], "alpha_dense": []}
+        for name, parameter in self.module.named_parameters():
+            if (kind := name.split(".")[-1]) in values and self.rank == 0:
+                values[kind].append(parameter.to_local().item())
+        return {kind: gates for kind, gates in values.items() if gates}
+
+    # --- checkpoints ---
+
+    def latest(self):
+        """The folder of the last whole checkpoint, or None."""
+        whole = [path.parent for path in self.checkpoints.glob("*/.metadata")]
+        return max(whole, key=lambda folder: int(folder.name), default=None)
+
+    def identity(self):
+        """What must be the same for a run to be resumed, as JSON values."""
+        return json.loads(json.dumps(self.stage.identity() | {"precision": self.precision}))
+
+    def state(self):
+        """The trained parameters and the optimiser's moments, each process's own part."""
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimiser = get_state_dict(self.module, self.optimiser, options=options)
+        return {"model": model, "optimiser": optimiser}
+
+    def save(self):
+        """Write a checkpoint, and then remove the one before. `.metadata` makes it whole, and is
+        written last."""
+        folder = self.checkpoints / f"{self.step:07d}"
+        if folder == self.latest():
+            return
+        if self.rank == 0:
+            folder.mkdir(exist_ok=True)
+            about = {"step": self.step, "rng": self.rng.bit_generator.state}
+            about = json.dumps(about | {"config": self.identity()}, indent=1)
+            write_atomically(folder / "run.json", about.encode())
+        dcp.save(self.state(), checkpoint_id=folder)
+        dist.barrier()
+        if self.rank == 0:
+            for other in self.checkpoints.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+
+    def load(self, folder):
+        """Take up a checkpoint, of any number of processes; ValueError for another config."""
+        about = json.loads((folder / "run.json").read_text())
+        if different := list(training._differences(about["config"], self.identity())):
+            raise ValueError(
+                f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
+            )
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.module, self.optimiser, model_state_dict=state["model"],
+            optim_state_dict=state["optimiser"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )  # fmt: skip
+        self.step, self.rng.bit_generator.state = about["step"], about["rng"]
+
+    def export(self):
+        """Write model.safetensors, the file of the NumPy model; its frozen parts as they came."""
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        state = get_model_state_dict(self.module, options=options)
+        if self.rank == 0:
+            trained = layers.numpy_state({n.removeprefix("model."): x for n, x in state.items()})
+            self.stage.model.load_state_dict(self.stage.model.state_dict() | trained)
+            self.stage.save(self.out / "model.safetensors")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def processes(device="auto"):
+    """The mesh of torchrun's processes, or of this one alone, for the time of a `with` block."""
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
+    finally:
+        dist.destroy_process_group()
+
+
+def parser():
+    """The options of `python -m miniflamingo train`, and those of this file."""
+    top = argparse.ArgumentParser(prog="python -m kernels train", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    stages = top.add_subparsers(dest="stage", required=True)
+    for name in LOSSES:
+        command = stages.add_parser(name)
+        command_line._add_training(command, name)
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU")
+        command.add_argument("--backend", choices=layers.BACKENDS, default="auto")
+        only = "only convert the last checkpoint to model.safetensors"
+        command.add_argument("--export", action="store_true", help=only)
+    return top
+
+
+def run(options):
+    """Train as a list of command-line options says; returns the exit code."""
+    arguments = parser().parse_args(options)
+    config = command_line._configured(command_line.CONFIGS[arguments.stage], arguments)
+    if arguments.stage == "flamingo":
+        config = replace(config, model=command_line._configured(config.model, arguments))
+        stage = training.BridgeStage(config, arguments.lm, arguments.vision)
+    else:
+        stage = training.LanguageStage(config)
+    try:
+        with processes(arguments.device) as mesh:
+            return train(stage, mesh, arguments)
+    except FloatingPointError as error:
+        print(f"kernels: error: {error}", file=sys.stderr)
+        return 1
+
+
+def train(stage, mesh, arguments):
+    """Train a stage on a mesh, or export its last checkpoint; returns the exit code."""
+    precision = arguments.precision or ("bf16" if mesh.device_type == "cuda" else "fp32")
+    sharded = ShardedRun(
+        stage, arguments.out, mesh, arguments.resume or arguments.export,
+        arguments.checkpoint_every, precision, arguments.backend,
+    )  # fmt: skip
+    if not arguments.export:
+        return 0 if sharded.train() else 130  # as after Ctrl-C
+    if sharded.step == 0:
+        raise ValueError(f"there is no checkpoint in {arguments.out} to export")
+    sharded.export()
+    return 0

@@ -1,0 +1,217 @@
+"""Training on several processes: the curve of one, and runs that survive."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kernels import __main__ as kernels_main  # noqa: E402
+from kernels import layers, train  # noqa: E402
+from miniflamingo import training  # noqa: E402
+from miniflamingo.language import LanguageConfig  # noqa: E402
+from miniflamingo.vision import VisionConfig  # noqa: E402
+from miniflamingo.worlds import grammar  # noqa: E402
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import train_worker  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a language model and a vision encoder, not trained."""
+    lm, vision = tmp_path_factory.mktemp("lm"), tmp_path_factory.mktemp("vision")
+    config = LanguageConfig(len(grammar.TOKENIZER), dim=16, depth=2, heads=2)
+    training.LanguageStage(training.LanguageRun(model=config)).save(lm / "model.safetensors")
+    config = training.VisionRun(model=VisionConfig(widths=(8, 8), depths=(1, 1), stem=(4,)))
+    training.VisionStage(config).save(vision / "model.safetensors")
+    return str(lm), str(vision)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(ours, theirs, tolerance=2e-4):
+    """All numbers of two logs, each within the tolerance of the largest of its kind."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for key in theirs[0].keys() - {"step"}:
+        mine, other = (np.array([_numbers(line[key]) for line in log]) for log in (ours, theirs))
+        np.testing.assert_allclose(mine, other, 0, tolerance * abs(other).max(), err_msg=key)
+
+
+def _numbers(value):
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+@pytest.fixture(scope="module")
+def reference(parts, tmp_path_factory):
+    """The folder of the same run by the NumPy model, which knows of no processes."""
+    out = tmp_path_factory.mktemp("reference")
+    assert training.Run(train_worker.stage(*parts), out).train(progress=False)
+    return out
+
+
+def torchrun(*arguments, restarts=0):
+    """Two processes of the worker under torchrun, with one CPU thread each -> its stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", f"--max-restarts={restarts}", HERE / "train_worker.py"]
+    root = str(HERE.parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/train.py
+    done = subprocess.run(
+        [*command, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(parts, tmp_path_factory):
+    """The folder of a run on two processes, one of which was killed in step 6."""
+    out = tmp_path_factory.mktemp("killed")
+    errors = torchrun(*parts, str(out), "SIGKILL", "5", restarts=1)
+    assert "exitcode: -9" in errors
+    return out
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(killed, reference):
+    starts = [json.loads(line) for line in (killed / "starts").read_text().splitlines()]
+    assert starts == [[0, 2], [4, 2]]  # checkpoints every 2 steps: step 5 was made again
+    assert_same_curve(log_of(killed), log_of(reference))
+
+
+def test_the_model_of_two_processes_is_that_of_numpy(killed, reference):
+    ours, theirs = (
+        training.load_flamingo(folder / "model.safetensors") for folder in (killed, reference)
+    )
+    assert ours.config == theirs.config
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 60, (2, 9))
+    tokens[:, [1, 5]] = ours.config.image_token
+    batch = tokens, rng.random((2, 2, 1, 24, 24, 3), np.float32)
+    logits, expected = (model(*batch) for model in (ours, theirs))
+    assert abs(logits - expected).max() < 1e-3 * abs(expected).max()
+    twin = layers.Flamingo.from_numpy(ours)(*map(torch.from_numpy, batch)).detach().numpy()
+    assert abs(twin - logits).max() < 1e-4 * abs(logits).max()
+
+
+def test_what_is_frozen_comes_back_as_it_was_and_the_rest_has_moved(parts, killed):
+    start = train_worker.stage(*parts).model.state_dict()
+    end = training.load_flamingo(killed / "model.safetensors")
+    for name, parameter in end.named_parameters():
+        same = np.array_equal(parameter.data, start[name])
+        assert same != parameter.requires_grad, name
+
+
+def sharded(parts, out, resume=False, precision="fp32", **changes):
+    """(whether it was finished, the run) of a run on this process alone."""
+    with train.processes("cpu") as mesh:
+        stage = train_worker.stage(*parts, **changes)
+        run = train.ShardedRun(stage, out, mesh, resume, 2, precision)
+        return run.train(progress=False), run
+
+
+def test_one_process_goes_on_where_two_were_asked_to_stop(parts, reference, tmp_path):
+    torchrun(*parts, str(tmp_path), "SIGTERM", "1")  # to one of them: both end step 3 whole
+    assert len(log_of(tmp_path)) == 3 and not (tmp_path / "model.safetensors").exists()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "loss')  # as of a process killed while it wrote
+    assert sharded(parts, tmp_path, resume=True)[0]
+    assert_same_curve(log_of(tmp_path), log_of(reference))
+    ours, theirs = (
+        training.load_flamingo(folder / "model.safetensors").state_dict()
+        for folder in (tmp_path, reference)
+    )
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], 0, 1e-3, err_msg=name)
+
+
+def test_bfloat16_keeps_what_is_trained_in_float32(parts, reference, tmp_path):
+    finished, run = sharded(parts, tmp_path, precision="bf16")
+    assert finished
+    for parameter in run.module.parameters():
+        trained = parameter.requires_grad
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16)
+    moments = {x.dtype for s in run.optimiser.state.values() for x in s.values() if x.ndim}
+    assert moments == {torch.float32}
+    ours, theirs = (np.array([r["loss"] for r in log_of(f)]) for f in (tmp_path, reference))
+    assert 0 < abs(ours - theirs).max() < 0.01 * theirs.max()
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "merge"])
+def test_the_other_strategies_are_numpys_too(parts, tmp_path, strategy):
+    stage = train_worker.stage(*parts, strategy=strategy)
+    training.Run(stage, tmp_path / "numpy").train(progress=False)
+    assert sharded(parts, tmp_path / "torch", strategy=strategy)[0]
+    assert_same_curve(log_of(tmp_path / "torch"), log_of(tmp_path / "numpy"))
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(parts, killed, tmp_path):
+    with pytest.raises(ValueError, match="already holds a run: choose another folder, or resume"):
+        sharded(parts, killed)
+    with pytest.raises(ValueError, match=r"another config:\n  seed: 0 there, 1 here"):
+        sharded(parts, killed, resume=True, seed=1)
+    with pytest.raises(ValueError, match="precision: fp32 there, bf16 here"):
+        sharded(parts, killed, resume=True, precision="bf16")
+    before = log_of(killed)
+    assert sharded(parts, killed, resume=True)[0]  # a finished run does nothing more
+    assert log_of(killed) == before
+
+
+def test_a_half_written_checkpoint_does_not_count(parts, killed):
+    half = killed / "checkpoints" / "0000009"
+    half.mkdir()
+    (half / "run.json").write_text("{}")
+    with train.processes("cpu") as mesh:
+        run = train.ShardedRun(train_worker.stage(*parts), killed, mesh, resume=True)
+    assert run.step == 7 and run.latest().name == "0000007"
+    half.joinpath("run.json").unlink()
+    half.rmdir()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(parts, tmp_path, monkeypatch):
+    weird = train._summed_loss
+    monkeypatch.setattr(train, "_summed_loss", lambda *a: weird(*a) * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss of .* is nan; none saved"):
+        sharded(parts, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists() and log_of(tmp_path) == []
+
+
+LM = ["train", "lm", "--steps", "3", "--batch", "8", "--device", "cpu", "--warmup", "1"]
+
+
+def test_the_command_trains_a_language_model_and_converts_a_checkpoint(tmp_path, capsys):
+    ours, numpy = tmp_path / "torch", tmp_path / "numpy"
+    assert kernels_main.main([*LM, "--out", str(ours)]) == 0
+    optimiser = training.OptimiserConfig(3, warmup=1)
+    stage = training.LanguageStage(training.LanguageRun(optimiser, batch=8))
+    training.Run(stage, numpy).train(progress=False)
+    assert_same_curve(log_of(ours), log_of(numpy))
+    made = (ours / "model.safetensors").read_bytes()
+    (ours / "model.safetensors").unlink()
+    assert kernels_main.main([*LM, "--out", str(ours), "--export"]) == 0
+    assert (ours / "model.safetensors").read_bytes() == made
+    stage.model.load(ours / "model.safetensors")
+    assert kernels_main.main([*LM, "--out", str(ours)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert kernels_main.main([*LM, "--out", str(tmp_path / "none"), "--export"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_other_commands_still_refuse_what_they_do_not_know(capsys):
+    with pytest.raises(SystemExit):
+        kernels_main.main(["compile", "--fast"])
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
