@@ -19,7 +19,7 @@ def stage(lm, vision, **changes):
         xattn_heads=2, xattn_head_dim=8, skip_without_image=True, train_eoc=True,
     )  # fmt: skip
     optimiser = OptimiserConfig(STEPS, warmup=2, alpha_rate=10.0, weight_decay=0.1)
-    sizes = dict(pool_per_class=1, pool_per_blend=1, pool_pairs=20, pool_clips=10)
+    sizes = dict(pool_per_class=1, pool_per_turned=1, pool_pairs=20, pool_clips=10)
     sizes |= dict(batches=(9, 3, 3, 2), pictures=3)
     return BridgeStage(BridgeRun(optimiser, model, **{**sizes, **changes}), lm, vision)
 
