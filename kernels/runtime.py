@@ -20,6 +20,10 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
+MAX_K, MAX_R = 128, 256  # the widest head, and the most visual tokens of an image
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if INTERPRET.value:
+    DTYPES += (torch.float64,)  # for checking gradients
 
 if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
     raise ImportError("Triton was imported before `kernels`: import kernels first, or set "
@@ -71,6 +75,42 @@ def rows_contiguous(x):
 def side(size):
     """The side of a tile that holds `size`: a power of two, 16 or more, as tl.dot needs it."""
     return max(16, triton.next_power_of_2(size))
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def check_alike(**tensors):
+    """ValueError unless all tensors have one dtype and one device that kernels can use here."""
+    names, xs = ", ".join(tensors), tensors.values()
+    if len({x.dtype for x in xs}) > 1 or next(iter(xs)).dtype not in DTYPES:
+        raise ValueError(
+            f"{names} must have one dtype of {', '.join(map(name_of, DTYPES))}, "
+            f"got {', '.join(name_of(x.dtype) for x in xs)}"
+        )
+    expected = "cpu (interpreter)" if INTERPRET.value else "cuda"
+    if len({x.device for x in xs}) > 1 or not (INTERPRET.value or next(iter(xs)).is_cuda):
+        raise ValueError(
+            f"{names} must be on one device, {expected}, got {', '.join(str(x.device) for x in xs)}"
+        )
+
+
+def check_limits(K, R):
+    """ValueError unless the head width K and the R visual tokens of an image are within limits."""
+    if not 1 <= K <= MAX_K:
+        raise ValueError(f"the head width K must be 1 to {MAX_K}, got {K}")
+    if not 1 <= R <= MAX_R:
+        raise ValueError(f"the visual tokens of an image R must be 1 to {MAX_R}, got {R}")
+
+
+def name_of(dtype):
+    """A dtype as one writes it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(x):
+    """A tensor's dtype, shape and device, for an error message."""
+    return f"{name_of(x.dtype)} {list(x.shape)} on {x.device}"
 
 
 # --- tiles --------------------------------------------------------------------------------------
