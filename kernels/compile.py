@@ -22,10 +22,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import image_causal_attention
+from kernels import gated_linear, image_causal_attention, layer_norm, squared_relu_linear
 from kernels.runtime import INTERPRET, replaced, torch, triton
 
-EXAMPLES = (image_causal_attention.launch_examples,)  # of each kernel file: (K, dtype, R) -> None
+# of each kernel file: (K, dtype, R) -> None
+EXAMPLES = (
+    image_causal_attention.launch_examples,
+    gated_linear.launch_examples,
+    squared_relu_linear.launch_examples,
+    layer_norm.launch_examples,
+)
 
 GPUTarget = triton.backends.compiler.GPUTarget
 # name -> Triton's target, and the shared memory that one program can have there
