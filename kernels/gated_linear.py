@@ -24,7 +24,7 @@ written; backward: dout, a and weight read for two products, da and dweight writ
 
     forward, as the paper writes it   5 MD          the branch written and read, gate * branch
                                                     written and read, x read
-    forward, addmm                    3 MD + 2 DI   torch copies x into y (2), cuBLAS reads that (1);
+    forward, addmm                    3 MD + 2 DI   torch copies x into y (2), cuBLAS reads it (1);
                                                     the gate folded into a copy of weight
     forward, fused                    1 MD          x read
     backward, as the paper writes it  6 MD          gate * dout (2), dout * branch and its sum (4)
@@ -242,11 +242,11 @@ _op.register_autograd(_run_backward, setup_context=_save_inputs)
 
 
 def gated_linear(x, a, alpha, weight, fused=None):
-    """x + tanh(alpha) * (a @ weight^T): x [..., D], a [..., I], alpha of one element, weight [D, I].
+    """x + tanh(alpha) * (a @ weight^T): x [..., D], a [..., I], alpha one float, weight [D, I].
 
     -> [..., D], with gradients for all four. At alpha = 0 it is x, bit for bit (but that -0 may
-    become 0). x, a and weight have one dtype; alpha is of any float dtype. fused: the kernel (True),
-    addmm (False), or what `choose` says (None). ValueError for arguments that do not fit.
+    become 0). x, a and weight have one dtype, alpha any. fused: the kernel (True), addmm (False),
+    or what `choose` says (None). ValueError for arguments that do not fit.
     """
     _check(x, a, alpha, weight)
     return _op(x, a, alpha, weight, choose(a.shape[-1]) if fused is None else fused)

@@ -15,8 +15,8 @@ The root halves a relative error, so r has half of what h was rounded by, and le
 the same dtype. (In float16 an h below 6e-5 has few bits; r inherits half of h's own error there.)
 dpre = 2 r dout is one pass, then dx = dpre @ weight and dweight = dpre^T x are cuBLAS's.
 
-What it saves, counted in elements of [M, F]: moved in the forward besides the written h, kept for the
-backward, and moved to make dpre from dout.
+What it saves, counted in elements of [M, F]: moved in the forward besides the written h, kept for
+the backward, and moved to make dpre from dout.
 
                                                forward   kept      dpre
     torch, operation by operation                 4      2, r h    8 or more: a pass for each factor
@@ -26,10 +26,10 @@ backward, and moved to make dpre from dout.
     cuBLAS and a pass, r = sqrt(h)                2      1, h      3
     fused, r = sqrt(h)                            0      1, h      3
 
-For M = 16384 in bfloat16, one MF is 268 MB at D = 2048, F = 4D; 537 at 4096, 1074 at 8192. What the
-epilogue costs is the part of cuBLAS's rate that a plain Triton product does not reach: saving 4
-bytes an output of 2D flops (see gated_linear.py) pays while that part stays below 18 % for D = 2048,
-9 % for 4096, 4.5 % for 8192.
+For M = 16384 in bfloat16, one MF is 268 MB at D = 2048, F = 4D; 537 at 4096, 1074 at 8192. What
+the epilogue costs is the part of cuBLAS's rate that a plain Triton product does not reach: saving 4
+bytes an output of 2D flops (see gated_linear.py) pays while that part stays below 18 % for
+D = 2048, 9 % for 4096, 4.5 % for 8192.
 
 Counted, not built: 2 r dout as the epilogue of the product that makes dout (h read, 2 MF not moved)
 pays below the same losses, but joins this function to the one after it; dpre as a prologue of its
@@ -158,11 +158,8 @@ def launch_examples(K, dtype, R):
 
 @torch.library.custom_op("miniflamingo::squared_relu_linear", mutates_args=())
 def _op(x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
-    rows = as_rows(x)
-    if fused:
-        h = _launch_forward(rows, rows_contiguous(weight))
-    else:
-        h = _launch_pass(rows @ weight.mT)
+    rows, weight = as_rows(x), rows_contiguous(weight)
+    h = _launch_forward(rows, weight) if fused else _launch_pass(rows @ weight.mT)
     return h.view(*x.shape[:-1], len(weight))
 
 
