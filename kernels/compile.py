@@ -78,7 +78,7 @@ class Compiled:
         return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
 
     def __str__(self):
-        fields = f"{self.kernel:<17}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
+        fields = f"{self.kernel:<23}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
         fields += f"{self.registers:>9}{self.spilled:>9}{self.shared:>9}  {self.options:<24}"
         return fields + ("ok" if self.ok else "NO")
 
@@ -171,7 +171,7 @@ def run(full=False):
         print(f"kernels: error: {missing()}", file=sys.stderr)
         return 2
     names = "kernel", "dtype", "K", "R", "target", "registers", "spilled", "shared", "options"
-    print("{:<17}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
+    print("{:<23}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
     counts = {True: 0, False: 0}
     for result in compile_all(FULL if full else USUAL):
         print(result, flush=True)
