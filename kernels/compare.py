@@ -30,8 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels import block_twins, gated_linear, layer_norm, squared_relu_linear
+from kernels import block_twins, gated_linear, layer_norm, squared_relu_linear, twins
+from kernels.decode_attention import decode_attention
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
+from kernels.resampler_attention import resampler_attention, resampler_attention_backward
 from kernels.runtime import INTERPRET, poisoned, torch, triton
 from miniflamingo import functional, xattn
 from miniflamingo.module import write_atomically
@@ -47,14 +49,15 @@ class Comparison:
 
     twin, kernel and peer take a case's arguments, backwards take dout before them and return one
     gradient for each of the leading floating-point arguments; the peer's come from torch.autograd.
+    A kernel that has only a forward pass has None for both backwards.
     cases maps a name to a function of a np.random.Generator that draws the arguments.
     """
 
     name: str
     kernel: Callable
-    kernel_backward: Callable
+    kernel_backward: Callable | None
     twin: Callable
-    twin_backward: Callable
+    twin_backward: Callable | None
     peer: Callable
     cases: dict
     scales: Callable | None = None  # as twin_backward -> a scale for each gradient, or 0
@@ -80,27 +83,26 @@ class Record:
 
 
 def compare(comparison, case, dtype, device):
-    """Both directions of one case -> two Records; dtype "fp32", "fp16" or "bf16"."""
+    """One case in both directions, or in the only one -> Records; dtype "fp32", "fp16", "bf16"."""
     rng = np.random.default_rng(0)
     args = [to_torch(x, DTYPES[dtype], device) for x in comparison.cases[case](rng)]
-    floats = [x for x in args if x.is_floating_point()]
     rounded = [to_numpy(x) for x in args]
+    floats = [x for x in args if x.is_floating_point()]
     expected = comparison.twin(*rounded)
     dout = to_torch(rng.normal(size=expected.shape), DTYPES[dtype], device)
     with poisoned():
         out = comparison.kernel(*args)
-        grads = comparison.kernel_backward(dout, *args)
+        grads = comparison.kernel_backward and comparison.kernel_backward(dout, *args)
     for x in floats:
         x.requires_grad_()
-    peer_out = comparison.peer(*args)
-    peer_grads = torch.autograd.grad(peer_out, floats, dout)
-    expected_grads = comparison.twin_backward(to_numpy(dout), *rounded)
-    scales = comparison.scales and comparison.scales(to_numpy(dout), *rounded)
-    for direction, *results in (
-        ("forward", [out], [peer_out], [expected]),
-        ("backward", grads, peer_grads, expected_grads, scales),
-    ):
-        yield judge(comparison.name, case, dtype, direction, backend(device), *results)
+    peer_out, where = comparison.peer(*args), backend(device)
+    names = comparison.name, case, dtype
+    yield judge(*names, "forward", where, [out], [peer_out], [expected])
+    if grads:
+        peer_grads = torch.autograd.grad(peer_out, floats, dout)
+        expected_grads = comparison.twin_backward(to_numpy(dout), *rounded)
+        scales = comparison.scales and comparison.scales(to_numpy(dout), *rounded)
+        yield judge(*names, "backward", where, grads, peer_grads, expected_grads, scales)
 
 
 def judge(kernel, case, dtype, direction, backend, outs, peers, expected, scales=None):
@@ -205,6 +207,24 @@ KERNELS = [
         xattn.image_causal_attention_backward,
         dense_attention,
         ATTENTION_CASES,
+    ),
+    Comparison(
+        "resampler_attention",
+        resampler_attention,
+        resampler_attention_backward,
+        twins.resampler_attention,
+        twins.resampler_attention_backward,
+        twins.concatenated_attention,
+        twins.RESAMPLER_CASES,
+    ),
+    Comparison(
+        "decode_attention",
+        decode_attention,
+        None,
+        twins.decode_attention,
+        None,
+        twins.gathered_attention,
+        twins.DECODE_CASES,
     ),
     *(
         Comparison(

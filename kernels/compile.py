@@ -22,12 +22,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import gated_linear, image_causal_attention, layer_norm, squared_relu_linear
+from kernels import (
+    decode_attention,
+    gated_linear,
+    image_causal_attention,
+    layer_norm,
+    resampler_attention,
+    squared_relu_linear,
+)
 from kernels.runtime import INTERPRET, replaced, torch, triton
 
 # of each kernel file: (K, dtype, R) -> None
 EXAMPLES = (
     image_causal_attention.launch_examples,
+    resampler_attention.launch_examples,
+    decode_attention.launch_examples,
     gated_linear.launch_examples,
     squared_relu_linear.launch_examples,
     layer_norm.launch_examples,

@@ -3,24 +3,61 @@
 A checkpoint of `miniflamingo.Flamingo` loads here unchanged, and back: `load_state_dict` of one
 takes the `state_dict` of the other (see `from_numpy` and `to_numpy`). Each class stands for the
 NumPy class of the same name; look there for the formulas and the paper's sections. Wherever text
-looks at images, `backend` chooses "torch" (plain torch, a dense mask) or "fused" (the kernel).
+looks at images, or latents at features, `backend` chooses "torch" (plain torch: a dense mask, a
+concatenation), "fused" (the kernels) or "auto" (the kernels on a GPU, where they can take the
+tensors; plain torch elsewhere).
+
+`GatedCrossAttentionDense` stands alone: kernels/adapter.py puts it into other projects' decoders.
 
 Letters: B batch, L text tokens, N images, T frames, S features of a frame, R visual tokens, H
-heads, K head width, D width, V words.
+heads, K head width, D width, D_m width of the visual tokens, V words.
 """
+
+import functools
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import unavailable
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
 from miniflamingo.vision import ACTIVATION_GAIN
 from miniflamingo.xattn import compute_phi
 
-BACKENDS = ("torch", "fused")
+BACKENDS = ("auto", "torch", "fused")
+MISSING = unavailable()  # why there is no kernel here, None where there is
+SCALARS = ("alpha_xattn", "alpha_dense", "skip_gain")  # the parameters of shape []
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def choose_backend(backend, x, K, R, only_last=True):
+    """The backend, "torch" or "fused", that a call gets; x is one of its tensors.
+
+    "auto" takes the kernel on a GPU, for the head widths K, numbers R of visual tokens and dtypes
+    that it has. "fused" without Triton falls back to plain torch, with one warning. ValueError for
+    an unknown backend, and for "fused" in the ablation only_last=False, which has no kernel.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "fused" and not only_last:
+        raise ValueError('backend="fused" has no kernel for only_last=False: "torch" or "auto" do')
+    if backend == "fused" and MISSING:
+        _warn_once(f"plain torch stands in for the fused kernel: {MISSING}")
+    if backend == "torch" or MISSING or (backend == "auto" and not (x.is_cuda and only_last)):
+        return "torch"
+    from kernels.image_causal_attention import DTYPES, MAX_K, MAX_R  # needs Triton
+
+    fits = x.dtype in DTYPES and K <= MAX_K and R <= MAX_R
+    return "fused" if fits or backend == "fused" else "torch"
+
+
+@functools.cache
+def _warn_once(text):
+    warnings.warn(text, stacklevel=2)
 
 
 def squared_relu(x):  # [...] -> [...]
@@ -55,7 +92,7 @@ def dense_image_causal_attention(q, k, v, phi, only_last=True):
     """
     N, R = k.shape[1:3]
     if N == 0:
-        return q * 0
+        return q * 0 + (k.sum() + v.sum())  # zeros; DDP wants every parameter to take part
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
     sees = (image == phi[:, :, None]) if only_last else (image <= phi[:, :, None])
     has_image = sees.any(dim=-1, keepdim=True)  # [B, L, 1]
@@ -91,8 +128,11 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
+    def hidden(self, x):  # [..., D] -> [..., hidden], what `down` is to project
+        return self.activation(self.up(self.norm(x)))
+
     def forward(self, x):
-        return self.down(self.activation(self.up(self.norm(x))))
+        return self.down(self.hidden(x))
 
 
 class TransformerBlock(nn.Module):
@@ -117,11 +157,30 @@ class PerceiverLayer(nn.Module):
         self.attention = MultiHeadAttention(dim, heads, head_dim)
         self.ffw = FeedForward(dim, ffw_mult * dim)
 
-    def forward(self, latents, inputs, mask=None):
-        x = self.latent_norm(latents)
-        context = torch.cat([self.input_norm(inputs), x], dim=1)
-        latents = latents + self.attention(x, context, mask=mask)
+    def forward(self, latents, inputs, mask=None, backend="auto", work=None):
+        """latents [B, R, D], inputs [B, M, D] -> [B, R, D].
+
+        mask bool[B, 1, 1, M + R] is for "torch"; work, for "fused", is the features'
+        `feature_list.build_padded_list`, by default of M for all. ValueError for another backend.
+        """
+        backend = choose_backend(backend, latents, self.attention.head_dim, latents.shape[1])
+        x, inputs = self.latent_norm(latents), self.input_norm(inputs)
+        if backend == "fused":
+            attended = self._attend_fused(x, inputs, work)
+        else:
+            attended = self.attention(x, torch.cat([inputs, x], dim=1), mask=mask)
+        latents = latents + attended
         return latents + self.ffw(latents)
+
+    def _attend_fused(self, x, inputs, work):
+        """The same attention without the concatenation: its two parts are projected apart."""
+        from kernels.resampler_attention import padded_resampler_attention
+
+        a = self.attention
+        q = a.project(a.q_proj, x)
+        k_x, v_x, k_l, v_l = (a.project(p, y) for y in (inputs, x) for p in (a.k_proj, a.v_proj))
+        out = padded_resampler_attention(q, k_x, v_x, k_l, v_l, work=work)
+        return a.out_proj(out.flatten(-2))
 
 
 class Resampler(nn.Module):
@@ -159,20 +218,73 @@ class PerceiverResampler(Resampler):
     ):  # fmt: skip
         super().__init__(input_dim, dim, num_frames, num_features)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * 0.3)
+        self.heads = heads
         self.layers = nn.ModuleList(PerceiverLayer(dim, heads, head_dim) for _ in range(depth))
 
-    def forward(self, features, num_frames=None):
+    def forward(self, features, num_frames=None, backend="auto"):
+        """features [B, N, T, S, D_in], num_frames int[B, N] or None -> [B, N, R, D].
+
+        ValueError for an unknown backend.
+        """
         (B, N), R = features.shape[:2], len(self.latents)
+        backend = choose_backend(backend, features, self.layers[0].attention.head_dim, R)
         x_f, mask = self.embed(features, num_frames)
+        work = self._list_features(x_f, mask) if backend == "fused" else None
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(B * N, R)], dim=1)[:, None, None]
         x = self.latents.expand(B * N, -1, -1)
         for layer in self.layers:
-            x = layer(x, x_f, mask)
+            x = layer(x, x_f, mask, backend, work)
         return self.finish(x, B, N)
+
+    def _list_features(self, x_f, mask):
+        """What the fused layers share: which of the features [B*N, T*S, D] are real."""
+        from kernels.feature_list import build_padded_list
+
+        images, M = x_f.shape[:2]
+        lengths = torch.full((images,), M, device=x_f.device) if mask is None else mask.sum(1)
+        return build_padded_list(lengths, M, self.heads, check=False)
 
 
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
+
+
+def share_work(phi, N, heads, backend):
+    """phi's work list for all layers of a model, or None where no layer will want one."""
+    if backend == "torch" or MISSING or (backend == "auto" and not phi.is_cuda):
+        return None
+    from kernels.image_causal_attention import build_work_list
+
+    return build_work_list(phi, N, heads, check=False)
+
+
+def check_phi(phi, B, L, N, device, check=True):
+    """ValueError unless phi is int [B, L] on the device, and (with check) lies in 0..N.
+
+    The range is on the device, and reading it waits for that: once a model, at its edge, is enough.
+    Under torch.compile it is not read. Unread, a phi outside 0..N counts as 0.
+    """
+    if phi.shape != (B, L) or phi.dtype not in INTEGERS or phi.device != device:
+        expected = f"int [B, L] = [{B}, {L}] on {device}"
+        raise ValueError(f"phi must be {expected}, got {_describe(phi)}")
+    if check and phi.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in phi.aminmax())
+        if low < 0 or high > N:
+            raise ValueError(f"phi must lie in 0..{N} (N = {N} images), got {low}..{high}")
+
+
+def _describe(x):
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def gated_add(y, alpha, x, weight):
+    """y + tanh(alpha) * (x @ weight^T): y [..., D], alpha [], x [..., I], weight [D, I].
+
+    The gate is folded into the weight, so that the branch's output is not kept for the backward
+    pass: with dW' = dout^T x, autograd gets d(alpha) = (1 - tanh(alpha)^2) <weight, dW'> and
+    d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit.
+    """
+    return y + F.linear(x, alpha.tanh() * weight)
 
 
 class ImageCausalCrossAttention(MultiHeadAttention):
@@ -180,27 +292,33 @@ class ImageCausalCrossAttention(MultiHeadAttention):
         super().__init__(dim, heads, head_dim, context_dim=media_dim)
         self.only_last = only_last
 
-    def forward(self, x, keys_values, phi, backend="torch", work=None):
-        q, (k, v) = self.project(self.q_proj, x), keys_values
-        if backend == "fused" and self.only_last:
+    def heads_output(self, x, keys_values, phi, backend="auto", work=None):
+        """x [B, L, D] -> [B, L, H*K], what out_proj is to project. phi's range is not checked."""
+        q = self.project(self.q_proj, x)
+        k, v = (projected.to(q.dtype) for projected in keys_values)  # autocast may come in between
+        if choose_backend(backend, q, q.shape[-1], k.shape[2], self.only_last) == "fused":
             from kernels.image_causal_attention import image_causal_attention
 
-            out = image_causal_attention(q, k, v, phi, work)
-        else:
-            out = dense_image_causal_attention(q, k, v, phi, self.only_last)
-        return self.out_proj(out.flatten(-2))
+            return image_causal_attention(q, k, v, phi, work, check=False).flatten(-2)
+        return dense_image_causal_attention(q, k, v, phi, self.only_last).flatten(-2)
+
+    def forward(self, x, keys_values, phi, backend="auto", work=None):
+        return self.out_proj(self.heads_output(x, keys_values, phi, backend, work))
 
 
 class GatedCrossAttentionDense(nn.Module):
     """One GATED XATTN-DENSE layer, usable alone: y [B, L, D], media [B, N, R, D_m], phi int[B, L].
 
-    With both alphas at 0, as at the start, it is the identity. work, where given, is phi's
-    `image_causal_attention.build_work_list`, which all layers can share. ValueError for an unknown
-    backend.
+    With both alphas at 0, as at the start, it returns y, bit for bit. It runs under torch.compile
+    (fullgraph), autocast, activation checkpointing, DDP and, after `without_scalars`, FSDP2.
+    only_last and skip_without_image as in miniflamingo.xattn.
     """
 
-    def __init__(self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True):
+    def __init__(
+        self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False
+    ):
         super().__init__()
+        self.skip_without_image = skip_without_image
         self.norm, self.media_norm = nn.LayerNorm(dim), nn.LayerNorm(media_dim)
         self.attention = ImageCausalCrossAttention(dim, media_dim, heads, head_dim, only_last)
         self.alpha_xattn = nn.Parameter(torch.zeros(()))
@@ -208,17 +326,60 @@ class GatedCrossAttentionDense(nn.Module):
         self.alpha_dense = nn.Parameter(torch.zeros(()))
 
     def project_media(self, media):
-        """[B, N, R, D_m] -> keys and values [B, N, R, H, K]."""
+        """[B, N, R, D_m] -> keys and values [B, N, R, H, K]: what a decoder keeps of the images."""
         media, a = self.media_norm(media), self.attention
         return a.project(a.k_proj, media), a.project(a.v_proj, media)
 
-    def forward(self, y, media, phi, backend="torch", work=None):
-        """-> [B, L, D]."""
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        attended = self.attention(self.norm(y), self.project_media(media), phi, backend, work)
-        y = y + self.alpha_xattn.tanh() * attended
-        return y + self.alpha_dense.tanh() * self.ffw(y)
+    def forward(self, y, media, phi, backend="auto", work=None, keys_values=None, check=True):
+        """-> [B, L, D].
+
+        work, where given, is phi's `share_work`, which all layers can share. keys_values, where
+        given, are the projected media (and media is not looked at). check as in `check_phi`.
+        ValueError for shapes, dtypes, devices or a phi that do not fit, and as `choose_backend`.
+        """
+        self._check(y, media, phi, keys_values, check)
+        keys_values = self.project_media(media) if keys_values is None else keys_values
+        a = self.attention.heads_output(self.norm(y), keys_values, phi, backend, work)
+        y = gated_add(y, self.alpha_xattn, a, self.attention.out_proj.weight)
+        h = self.ffw.hidden(y)
+        if self.skip_without_image:
+            h = h * ((phi > 0) & (phi <= keys_values[0].shape[1]))[..., None]
+        return gated_add(y, self.alpha_dense, h, self.ffw.down.weight)
+
+    def _check(self, y, media, phi, keys_values, check):
+        a, (D,), x = self.attention, self.norm.normalized_shape, media
+        name, width = "media", self.media_norm.normalized_shape
+        if keys_values is not None:
+            name, x, width = "keys_values", keys_values[0], (a.heads, a.head_dim)
+        if y.ndim != 3 or y.shape[-1] != D:
+            raise ValueError(f"y must be [B, L, {D}], got {_describe(y)}")
+        if x.ndim != 3 + len(width) or x.shape[0] != len(y) or x.shape[3:] != width:
+            expected = ", ".join(map(str, width))
+            raise ValueError(f"{name} must be [{len(y)}, N, R, {expected}], got {_describe(x)}")
+        _check_alike(f"y, {name} and the layer", y, x, a.q_proj.weight)
+        check_phi(phi, *y.shape[:2], x.shape[1], y.device, check)
+
+
+def _check_alike(names, *tensors):
+    devices, dtypes = [x.device for x in tensors], [x.dtype for x in tensors]
+    if len(set(devices)) > 1:
+        raise ValueError(f"{names} must be on one device, got {', '.join(map(str, devices))}")
+    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(devices[0].type):
+        got = ", ".join(map(str, dtypes))
+        raise ValueError(f"{names} must have one dtype outside torch.autocast, got {got}")
+
+
+def without_scalars(module):
+    """Turn every parameter of shape [], a gate, into [1], in place: fully_shard takes no scalars.
+
+    `Flamingo.to_numpy` turns them back. -> the module.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim == 0:
+                vector = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
+                setattr(owner, name, vector)
+    return module
 
 
 # --- the frozen parts ---------------------------------------------------------------------------
@@ -347,6 +508,12 @@ class LanguageModel(nn.Module):
 # --- Flamingo -----------------------------------------------------------------------------------
 
 
+def numpy_state(state):
+    """{name: tensor} -> {name: array}, with scalars that `without_scalars` changed as scalars."""
+    arrays = {name: x.detach().cpu().numpy() for name, x in state.items()}
+    return {n: x.reshape(()) if n.endswith(SCALARS) else x for n, x in arrays.items()}
+
+
 class Flamingo(nn.Module):
     """The whole model, for training and scoring; ValueError for a resampler of the ablations."""
 
@@ -361,11 +528,10 @@ class Flamingo(nn.Module):
             c.resampler_head_dim, c.num_frames,
             c.vision.num_features if c.spatial_embeddings else None,
         )  # fmt: skip
+        sizes = (c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim)
+        choices = dict(only_last=c.only_last, skip_without_image=c.skip_without_image)
         self.gated_xattn = nn.ModuleList(
-            GatedCrossAttentionDense(
-                c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim, only_last=c.only_last
-            )
-            for _ in range(0, c.lm.depth, c.xattn_every)
+            GatedCrossAttentionDense(*sizes, **choices) for _ in range(0, c.lm.depth, c.xattn_every)
         )
         self.lm = LanguageModel(c.lm).requires_grad_(False)
         own = c.train_eoc
@@ -383,16 +549,16 @@ class Flamingo(nn.Module):
 
     def to_numpy(self):
         """{name: array}, what miniflamingo.Flamingo.load_state_dict takes."""
-        return {name: x.detach().cpu().numpy() for name, x in self.state_dict().items()}
+        return numpy_state(self.state_dict())
 
     def encode(self, pixels):  # [B, N, T, height, width, 3] -> [B, N, T, S, D_v]
         return self.vision_encoder(pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3])
 
     def forward(
-        self, tokens, pixels, *, phi=None, num_images=None, num_frames=None, backend="torch"
+        self, tokens, pixels, *, phi=None, num_images=None, num_frames=None, backend="auto"
     ):
         """As miniflamingo.Flamingo.forward, with tensors: logits [B, L, V]."""
-        media = self.resampler(self.encode(pixels), num_frames)
+        media = self.resampler(self.encode(pixels), num_frames, backend)
         if phi is None:
             ids = tokens.cpu().numpy()
             num_images = np.full(len(ids), pixels.shape[1]) if num_images is None else num_images
@@ -400,21 +566,22 @@ class Flamingo(nn.Module):
             phi = phi.to(tokens.device)
         return self.read(tokens, media, phi, backend)
 
-    def read(self, tokens, media, phi, backend="torch"):
-        """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> [B, L, V]."""
+    def read(self, tokens, media, phi, backend="auto", check=True):
+        """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> [B, L, V].
+
+        check=True reads phi's range, once for all layers (see check_phi).
+        """
         table, head = self.lm.embedding.weight, (self.lm.head or self.lm.embedding).weight
         if self.eoc_embedding is not None:
             table = self._with_eoc(table, self.eoc_embedding)
             head = table if self.lm.head is None else self._with_eoc(head, self.eoc_head)
-        x, bias, work = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1]), None
-        if backend == "fused":
-            from kernels.image_causal_attention import build_work_list
-
-            work = build_work_list(phi, media.shape[1], self.config.xattn_heads)
+        check_phi(phi, *tokens.shape, media.shape[1], tokens.device, check)
+        x, bias = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1])
+        work = share_work(phi, media.shape[1], self.config.xattn_heads, backend)
         for i, block in enumerate(self.lm.blocks):
             j, between = divmod(i, self.config.xattn_every)
             if not between:
-                x = self.gated_xattn[j](x, media, phi, backend, work)
+                x = self.gated_xattn[j](x, media, phi, backend, work, check=False)
             x = block(x, None, bias)
         return F.linear(self.lm.norm(x), head)
 

@@ -45,11 +45,11 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     ordered, order = phi.sort(dim=1, stable=True)
     images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
     runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
-    items, splits = _cut_runs(runs, L, chunk)
+    items, splits = cut_runs(runs, L, chunk)
     return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
 
 
-def _cut_runs(runs, L, chunk):
+def cut_runs(runs, L, chunk):
     """Cut the runs of tokens into items -> items [I, 5], splits [B*N, 2], as in WorkList."""
     B, images = runs.shape[0], runs.shape[1] - 1  # images count "image 0"
     begin, end = runs[:, :-1].flatten(), runs[:, 1:].flatten()  # of each run, [B * images]

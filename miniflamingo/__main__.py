@@ -201,7 +201,7 @@ def parser():
     command = commands.add_parser("demo", help="train the bridge live, and look at the result")
     command.add_argument("--out", default="out", help="folder for all figures and index.html")
     command.add_argument("--steps", type=int, default=300, help="of the live training")
-    command.add_argument("--full", action="store_true", help="train all the way, 1500 steps")
+    command.add_argument("--full", action="store_true", help="train all the way")
     command.add_argument("--samples", type=int, default=300, help="episodes a figure")
     command = commands.add_parser("train", help="one of the three stages")
     stages = command.add_subparsers(dest="stage", required=True)

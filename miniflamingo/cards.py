@@ -92,7 +92,7 @@ def ship(runs, to):
     """
     runs, to = [Path(run) for run in runs], Path(to)
     needed = [Path(stage) / name for stage in ABOUT for name in
-              ("model.safetensors", "run.json", "log.jsonl")]  # fmt: skip
+              ("model.safetensors", "checkpoint.safetensors", "run.json", "log.jsonl")]  # fmt: skip
     needed.append(Path("flamingo") / "metrics.json")
     paths = [run / path for run in runs for path in needed]
     if missing := [str(path) for path in paths if not path.exists()]:
@@ -122,7 +122,8 @@ def card(stage, run, figures):
     """The model card of a finished run, as Markdown; figures: lines of text."""
     title, data = ABOUT[stage]
     about = json.loads((run / "run.json").read_text())
-    tensors, metadata = load_tensors(run / "model.safetensors")
+    tensors = load_tensors(run / "model.safetensors")[0]
+    config = json.loads(load_tensors(run / "checkpoint.safetensors")[1]["config"])
     last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[-50:]]
     loss = np.mean([record["loss"] for record in last])
     rows = {
@@ -130,7 +131,7 @@ def card(stage, run, figures):
         "data": data,
         "parameters": f"{sum(x.size for x in tensors.values()):,}, float32",
         "steps": last[-1]["step"],
-        "seed": metadata.get("seed", "0"),
+        "seed": config["seed"],
         "last loss": f"{loss:.4f}, mean of {len(last)} steps",
         "processor time": f"{about['processor_seconds']} s",
         "made with": f"Python {about['python']}, NumPy {about['numpy']}; {about['machine']}; "

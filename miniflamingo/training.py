@@ -335,13 +335,22 @@ def _differences(theirs, ours, path=""):
 
 @contextmanager
 def _asked_to_stop():
-    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole."""
+    """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole.
+
+    Asked twice, it ends at once, with what the last checkpoint holds.
+    """
     stop = threading.Event()
+
+    def ask(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals reach the main thread alone
         return
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda *_: stop.set()) for s in signals]
+    before = [signal.signal(s, ask) for s in signals]
     try:
         yield stop
     finally:
@@ -358,16 +367,16 @@ MINI_VISION = PRESETS["mini"].vision
 
 @dataclass(frozen=True)
 class LanguageRun:
-    """Texts of the small world; one batch in ten holds long binding episodes.
+    """Texts of the small world; one batch in five holds long binding episodes.
 
     any_keys: the share of binding whose keys are any words (see grammar.any_binding).
     """
 
-    optimiser: OptimiserConfig = OptimiserConfig(steps=1000)
+    optimiser: OptimiserConfig = OptimiserConfig(steps=2000)
     model: LanguageConfig = MINI_LM
     batch: int = 48
     length: int = 48
-    long_share: float = 0.1
+    long_share: float = 0.2
     any_keys: float = 0.33
     seed: int = 0
 
@@ -406,7 +415,7 @@ class VisionRun:
     """Pictures and captions, contrastively, with a text encoder that is thrown away afterwards."""
 
     optimiser: OptimiserConfig = OptimiserConfig(
-        steps=600, warmup=50, weight_decay=1e-3, beta2=0.999
+        steps=2000, warmup=50, weight_decay=1e-3, beta2=0.999
     )
     model: VisionConfig = MINI_VISION
     batch: int = 96
@@ -457,15 +466,15 @@ class BridgeRun:
     pictures are drawn and encoded, once.
     """
 
-    optimiser: OptimiserConfig = OptimiserConfig(steps=1500, alpha_rate=10.0)
+    optimiser: OptimiserConfig = OptimiserConfig(steps=1800, rate=3e-3, alpha_rate=10.0)
     model: FlamingoConfig = MINI_BRIDGE
-    weights: tuple = (1.0, 0.2, 0.2, 0.5)
+    weights: tuple = (1.0, 0.2, 0.4, 0.5)
     batches: tuple = (32, 16, 16, 12)
     pictures: int = 5
     strategy: str = "accumulate"
     p_next: float = 0.0
     caption_noise: float = 0.3
-    wordless: float = 0.3
+    wordless: float = 0.25
     pool_per_class: int = 100
     pool_per_turned: int = 30
     pool_pairs: int = 4000

@@ -487,3 +487,11 @@ def test_tape_and_optimiser_agree_on_the_parameters():
     before = float(linear(x, toy.matrix).sum())
     adamw.update(adamw.gradient())
     assert float(linear(x, toy.matrix).sum()) < before - 0.1
+
+
+def test_asked_twice_a_run_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), training._asked_to_stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -258,8 +258,9 @@ def test_attending_to_all_previous_images():
 # --- the gate and the layer -----------------------------------------------------------------------
 
 
-def layer(alpha=0.0, only_last=True):
-    made = GatedCrossAttentionDense(6, 5, 2, 3, only_last=only_last, rng=np.random.default_rng(0))
+def layer(alpha=0.0, only_last=True, **options):
+    options |= {"only_last": only_last, "rng": np.random.default_rng(0)}
+    made = GatedCrossAttentionDense(6, 5, 2, 3, **options)
     made.astype(np.float64)
     made.alpha_xattn.data, made.alpha_dense.data = np.array(alpha), np.array(-alpha)
     return made
@@ -294,6 +295,15 @@ def test_the_layer_is_the_papers_two_lines():
     x = y + np.tanh(0.8) * attended
     np.testing.assert_allclose(opened(y, media, phi), x + np.tanh(-0.8) * opened.ffw(x))
     assert (attended[phi == 0] == 0).all()
+
+
+def test_a_token_without_an_image_can_be_left_to_the_language_model():
+    skipping, papers = layer(0.8, skip_without_image=True), layer(0.8)
+    out = skipping(y, media, phi)
+    assert (phi == 0).any() and (phi > 0).any()
+    np.testing.assert_array_equal(out[phi == 0], y[phi == 0])
+    np.testing.assert_array_equal(out[phi > 0], papers(y, media, phi)[phi > 0])
+    check_module(skipping, y, media, phi)
 
 
 def test_a_token_without_an_image_is_still_fed_forward():

@@ -168,7 +168,7 @@ def _documents(chunks, pictures, uncounted=None, source="images"):
     tokens = document(chunks)
     ignored = (tokens == PAD) | (tokens == IMAGE)
     if uncounted is not None:
-        ignored[:, 1:] |= uncounted.reshape(len(tokens), -1)
+        ignored[:, 1:] |= uncounted.reshape(ignored[:, 1:].shape)
     previous = np.zeros(len(tokens), bool)
     return Documents(tokens, np.where(ignored, IGNORED, tokens), pictures, source, previous)
 
@@ -258,8 +258,8 @@ def clip_documents(pool, B, N, rng):
 
 
 def interleaved_documents(pool, B, rng, N=5, noise=0.0, wordless=0.0):
-    """The small world's web pages: N pictures each, half binding of 2, 3 or 5 classes, the rest
-    captions, questions about one object, and questions about one of two.
+    """The small world's web pages: N pictures each, half binding of 2, 3 or 5 classes; an eighth
+    each captions and questions about one object; a quarter questions about one of two.
 
     A share `wordless` of the binding episodes has turned shapes among its classes, so that a name
     must be bound to what is seen and not to what it is called.
@@ -269,8 +269,8 @@ def interleaved_documents(pool, B, rng, N=5, noise=0.0, wordless=0.0):
     for b, ways in zip(rows, (2, 3, 5)):
         allowed = WORDLESS & ~(turned & (rng.random((b, 1, 1)) >= wordless))
         parts.append(binding_documents(pool, b, N, ways, rng, allowed)[0])
-    rows = np.diff(np.round(np.linspace(0, B - B // 2, 4)).astype(int))
-    parts.append(caption_documents(pool, rows[0], N, rng, noise=noise))
-    parts.append(question_documents(pool, rows[1], N, rng))
-    parts.append(pair_question_documents(pool, rows[2], N, rng))
+    rest = B - B // 2
+    parts.append(caption_documents(pool, rest // 4, N, rng, noise=noise))
+    parts.append(question_documents(pool, rest // 4, N, rng))
+    parts.append(pair_question_documents(pool, rest - 2 * (rest // 4), N, rng))
     return together(parts)

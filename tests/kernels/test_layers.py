@@ -15,6 +15,7 @@ CHANGES = {
     "all previous images": {"only_last": False},
     "every other layer": {"xattn_every": 2},
     "no spatial embeddings": {"spatial_embeddings": False},
+    "skipped without an image": {"skip_without_image": True},
 }
 
 
@@ -78,9 +79,9 @@ def test_gradients_equal_the_hand_derived_ones():
 
 def test_the_fused_backend_gives_the_same_logits_and_gradients():
     pytest.importorskip("triton")
-    model, tokens, pixels, sizes = open_model(np.float64)
+    model, tokens, pixels, sizes = open_model(np.float64, resampler_depth=1, resampler_heads=2)
     twin, results = layers.Flamingo.from_numpy(model), {}
-    for backend in layers.BACKENDS:
+    for backend in ("torch", "fused"):
         twin.zero_grad()
         logits = twin(torch.from_numpy(tokens), torch.from_numpy(pixels), **sizes, backend=backend)
         logits.square().mean().backward()
@@ -88,6 +89,31 @@ def test_the_fused_backend_gives_the_same_logits_and_gradients():
         results[backend] = [logits.detach(), *grads]
     for plain, fused in zip(results["torch"], results["fused"], strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_fused_resampler_gives_the_same_tokens_and_gradients(ragged):
+    pytest.importorskip("triton")
+    resampler = layers.PerceiverResampler(5, 8, 3, 2, 2, 4, num_features=3).double()
+    features = torch.randn(2, 2, 2, 3, 5, dtype=torch.float64)
+    num_frames, results = np.array([[1, 2], [2, 0]]) if ragged else None, {}
+    for backend in layers.BACKENDS:
+        x = features.clone().requires_grad_()
+        resampler.zero_grad()
+        out = resampler(x, num_frames, backend)
+        out.square().mean().backward()
+        results[backend] = [out.detach(), x.grad, *(p.grad for p in resampler.parameters())]
+    for plain, fused in zip(results["torch"], results["fused"], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_the_fused_resampler_joins_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    layer = layers.PerceiverLayer(8, 2, 4)
+    latents, inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    expected = layer(latents, inputs)
+    monkeypatch.setattr(torch, "cat", lambda *args, **options: pytest.fail("concatenated"))
+    torch.testing.assert_close(layer(latents, inputs, backend="fused"), expected)
 
 
 def test_a_phi_that_no_image_has_counts_as_none():
@@ -105,14 +131,283 @@ def test_a_row_without_images_stays_finite_and_untouched():
     assert (out == 0).all() and (q.grad == 0).all()
 
 
-def test_bad_input():
-    layer = layers.GatedCrossAttentionDense(8, 8, 2, 4)
-    y, media, phi = (
-        torch.randn(1, 2, 8),
-        torch.randn(1, 1, 3, 8),
-        torch.ones(1, 2, dtype=torch.int32),
+# --- one GATED XATTN-DENSE layer, alone -----------------------------------------------------------
+
+FUSED = pytest.param(
+    "fused", marks=pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
+)
+both = pytest.mark.parametrize("backend", ["torch", FUSED])
+
+
+def open_layer(dtype=torch.float32, gates=(0.5, -0.7), **options):
+    """A layer and its input: y [2, 5, 16], media [2, 3, 4, 12], phi with rows without an image."""
+    torch.manual_seed(0)
+    layer = layers.GatedCrossAttentionDense(16, 12, 2, 8, **options).to(dtype)
+    with torch.no_grad():
+        layer.alpha_xattn.fill_(gates[0])
+        layer.alpha_dense.fill_(gates[1])
+    phi = torch.tensor([[0, 1, 1, 2, 3], [0, 0, 0, 1, 1]])
+    return layer, torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 3, 4, 12, dtype=dtype), phi
+
+
+def run_layer(layer, y, media, phi, backend, call=None, **options):
+    """{"out", "y", "media", and the parameters' names: a call's output, and the gradients}."""
+    layer.zero_grad()
+    y, media = (x.detach().requires_grad_() for x in (y, media))
+    out = (layer if call is None else call)(y, media, phi, backend, **options)
+    out.square().sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    return {"out": out.detach(), "y": y.grad, "media": media.grad, **grads}
+
+
+@both
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_layer_alone_has_its_twin_s_output_and_gradients(backend, skip):
+    from miniflamingo.autograd import Tape, Tensor
+    from miniflamingo.xattn import GatedCrossAttentionDense
+
+    layer, y, media, phi = open_layer(torch.float64, skip_without_image=skip)
+    rng = np.random.default_rng(0)
+    own = GatedCrossAttentionDense(16, 12, 2, 8, skip_without_image=skip, rng=rng)
+    own.astype(np.float64).load_state_dict({n: p.numpy() for n, p in layer.state_dict().items()})
+    inputs = [Tensor(y.numpy()), Tensor(media.numpy())]
+    with Tape() as tape:
+        out = own(*inputs, phi.numpy())
+        loss = (out * out).sum()
+    tape.backward(loss)
+    expected = {"out": out.data, "y": inputs[0].grad, "media": inputs[1].grad}
+    expected |= {name: p.grad for name, p in own.named_parameters()}
+    ours = run_layer(layer, y, media, phi, backend)
+    assert set(ours) == set(expected)
+    for name in ours:
+        np.testing.assert_allclose(ours[name], expected[name], 1e-10, 1e-12, err_msg=name)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_with_shut_gates_the_output_is_the_input_bit_for_bit(backend, dtype, autocast):
+    layer, y, media, phi = open_layer(torch.float32 if autocast else dtype, gates=(0, 0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = run_layer(layer, y.to(dtype), media.to(dtype), phi, backend)
+    assert results["out"].dtype == dtype and torch.equal(results["out"], y.to(dtype))
+    moved = {name for name, _ in layer.named_parameters() if results[name].any()}
+    assert moved == {"alpha_xattn", "alpha_dense"}
+
+
+def test_the_branches_outputs_are_not_kept_for_the_backward_pass():
+    layer, y, media, phi = open_layer()
+    branches, kept = [], []
+    for projection in (layer.attention.out_proj, layer.ffw.down):
+        projection.weight.requires_grad_(False)
+    a = layer.attention(layer.norm(y), layer.project_media(media), phi)
+    branches = [a, layer.ffw(y + layer.alpha_xattn.tanh() * a)]
+    layer.requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layer(y, media, phi)
+    assert any(torch.equal(x, y) for x in kept if x.shape == y.shape)  # the norm's input is kept
+    for branch in branches:
+        assert not any(torch.allclose(x, branch) for x in kept if x.shape == branch.shape)
+
+
+@both
+def test_it_compiles_without_a_graph_break(backend):
+    layer, y, media, phi = open_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = run_layer(layer, y, media, phi, backend)
+    torch.testing.assert_close(run_layer(layer, y, media, phi, backend, compiled), expected)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stream", ["float32", "low"])
+def test_under_autocast_the_attention_gets_one_dtype(backend, dtype, stream, monkeypatch):
+    layer, y, media, phi = open_layer()
+    seen, attend = [], layers.dense_image_causal_attention
+    if backend == "fused":
+        from kernels import image_causal_attention as module
+
+        attend = module.image_causal_attention
+    else:
+        module = layers
+
+    def spy(q, k, v, *rest, **options):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return attend(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(module, attend.__name__, spy)
+    expected = layer(y, media, phi, "torch")
+    seen.clear()
+    kept = layer.project_media(media)  # float32, as a decoder might have projected them before
+    y = y if stream == "float32" else y.to(dtype)
+    with torch.autocast("cpu", dtype):
+        outputs = [layer(y, media, phi, backend), layer(y, None, phi, backend, keys_values=kept)]
+    assert seen == [{dtype}, {dtype}]
+    for out in outputs:
+        assert out.dtype == y.dtype
+        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+@both
+def test_gradient_checkpointing_changes_nothing(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    layer, y, media, phi = open_layer()
+
+    def call(*inputs):
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    expected = run_layer(layer, y, media, phi, backend)
+    ours = run_layer(layer, y, media, phi, backend, call)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@both
+def test_strides_do_not_matter(backend):
+    layer, y, media, phi = open_layer()
+    expected = layer(y, media, phi, backend)
+    y, media = y.transpose(0, 2).contiguous().transpose(0, 2), media.flip(2).flip(2)
+    media = media.transpose(1, 3).contiguous().transpose(1, 3)
+    assert not y.is_contiguous() and not media.is_contiguous()
+    wide = torch.stack([phi, phi], dim=-1)[..., 0]
+    assert not wide.is_contiguous()
+    torch.testing.assert_close(layer(y, media, wide, backend), expected)
+
+
+@both
+def test_projected_media_serve_as_well_and_layers_share_a_work_list(backend):
+    layer, y, media, phi = open_layer()
+    expected = layer(y, media, phi, backend)
+    assert torch.equal(
+        layer(y, None, phi, backend, keys_values=layer.project_media(media)), expected
     )
-    with pytest.raises(ValueError, match=r"backend must be one of .*'torch', 'fused'.* got 'cuda'"):
-        layer(y, media, phi, backend="cuda")
+    work = layers.share_work(phi, 3, 2, backend)
+    assert (work is None) == (backend == "torch")
+    assert torch.equal(layer(y, media, phi, backend, work, check=False), expected)
+
+
+@both
+def test_an_unchecked_phi_outside_counts_as_none(backend):
+    layer, y, media, phi = open_layer(skip_without_image=True)
+    wrong = torch.where(phi == 0, torch.tensor([[4], [-1]]), phi)
+    expected = layer(y, media, phi, backend)
+    assert torch.equal(layer(y, media, wrong, backend, check=False), expected)
+
+
+@both
+def test_without_any_image_every_parameter_still_takes_part(backend):
+    layer, y, media, phi = open_layer()
+    results = run_layer(layer, y, media[:, :0], phi * 0, backend)
+    assert all(x is not None and x.isfinite().all() for x in results.values())
+
+
+def test_auto_is_plain_torch_on_the_cpu():
+    q = torch.zeros(1, 1, 2, 8)
+    assert layers.choose_backend("auto", q, 8, 4) == "torch"
+    assert layers.share_work(torch.zeros(1, 1, dtype=torch.int32), 1, 2, "auto") is None
+
+
+def test_fused_without_triton_is_plain_torch_with_one_warning(monkeypatch):
+    layer, y, media, phi = open_layer()
+    expected = layer(y, media, phi, "torch")
+    monkeypatch.setattr(layers, "MISSING", "the kernels need triton, not installed here")
+    layers._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch stands in .* need triton") as caught:
+        assert torch.equal(layer(y, media, phi, "fused"), expected)
+        assert torch.equal(layer(y, media, phi, "fused"), expected)
+    assert len(caught) == 1
+    assert layers.share_work(phi, 3, 2, "fused") is None
+
+
+def train_on_two(rank, folder, backend):
+    """One of two processes: the mean gradients under DDP and FSDP2, saved by the first."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    layer, *inputs = open_layer()
+    inputs = [x[rank : rank + 1] for x in inputs]
+    ddp = DistributedDataParallel(layer)
+    run_layer(layer, *inputs, backend, ddp)
+    grads = {f"ddp {n}": p.grad.clone() for n, p in layer.named_parameters()}
+    sharded = fully_shard(layers.without_scalars(layer), mesh=dist.init_device_mesh("cpu", (2,)))
+    run_layer(sharded, *inputs, backend)
+    grads |= {f"fsdp {n}": p.grad.full_tensor() for n, p in sharded.named_parameters()}
+    dist.barrier()
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads")
+    dist.destroy_process_group()
+
+
+@both
+def test_two_processes_get_the_gradient_of_one(backend, tmp_path):
+    torch.multiprocessing.spawn(train_on_two, (str(tmp_path), backend), nprocs=2)
+    layer, *inputs = open_layer()
+    run_layer(layer, *inputs, "torch")
+    grads = torch.load(tmp_path / "grads")
+    assert len(grads) == 2 * len(list(layer.parameters()))
+    for name, parameter in layer.named_parameters():
+        for wrapper in ("ddp", "fsdp"):  # both average over the processes
+            ours = 2 * grads[f"{wrapper} {name}"].reshape(parameter.shape)
+            torch.testing.assert_close(ours, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_model_without_scalars_goes_back_to_numpy():
+    model, *_ = open_model(np.float32)
+    twin = layers.without_scalars(layers.Flamingo.from_numpy(model))
+    assert all(p.ndim for p in twin.parameters())
+    assert not any(p.requires_grad for p in twin.vision_encoder.parameters())
+    before = {name: x.copy() for name, x in model.state_dict().items()}
+    model.load_state_dict(twin.to_numpy())
+    assert all(np.array_equal(before[name], x) for name, x in model.state_dict().items())
+
+
+INPUTS = {"y": (1, 2, 8), "media": (1, 1, 3, 6), "phi": torch.ones(1, 2, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"y": (1, 2, 7)}, r"y must be \[B, L, 8\], got float32 \[1, 2, 7\] on cpu"),
+        ({"media": (1, 3, 6)}, r"media must be \[1, N, R, 6\], got float32 \[1, 3, 6\]"),
+        ({"media": (2, 1, 3, 6)}, r"media must be \[1, N, R, 6\], got float32 \[2, 1, 3, 6\]"),
+        ({"keys_values": [torch.zeros(1, 1, 3, 2, 5)] * 2}, r"keys_values must be .* 2, 4\], got"),
+        ({"phi": torch.ones(1, 3)}, r"phi must be int \[B, L\] = \[1, 2\] on cpu, got float32 \["),
+        ({"phi": torch.ones(1, 2)}, r"phi must be int .*, got float32 \[1, 2\] on cpu"),
+        (
+            {"phi": torch.ones(1, 2, dtype=torch.int32, device="meta")},
+            r"phi must be int .* on cpu, got int32 \[1, 2\] on meta",
+        ),
+        ({"phi": torch.full((1, 2), 2)}, r"phi must lie in 0..1 \(N = 1 images\), got 2..2"),
+        ({"phi": torch.tensor([[-1, 0]])}, r"phi must lie in 0..1 .*, got -1..0"),
+        (
+            {"y": torch.zeros(1, 2, 8, dtype=torch.bfloat16)},
+            r"y, media and the layer must have one dtype outside torch.autocast, got torch.bf",
+        ),
+        ({"media": torch.zeros(1, 1, 3, 6, device="meta")}, "on one device, got cpu, meta, cpu"),
+        ({"backend": "cuda"}, r"backend must be one of .*'torch', 'fused'.* got 'cuda'"),
+    ],
+)
+def test_bad_input(wrong, message):
+    layer = layers.GatedCrossAttentionDense(8, 6, 2, 4)
+    inputs = INPUTS | wrong
+    inputs |= {n: torch.zeros(x) for n, x in inputs.items() if isinstance(x, tuple)}
+    with pytest.raises(ValueError, match=message):
+        layer(**inputs)
+
+
+def test_what_has_no_twin_or_no_kernel():
+    layer, *inputs = open_layer(only_last=False)
+    with pytest.raises(ValueError, match='no kernel for only_last=False: "torch" or "auto" do'):
+        layer(*inputs, backend="fused")
     with pytest.raises(ValueError, match="perceiver resampler, got 'mlp'"):
         layers.Flamingo(FlamingoConfig.preset("mini", resampler="mlp"))
+
+
+def test_the_resampler_refuses_an_unknown_backend():
+    resampler = layers.PerceiverResampler(8, 8, 2, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"'torch', 'fused'.* got 'triton'"):
+        resampler(torch.randn(1, 1, 1, 3, 8), backend="triton")
+    with pytest.raises(ValueError, match=r"'torch', 'fused'.* got 'triton'"):
+        resampler.layers[0](torch.randn(1, 2, 8), torch.randn(1, 3, 8), backend="triton")
