@@ -279,7 +279,7 @@ def measure_case(entry, shape, device, limits, repeats):
     args = entry.make(shape, Draw(device))
     for x in floats(args):
         x.requires_grad_()
-    dout = Draw(device, seed=1)(*args[0].shape)
+    dout = Draw(device, seed=1)(*entry.out_shape(shape, args))
     trials = [
         Trial(new_record(entry, shape, args, direction, choice, device, limits), choice)
         for choice in entry.implementations(shape)

@@ -12,10 +12,15 @@ elsewhere than plain torch does, but not worse. eps is the dtype's; eps / 2 is t
 error of one rounding, and errors below it are not told apart. Where the reference is all zero the
 error must be 0. A row shows the output with the largest ratio (dq, dk and dv are the backward's).
 
+A gate's gradient is one number, a sum whose terms cancel: its errors are relative to the root of
+the terms' summed squares (`scales`), where that is more; and as one number may be right by luck,
+while a norm over many may not, peer errors of it below 2 eps are not told apart.
+
 To add a kernel, add a Comparison to KERNELS.
 """
 
 import datetime
+import functools
 import json as jsonlib
 import math
 import platform
@@ -25,15 +30,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels import twins
+from kernels import block_twins, gated_linear, layer_norm, squared_relu_linear, twins
 from kernels.decode_attention import decode_attention
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
 from kernels.resampler_attention import resampler_attention, resampler_attention_backward
 from kernels.runtime import INTERPRET, poisoned, torch, triton
-from miniflamingo import xattn
+from miniflamingo import functional, xattn
 from miniflamingo.module import write_atomically
 
 BOUND = 2
+LUCK = 4  # floors of a single number's error
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -54,6 +60,7 @@ class Comparison:
     twin_backward: Callable | None
     peer: Callable
     cases: dict
+    scales: Callable | None = None  # as twin_backward -> a scale for each gradient, or 0
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,17 @@ def compare(comparison, case, dtype, device):
     if grads:
         peer_grads = torch.autograd.grad(peer_out, floats, dout)
         expected_grads = comparison.twin_backward(to_numpy(dout), *rounded)
-        yield judge(*names, "backward", where, grads, peer_grads, expected_grads)
+        scales = comparison.scales and comparison.scales(to_numpy(dout), *rounded)
+        yield judge(*names, "backward", where, grads, peer_grads, expected_grads, scales)
 
 
-def judge(kernel, case, dtype, direction, backend, outs, peers, expected):
+def judge(kernel, case, dtype, direction, backend, outs, peers, expected, scales=None):
     """The Record of one direction, from the results of kernel, peer and reference."""
-    floor = torch.finfo(DTYPES[dtype]).eps / 2
-    rows = []
-    for out, peer, reference in zip(outs, peers, expected, strict=True):
-        error, peer_error = relative_error(out, reference), relative_error(peer, reference)
+    eps, rows = torch.finfo(DTYPES[dtype]).eps, []
+    scales = scales or [0] * len(expected)
+    for out, peer, reference, scale in zip(outs, peers, expected, scales, strict=True):
+        error, peer_error = (relative_error(x, reference, scale) for x in (out, peer))
+        floor = eps / 2 * (LUCK if scale else 1)
         allowed = max(peer_error, floor) if reference.any() else 0.0
         # NaN counts as infinite: compared as it is, it could hide
         ratio = math.inf if math.isnan(error) or error > 0 == allowed else error / (allowed or 1)
@@ -112,9 +121,12 @@ def judge(kernel, case, dtype, direction, backend, outs, peers, expected):
     return Record(kernel, case, dtype, direction, backend, error, peer_error, ratio, BOUND, ok)
 
 
-def relative_error(x, reference):
-    """|x - reference| / |reference|, or |x| where the reference is all zero; NaN if x has one."""
-    scale = np.linalg.norm(reference)
+def relative_error(x, reference, scale=0.0):
+    """|x - reference| / |reference|, or |x| where the reference is all zero; NaN if x has one.
+
+    A scale above |reference| takes its place.
+    """
+    scale = max(np.linalg.norm(reference), scale)
     return float(np.linalg.norm(to_numpy(x) - reference) / (scale or 1))
 
 
@@ -213,6 +225,40 @@ KERNELS = [
         None,
         twins.gathered_attention,
         twins.DECODE_CASES,
+    ),
+    *(
+        Comparison(
+            f"gated_linear, {name}",
+            functools.partial(gated_linear.gated_linear, fused=fused),
+            functools.partial(gated_linear.gated_linear_backward, fused=fused),
+            block_twins.gated_linear,
+            block_twins.gated_linear_backward,
+            block_twins.torch_gated_linear,
+            block_twins.GATED_CASES,
+            block_twins.gated_linear_scales,
+        )
+        for name, fused in (("fused", True), ("addmm", False))
+    ),
+    *(
+        Comparison(
+            f"squared_relu_linear, {name}",
+            functools.partial(squared_relu_linear.squared_relu_linear, fused=fused),
+            functools.partial(squared_relu_linear.squared_relu_linear_backward, fused=fused),
+            block_twins.squared_relu_linear,
+            block_twins.squared_relu_linear_backward,
+            block_twins.torch_squared_relu_linear,
+            block_twins.SQUARED_CASES,
+        )
+        for name, fused in (("fused", True), ("cuBLAS and a pass", False))
+    ),
+    Comparison(
+        "layer_norm",
+        layer_norm.layer_norm,
+        layer_norm.layer_norm_backward,
+        functional.layer_norm,
+        functional.layer_norm_backward,
+        block_twins.torch_layer_norm,
+        block_twins.NORM_CASES,
     ),
 ]
 

@@ -22,7 +22,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import decode_attention, image_causal_attention, resampler_attention
+from kernels import (
+    decode_attention,
+    gated_linear,
+    image_causal_attention,
+    layer_norm,
+    resampler_attention,
+    squared_relu_linear,
+)
 from kernels.runtime import INTERPRET, replaced, torch, triton
 
 # of each kernel file: (K, dtype, R) -> None
@@ -30,6 +37,9 @@ EXAMPLES = (
     image_causal_attention.launch_examples,
     resampler_attention.launch_examples,
     decode_attention.launch_examples,
+    gated_linear.launch_examples,
+    squared_relu_linear.launch_examples,
+    layer_norm.launch_examples,
 )
 
 GPUTarget = triton.backends.compiler.GPUTarget
@@ -77,7 +87,7 @@ class Compiled:
         return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
 
     def __str__(self):
-        fields = f"{self.kernel:<17}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
+        fields = f"{self.kernel:<23}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
         fields += f"{self.registers:>9}{self.spilled:>9}{self.shared:>9}  {self.options:<24}"
         return fields + ("ok" if self.ok else "NO")
 
@@ -170,7 +180,7 @@ def run(full=False):
         print(f"kernels: error: {missing()}", file=sys.stderr)
         return 2
     names = "kernel", "dtype", "K", "R", "target", "registers", "spilled", "shared", "options"
-    print("{:<17}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
+    print("{:<23}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
     counts = {True: 0, False: 0}
     for result in compile_all(FULL if full else USUAL):
         print(result, flush=True)

@@ -27,6 +27,8 @@ ENTRIES = {entry.name: entry for entry in bench.ENTRIES}
 SMALL = {
     "image_causal_attention": dict(B=2, L=40, N=3, R=5, H=2, K=16, phi="random"),
     "gated_xattn_dense": dict(B=2, L=20, N=3, R=5, H=2, K=16, D=24, D_m=12, phi="random"),
+    "gated_linear": dict(B=2, L=5, D=24, F=40),
+    "squared_relu_linear": dict(B=2, L=5, D=24, F=40),
     "resampler_attention": dict(I=3, M=9, R=5, H=2, K=16),
     "decode_attention": dict(B=3, N=4, R=5, H=2, K=16),
 }
@@ -37,7 +39,8 @@ def arguments(entry, shape):
     args = ENTRIES[entry].make(shape, bench.Draw("cpu"))
     for x in bench.floats(args):
         x.requires_grad_()
-    return args, torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    size = ENTRIES[entry].out_shape(shape, args)
+    return args, torch.randn(size, generator=torch.Generator().manual_seed(1))
 
 
 # --- what is counted ------------------------------------------------------------------------------
@@ -105,12 +108,16 @@ def test_flops_are_those_that_torch_counts(name):
     assert entry.work(shape, args, False)[1] == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["image_causal_attention", "resampler_attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["image_causal_attention", "gated_linear", "squared_relu_linear", "resampler_attention"],
+)
 def test_every_argument_and_result_is_moved_once(name):
     entry = ENTRIES[name]
     shape = ONE_IMAGE if name == "image_causal_attention" else SMALL[name]  # all take part
     args, _ = arguments(name, shape)
-    inputs, out = sum(x.numel() for x in bench.floats(args)), args[0].numel()
+    inputs = sum(x.numel() for x in bench.floats(args))
+    out = math.prod(entry.out_shape(shape, args))
     assert entry.work(shape, args, False)[0] == inputs + out
     assert entry.work(shape, args, True)[0] == (inputs + out) + (inputs + out) + inputs
 

@@ -68,6 +68,27 @@ print([r.kernel for r in results if not r.ok])
     assert done.stdout.strip() == "['_backward']", done.stdout + done.stderr
 
 
+def test_the_products_use_tensor_cores():
+    reason = run_python(
+        "from kernels import compile; print(compile.missing() or '')"
+    ).stdout.strip()
+    if reason:
+        pytest.skip(reason)
+    code = """
+from kernels import compile as c, gated_linear
+c.EXAMPLES, driver = (gated_linear.launch_examples,), c._Driver()
+c.triton.runtime.driver.set_active(driver)
+for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "wgmma.mma_async")):
+    driver.device = target
+    for kernel, args, options in c.record_launches(dtype, 128, 64):
+        ptx = kernel.warmup(*args, grid=(1,), **options).asm["ptx"]
+        print(kernel.__name__, found in ptx)
+"""
+    done = run_python(code)
+    products = "_gated_linear True\n_gated_linear_dweight True\n_gate_dweight False\n"
+    assert done.stdout == 2 * products, done.stdout + done.stderr
+
+
 def test_shared_memory_must_fit():
     fits = dict(kernel="k", dtype="bf16", K=64, R=64, registers=32, spilled=0, options="")
     assert kernel_compile.Compiled(**fits, target="gfx942", shared=64 * 1024).ok

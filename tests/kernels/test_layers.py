@@ -183,6 +183,26 @@ def test_a_layer_alone_has_its_twin_s_output_and_gradients(backend, skip):
         np.testing.assert_allclose(ours[name], expected[name], 1e-10, 1e-12, err_msg=name)
 
 
+@pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
+@pytest.mark.parametrize("skip", [False, True])
+def test_fused_products_change_nothing(skip, monkeypatch):
+    from kernels import gated_block
+
+    layer, y, media, phi = open_layer(torch.float64, skip_without_image=skip)
+    expected, called = run_layer(layer, y, media, phi, "torch"), []
+    block = gated_block.gated_xattn_dense
+    monkeypatch.setattr(
+        gated_block, "gated_xattn_dense", lambda *a, **o: called.append(o) or block(*a, **o)
+    )
+    layer.fused_products = True
+    torch.testing.assert_close(run_layer(layer, y, media, phi, "torch"), expected)
+    assert not called  # the backend decides first
+    ours = run_layer(layer, y, media, phi, "fused")
+    assert len(called) == 1
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-9, atol=1e-11)
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
