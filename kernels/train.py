@@ -25,6 +25,7 @@ out: its loss compares all rows of a batch with each other.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -346,6 +347,7 @@ def processes(device="auto"):
     try:
         yield dist.init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
     finally:
+        gc.collect()  # a sharded module outlives its last reference, and keeps gloo's threads
         dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """The torch twins: the NumPy model's weights under the same names, and the same numbers."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -342,22 +344,29 @@ def test_fused_without_triton_is_plain_torch_with_one_warning(monkeypatch):
 def train_on_two(rank, folder, backend):
     """One of two processes: the mean gradients under DDP and FSDP2, saved by the first."""
     import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    grads = gradients_of_two(rank, backend, dist.init_device_mesh("cpu", (2,)))
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads")
+    gc.collect()  # as in kernels/train.py
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def gradients_of_two(rank, backend, mesh):
+    """{"ddp NAME", "fsdp NAME": gradient}, of this process's row."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     layer, *inputs = open_layer()
     inputs = [x[rank : rank + 1] for x in inputs]
     ddp = DistributedDataParallel(layer)
     run_layer(layer, *inputs, backend, ddp)
     grads = {f"ddp {n}": p.grad.clone() for n, p in layer.named_parameters()}
-    sharded = fully_shard(layers.without_scalars(layer), mesh=dist.init_device_mesh("cpu", (2,)))
+    sharded = fully_shard(layers.without_scalars(layer), mesh=mesh)
     run_layer(sharded, *inputs, backend)
-    grads |= {f"fsdp {n}": p.grad.full_tensor() for n, p in sharded.named_parameters()}
-    dist.barrier()
-    if rank == 0:
-        torch.save(grads, f"{folder}/grads")
-    dist.destroy_process_group()
+    return grads | {f"fsdp {n}": p.grad.full_tensor() for n, p in sharded.named_parameters()}
 
 
 @both

@@ -36,11 +36,16 @@ def main(lm, vision, out, sent="", at="0"):
 
     train.ShardedRun.update = disturbed_update
     with train.processes("cpu") as mesh:
-        run = train.ShardedRun(stage(lm, vision), out, mesh, resume=True, checkpoint_every=2)
-        if mesh.get_rank() == 0:
-            with open(f"{out}/starts", "a") as file:
-                file.write(json.dumps([run.step, run.world]) + "\n")
-        run.train(progress=False)
+        train_on(mesh, stage(lm, vision), out)
+
+
+def train_on(mesh, stage, out):
+    """Train, and note down the step and the number of processes at the start."""
+    run = train.ShardedRun(stage, out, mesh, resume=True, checkpoint_every=2)
+    if run.rank == 0:
+        with open(f"{out}/starts", "a") as file:
+            file.write(json.dumps([run.step, run.world]) + "\n")
+    run.train(progress=False)
 
 
 if __name__ == "__main__":
