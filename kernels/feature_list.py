@@ -10,8 +10,6 @@ padded image, `total` rows of features.
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
-
 from kernels.runtime import describe, tl, torch, triton
 from kernels.work_list import INTEGERS, cut_runs
 
@@ -73,7 +71,8 @@ def _cut(bounds, ends, total, heads, chunk):
     """bounds [B + 1] of the images' rows, ends [B] of their features -> FeatureList."""
     B = len(ends)
     chunk = chunk or choose_chunk(B, total, heads)
-    runs, ends = F.pad(bounds, (1, 0)), F.pad(ends, (1, 0))  # cut_runs counts from "image 0"
+    pad = torch.nn.functional.pad
+    runs, ends = pad(bounds, (1, 0)), pad(ends, (1, 0))  # cut_runs counts from "image 0"
     runs[-1:] = total  # no image at all: then the rows are padding
     items, splits = cut_runs(runs[None], total, chunk)
     image, begin, stop, slot = items[:, 1:].unbind(1)

@@ -25,13 +25,14 @@ Nothing is saved but the inputs; the backward pass recomputes scores, p and dp i
 kernels. The host waits for nothing once the list is built, and the number of programs follows from
 the shapes alone.
 
-Memory traffic, counted, not measured, in numbers of the inputs' dtype, for R up to one block of
-queries. Forward: H*K * (2*total + 4*B*R), and 2 * H*(K + 2) * R float32 for each slot. Backward:
-three passes over k_x and v_x and one write of their gradients, H*K * (8*total + ...). Concatenating
-[x_f, latents] of width D before the projections, as the paper's pseudo-code does in every layer,
-reads and writes 2*D * (total + B*R) numbers more, and needs equal M or padding: for an image of the
-paper's (M = 100, R = 64, D = 1536, 16 heads of 128) 504 thousand beside the 934 thousand that this
-forward pass moves, for a clip of 8 frames (M = 800) 2.7 beside 3.8 million.
+Memory traffic, counted, not measured, in numbers of the inputs' dtype, for whole images and R up to
+one block of queries. Forward: H*K * (2*total + 4*B*R); every slot of a split image adds 2 * H*R *
+(K + 2) in float32. Backward: H*K * (8*total + 15*B*R), three passes over all inputs and the
+gradients, with q and dout counted once in each. Concatenating [x_f, latents] of width D before the
+projections, as the paper's pseudo-code does in every layer, reads and writes 2*D * (total + B*R)
+numbers more, and needs padding where M differs: for an image of the paper's (M = 100, R = 64,
+D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass moves, for a clip of 8
+frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
 from 0, ragged and padded batches, split and whole images, strided inputs. Compiled without register
@@ -350,7 +351,7 @@ def _resample_dkdv(
 # spilling for sm_80, sm_90 and gfx942; not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
-    ("_resample", True, False): (64, 4, 64, 2),
+    ("_resample", True, False): (64, 8, 64, 2),
     ("_resample", False, True): (32, 4, 32, 1),
     ("_resample", True, True): (32, 8, 16, 1),
     ("_resample_stats", False, False): (64, 4, 64, 2),
@@ -360,11 +361,11 @@ OPTIONS = {
     ("_resample_dq", False, False): (64, 4, 64, 2),
     ("_resample_dq", True, False): (64, 8, 32, 2),
     ("_resample_dq", False, True): (32, 8, 32, 1),
-    ("_resample_dq", True, True): (16, 8, 32, 1),
-    ("_resample_dkdv", False, False): (32, 4, 64, 1),
+    ("_resample_dq", True, True): (16, 8, 16, 1),
+    ("_resample_dkdv", False, False): (32, 8, 32, 1),
     ("_resample_dkdv", True, False): (16, 8, 64, 1),
     ("_resample_dkdv", False, True): (32, 8, 32, 1),
-    ("_resample_dkdv", True, True): (16, 8, 64, 1),
+    ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
 
 
@@ -396,9 +397,9 @@ def _merge(parts, m, inverse, x, features, statistics):
     """Merge partial results into x [B, R, H, K], and into m and inverse [B, R, H] if asked."""
     B, R, H, K = x.shape
     if features.num_slots:
-        options = dict(R=R, K=K, STATISTICS=statistics, BLOCK_M=16)
+        options = dict(R=R, K=K, STATISTICS=statistics, BLOCK_M=8)
         launch(
-            _resample_merge, B * H * triton.cdiv(R, 16), *parts, m, inverse, x, features.splits, H,
+            _resample_merge, B * H * triton.cdiv(R, 8), *parts, m, inverse, x, features.splits, H,
             **options, BLOCK_K=triton.next_power_of_2(K),
         )  # fmt: skip
 

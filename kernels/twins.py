@@ -7,8 +7,8 @@ with L = 1. `compare.py` puts all of it beside the kernels. Letters as in their 
 from itertools import pairwise
 
 import numpy as np
-import torch
 
+from kernels.runtime import torch
 from miniflamingo import xattn
 from miniflamingo.attention import attention, attention_backward
 

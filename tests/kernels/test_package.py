@@ -37,7 +37,10 @@ def test_imports_without_triton():
     assert "need triton, not installed" in run_python(code)[1]
 
 
-@pytest.mark.parametrize("module", ["image_causal_attention", "compare", "compile"])
+@pytest.mark.parametrize(
+    "module",
+    ["image_causal_attention", "resampler_attention", "decode_attention", "compare", "compile"],
+)
 def test_a_kernel_without_triton_is_one_clear_error(module):
     status, _, error = run_python(WITHOUT_TRITON + f"import kernels.{module}")
     assert status == 1 and error[0].startswith("ImportError: the kernels need triton")
