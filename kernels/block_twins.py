@@ -120,7 +120,7 @@ SQUARED_CASES = {
 NORM_CASES = {
     "norm: D = 24": norm_case(2, 9, D=24),
     "norm: D = 300": norm_case(7, D=300),
-    "norm: more rows than programs": norm_case(600, D=8),
+    "norm: more rows than programs": norm_case(520, D=8),
     "norm: a mean of 8": norm_case(20, D=64, mean=8.0),
     "norm: D = 1": norm_case(3, D=1),
     "norm: strided inputs": norm_case(2, 9, D=40, strided=True),
