@@ -364,7 +364,7 @@ OPTIONS = {
     ("_resample_dq", True, True): (16, 8, 16, 1),
     ("_resample_dkdv", False, False): (32, 8, 32, 1),
     ("_resample_dkdv", True, False): (16, 8, 64, 1),
-    ("_resample_dkdv", False, True): (32, 8, 32, 1),
+    ("_resample_dkdv", False, True): (16, 8, 16, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
 
