@@ -246,6 +246,9 @@ def _add_training(command, stage):
         command.add_argument("--vision", default=training.WEIGHTS / "vision", help="its run")
         command.add_argument("--weights", type=float, nargs=4, metavar="LAMBDA",
                              help=", ".join(training.Lambda._fields))  # fmt: skip
+        command.add_argument("--no-skip-without-image", dest="skip_without_image",
+                             action="store_false", default=None,
+                             help="gate text alone too, as in the paper")  # fmt: skip
         options |= {"--alpha-rate": float, "--strategy": str, "--p-next": float,
                     "--caption-noise": float, "--resampler": str, "--xattn-every": int}  # fmt: skip
     else:
