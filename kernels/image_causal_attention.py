@@ -161,6 +161,8 @@ def options_for(kernel, K, dtype, R):
     BLOCK_M, num_warps = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
     if kernel.__name__ == "_backward" and R <= 32:
         BLOCK_M = 16  # with 32, sm_90 spills 8 bytes at R = K = 32
+    elif kernel.__name__ == "_backward" and dtype.itemsize >= 4 and side(K) <= 32:
+        BLOCK_M = 32  # with 16, sm_80 spills 8 bytes at R = 64, K = 32
     blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=side(R), BLOCK_K=side(K))
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
 
