@@ -38,8 +38,8 @@ Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float6
 from 0, ragged and padded batches, split and whole images, strided inputs. `python -m kernels
 compile` shows no register spills at its sizes for sm_80, sm_90 and gfx942; some float32 shapes
 outside them spill (K = 32; K = 128 with R <= 32; K = 40 with R = 100). Not tested: any GPU;
-tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options and the split were not
-chosen by measured time. float64, for checking gradients, exists in the interpreter alone.
+tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options and the split
+were not chosen by measured time. float64, for checking gradients, exists in the interpreter alone.
 """
 
 from kernels.feature_list import (
