@@ -15,6 +15,13 @@ from miniflamingo.plots.phi import (  # noqa: F401
     plot_reach,
     plot_work_list,
 )
+from miniflamingo.plots.sizes import (  # noqa: F401
+    plot_inserted,
+    plot_memory,
+    plot_occupancy,
+    plot_roof,
+    plot_sizes,
+)
 from miniflamingo.plots.style import (  # noqa: F401
     GREY,
     IMAGE_COLOURS,
