@@ -27,6 +27,7 @@ REFRESH = "renew the file: " + kernel_compile.RENEW
 @pytest.fixture(scope="module")
 def document():
     """The committed table."""
+    assert kernel_compile.COMMITTED.exists(), REFRESH
     return json.loads(kernel_compile.COMMITTED.read_text())
 
 
