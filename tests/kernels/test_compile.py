@@ -203,7 +203,7 @@ def test_the_digest_is_of_the_launches(monkeypatch):
     first = kernel_compile.digest()
     assert kernel_compile.digest() == first
     options = image_causal_attention.OPTIONS
-    monkeypatch.setitem(options, ("_forward", False, False), (128, 4))
+    monkeypatch.setitem(options, ("_forward", True, False), (128, 4))
     assert kernel_compile.digest() != first
 
 
