@@ -19,7 +19,7 @@ def main(argv=None):
     command = commands.add_parser("compile", help="registers, spills, occupancy; needs no GPU")
     command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
     command.add_argument("--json", metavar="FILE", help="also write the table as JSON")
-    command.add_argument("--check", action="store_true", help="is results/compiled.json current?")
+    command.add_argument("--check", action="store_true", help="is results/compiled.json right?")
     command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
     command.add_argument("--steps", type=int, default=20)
     command = commands.add_parser("bench", help="time and memory beside every peer's; needs a GPU")

@@ -49,6 +49,7 @@ from kernels.feature_list import (
     load_features,
 )
 from kernels.runtime import (
+    ALL_REGISTERS,
     LOG2E,
     allocate,
     cast,
@@ -354,18 +355,18 @@ OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
     ("_resample", True, False): (64, 8, 64, 2),
     ("_resample", False, True): (32, 8, 32, 1),
-    ("_resample", True, True): (32, 8, 16, 1),
+    ("_resample", True, True): (16, 4, 16, 1),
     ("_resample_stats", False, False): (64, 4, 64, 2),
     ("_resample_stats", True, False): (64, 8, 32, 2),
     ("_resample_stats", False, True): (32, 4, 32, 1),
     ("_resample_stats", True, True): (16, 8, 32, 1),
     ("_resample_dq", False, False): (64, 4, 64, 2),
     ("_resample_dq", True, False): (64, 8, 32, 2),
-    ("_resample_dq", False, True): (16, 4, 32, 1),
+    ("_resample_dq", False, True): (16, 4, 16, 1),
     ("_resample_dq", True, True): (16, 8, 16, 1),
     ("_resample_dkdv", False, False): (32, 4, 64, 1),
     ("_resample_dkdv", True, False): (16, 8, 64, 1),
-    ("_resample_dkdv", False, True): (16, 8, 16, 1),
+    ("_resample_dkdv", False, True): (16, 4, 32, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
 
@@ -373,10 +374,11 @@ OPTIONS = {
 def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file, _resample_merge excepted."""
     BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
-    if kernel.__name__ == "_resample_dkdv" and K == 128 and R > 32 and dtype.itemsize >= 4:
-        BLOCK_N = 64  # with 32, sm_90 spills 8 bytes at R = 64; with 64, K = 80, 96 and R = 1 spill
     blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=num_stages)
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if kernel is _resample_dkdv and dtype.itemsize >= 4:
+        options |= ALL_REGISTERS
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
 
 def _launch(kernel, programs, tensors, strided, options):

@@ -31,6 +31,10 @@ if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
 
 # --- launching and allocating -------------------------------------------------------------------
 
+# A launch option for CUDA: up to all 255 registers a thread. Left alone, ptxas may spill some bytes
+# of a float32 kernel so that one more warp fits; which shapes it hits has no pattern
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 _replaced = {}  # "launch" or "allocate" -> what stands in for it
 
 
