@@ -244,7 +244,7 @@ def binaries(case, kernels=None, targets=tuple(TARGETS)):
                 driver.device = target
                 own = dict(options)
                 if TARGETS[target].target.backend == "hip":
-                    own.pop("maxnreg", None)  # as on AMD's GPUs: see ALL_REGISTERS
+                    own.pop("maxnreg", None)  # as `launch` does
                 yield kernel.__name__, own, target, kernel.warmup(*args, grid=(1,), **own)
 
 
