@@ -22,11 +22,11 @@ Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_block
 over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. Compiled without register spills for sm_80, sm_90 and
-gfx942: `python -m kernels compile`. Not tested: any GPU yet (tests/kernels runs there as it is);
-tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one process. The
-launch options were chosen for fitting in registers, not by measured time.
-float64, for checking gradients, exists in the interpreter alone.
+any order of phi, strided q, k, v, dout. No register spills for sm_80, sm_90 and gfx942 at any K
+and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256). Not tested: any
+GPU yet (tests/kernels runs there as it is); tensors of more than 2^31 elements (offsets are 64 bits
+wide); several GPUs in one process. The launch options were chosen for fitting in registers, not by
+measured time. float64, for checking gradients, exists in the interpreter alone.
 """
 
 from kernels import image_causal_attention_blocks as in_blocks

@@ -35,11 +35,11 @@ D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass mov
 frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
-from 0, ragged and padded batches, split and whole images, strided inputs. `python -m kernels
-compile` shows no register spills at its sizes for sm_80, sm_90 and gfx942; some float32 shapes
-outside them spill (K = 32; K = 128 with R <= 32; K = 40 with R = 100). Not tested: any GPU;
-tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options and the split
-were not chosen by measured time. float64, for checking gradients, exists in the interpreter alone.
+from 0, ragged and padded batches, split and whole images, strided inputs. No register spills for
+sm_80, sm_90 and gfx942 at any K and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32,
+64, 100, 256). Not tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide).
+The launch options and the split were not chosen by measured time. float64, for checking gradients,
+exists in the interpreter alone.
 """
 
 from kernels.feature_list import (
@@ -350,7 +350,7 @@ def _resample_dkdv(
 
 # (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with
 # 2, a block is loaded while the one before it is worked on): wide ones that compile without
-# spilling at the usual sizes for sm_80, sm_90 and gfx942; not yet chosen by time
+# spilling for sm_80, sm_90 and gfx942 (results/compiled.json); not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
     ("_resample", True, False): (64, 8, 64, 2),

@@ -25,10 +25,16 @@ REFRESH = "renew the file: " + kernel_compile.RENEW
 
 
 @pytest.fixture(scope="module")
-def document():
-    """The committed table."""
+def committed():
+    """The committed table: (meta, records)."""
     assert kernel_compile.COMMITTED.exists(), REFRESH
-    return json.loads(kernel_compile.COMMITTED.read_text())
+    return kernel_compile.read_json(kernel_compile.COMMITTED)
+
+
+@pytest.fixture(scope="module")
+def records(committed):
+    """Its records."""
+    return committed[1]
 
 
 @pytest.fixture(scope="module")
@@ -84,42 +90,45 @@ def reached(name, functions):
 # --- the committed table ------------------------------------------------------------------------
 
 
-def test_the_committed_table_is_of_these_sources(document):
-    assert kernel_compile.stale(document) is None
+def test_the_committed_table_is_of_these_sources(committed):
+    assert kernel_compile.stale(committed[0]) is None
 
 
 def test_compiling_again_gives_the_committed_table(compiler):
     command = [sys.executable, "-m", "kernels", "compile", "--check"]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "every kernel, compiled again" in done.stdout
+    if "compilers are others" in done.stdout:
+        pytest.skip(done.stdout.splitlines()[-1])
+    assert "compiled again: the file's figures" in done.stdout
 
 
-def test_the_table_has_every_kernel_dtype_width_and_target(document):
-    found = {tuple(r[k] for k in ("kernel", "dtype", "K", "target")) for r in document["records"]}
-    for dtype, target in product(kernel_compile.DTYPES, ("sm_80", "sm_90", "gfx942")):
-        kernels = {row[0] for row in found if row[1] == dtype and row[3] == target}
-        assert kernels == launched_kernels(), REFRESH
-    for dtype, K in product(kernel_compile.DTYPES, (32, 64, 80, 96, 128)):
-        for R in (64, 256):
-            for kernel, _, _ in kernel_compile.record_launches(dtype, K, R):
-                for target in ("sm_80", "sm_90", "gfx942"):
-                    assert (kernel.__name__, dtype, K, target) in found, REFRESH
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_table_has_every_kernel_and_every_size(records, dtype, target):
+    mine = [r for r in records if (r["dtype"], r["target"]) == (dtype, target)]
+    assert {r["kernel"] for r in mine} == launched_kernels(), REFRESH
+    found = {(r["kernel"], r["K"], r["R"]) for r in mine}
+    sizes = {R for _, _, R in found}
+    assert sizes >= ({64, 256} if dtype == "fp16" else {1, 32, 64, 100, 256})
+    for K, R in product((32, 64, 80, 96, 128), sizes - {8}):  # R = 8 is with a narrow head alone
+        for kernel, _, _ in kernel_compile.record_launches(dtype, K, R):
+            assert (kernel.__name__, K, R) in found, REFRESH
 
 
-def test_nothing_in_the_table_spills(document):
+def test_nothing_in_the_table_spills(records):
     limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-    for record in document["records"]:
+    for record in records:
         assert record["spilled"] == 0, record
         assert record["shared"] <= limits[record["target"]], record
-        assert record["ok"] and record["programs"] >= 1, record
+        assert record["programs"] >= 1, record
 
 
-def test_tensor_cores_are_used_where_there_is_a_product(document):
+def test_tensor_cores_are_used_where_there_is_a_product(records):
     """In float32 by gfx942 alone, whose matrix instructions take float32 as it is."""
     products, types = launched_kernels(calls="dot"), {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
     assert {"_forward", "_backward"} <= products and "_sum_partials" not in products
-    for record in document["records"]:
+    for record in records:
         amd = record["target"] == "gfx942"
         expected = record["kernel"] in products and (amd or record["dtype"] != "fp32")
         names = {f"v_mfma_{types[record['dtype']]}"} if amd else {"HMMA", "HGMMA"}
@@ -127,8 +136,9 @@ def test_tensor_cores_are_used_where_there_is_a_product(document):
         assert record["target"] != "sm_80" or "HGMMA" not in record["tensor"], record
 
 
-def test_loads_are_128_bits_wide_where_a_tile_has_as_much_for_every_thread(document):
-    for record in document["records"]:
+def test_loads_are_128_bits_wide_where_a_tile_has_as_much_for_every_thread(records):
+    """For K = 40 rows begin where Triton does not know them to be aligned to 16 elements."""
+    for record in (r for r in records if r["K"] % 16 == 0):
         options = dict(record["options"])
         warp = 64 if record["target"] == "gfx942" else 32
         threads = options.pop("num_warps") * warp
@@ -207,38 +217,38 @@ def test_the_digest_is_of_the_launches(monkeypatch):
     assert kernel_compile.digest() != first
 
 
-def test_a_stale_table_names_the_command(document, monkeypatch, tmp_path, capsys):
-    other = {**document, "meta": {**document["meta"], "digest": "0"}}
-    assert kernel_compile.RENEW in kernel_compile.stale(other)
-    (tmp_path / "compiled.json").write_text(json.dumps(other))
-    monkeypatch.setattr(kernel_compile, "COMMITTED", tmp_path / "compiled.json")
-    assert kernel_compile.check_committed() == 1
+@pytest.fixture
+def replace_committed(committed, monkeypatch, tmp_path):
+    """Let a file stand in for the committed one, with other entries in its meta."""
+
+    def replace(**changes):
+        document = json.loads(kernel_compile.COMMITTED.read_text())
+        document["meta"] |= changes
+        (tmp_path / "compiled.json").write_text(json.dumps(document))
+        monkeypatch.setattr(kernel_compile, "COMMITTED", tmp_path / "compiled.json")
+
+    return replace
+
+
+def test_a_stale_table_names_the_command(replace_committed, capsys):
+    replace_committed(digest="0")
+    assert kernel_compile.check_committed(full=False) == 1
     assert kernel_compile.RENEW in capsys.readouterr().out
 
 
-def test_other_compilers_are_not_compared(document, monkeypatch, tmp_path, capsys):
-    meta = {**document["meta"], "triton": "0.0", "digest": kernel_compile.digest()}
-    (tmp_path / "compiled.json").write_text(json.dumps({**document, "meta": meta}))
-    monkeypatch.setattr(kernel_compile, "COMMITTED", tmp_path / "compiled.json")
-    assert kernel_compile.check_committed() == 0
+def test_other_compilers_are_not_compared(replace_committed, capsys):
+    replace_committed(triton="0.0", digest=kernel_compile.digest())
+    assert kernel_compile.check_committed(full=False) == 0
     assert "not compiled again" in capsys.readouterr().out
 
 
-def test_a_table_that_differs_is_seen(compiler):
-    code = """
-from kernels import compile as c
-[old] = c.compile_one(("bf16", 64, 64), {"_decode"}, ("sm_90",))
-c.compile_all = lambda jobs: [old]
-document = {"records": [old.record()]}
-print(list(c.differences(document)))
-document["records"][0]["registers"] += 1
-print(list(c.differences(document)))
-print(len(list(c.differences({"records": []}))) > 5)
-"""
-    done = run_python(code)
-    same, changed, absent = done.stdout.splitlines()
-    assert same == "[]" and absent == "True", done.stderr
-    assert changed.startswith("['_decode bf16 64 64 sm_90: registers is ")
+def test_a_table_that_differs_is_seen():
+    result = example()
+    same = result.record()
+    assert list(kernel_compile.differences([same], [result])) == []
+    [changed] = kernel_compile.differences([same | {"registers": 33}], [result])
+    assert changed == "k bf16 64 64 sm_90 num_warps=4: registers is 32, in the file 33"
+    assert len([*kernel_compile.differences([], [result])]) == len(same)
 
 
 # --- occupancy ----------------------------------------------------------------------------------
@@ -349,27 +359,24 @@ print([r.ok for r in c.compile_one(("bf16", 128, 64), {"_backward"}, ("sm_90",))
 
 
 def test_every_kernel_is_usual_and_sampled_for_one_target():
-    usual = kernel_compile.jobs(kernel_compile.USUAL)
-    names = Counter(name for _, names, _ in usual for name in names)
-    assert names == dict.fromkeys(launched_kernels(), 1)
     samples = kernel_compile.samples(kernel_compile.USUAL)
-    assert Counter(name for _, [name], _ in samples) == names
+    assert sorted(name for _, [name], _ in samples) == sorted(launched_kernels())
     assert {target for _, _, [target] in samples} == set(kernel_compile.TARGETS)
 
 
-def test_the_table_can_be_written_and_read(tmp_path, document):
+def test_the_table_can_be_written_and_read(tmp_path, committed):
     results = [example(), example(tensor={"HMMA": 4})]
     kernel_compile.write_json(tmp_path / "t.json", results)
-    written = json.loads((tmp_path / "t.json").read_text())
-    assert written["records"] == [result.record() for result in results]
-    assert written["meta"].keys() == document["meta"].keys()
-    assert kernel_compile.stale(written) is None
+    meta, records = kernel_compile.read_json(tmp_path / "t.json")
+    assert records == [result.record() for result in results]
+    assert meta.keys() == committed[0].keys()
+    assert kernel_compile.stale(meta) is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--check", "--full"], "--check stands alone"),
+        (["--check", "--json", "t.json"], "expected no --json beside it"),
         (["--json", "no/such/folder/t.json"], "expected a file in a folder that exists"),
     ],
 )
