@@ -380,7 +380,8 @@ def write_json(path, results):
         "digest": digest(),
     }
     records = [result.record() for result in results]
-    rows = ",\n".join(jsonlib.dumps([*record.values()]) for record in records)
+    compact = (",", ":")
+    rows = ",\n".join(jsonlib.dumps([*r.values()], separators=compact) for r in records)
     text = f'{{"meta": {jsonlib.dumps(meta, indent=1)},\n'
     text += f'"columns": {jsonlib.dumps([*records[0]])},\n"rows": [\n{rows}\n]}}\n'
     write_atomically(path, text.encode())

@@ -185,7 +185,7 @@ OPTIONS = {
     ("_forward_blocks", True, False): (64, 4, 64),
     ("_forward_blocks", False, True): (32, 4, 32),
     ("_forward_blocks", True, True): (32, 8, 32),
-    ("_backward_dq", False, False): (64, 4, 32),
+    ("_backward_dq", False, False): (64, 8, 32),
     ("_backward_dq", True, False): (64, 8, 32),
     ("_backward_dq", False, True): (32, 4, 32),
     ("_backward_dq", True, True): (16, 8, 32),
