@@ -23,10 +23,11 @@ over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
 any order of phi, strided q, k, v, dout. No register spills for sm_80, sm_90 and gfx942 at any K
-and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256). Not tested: any
-GPU yet (tests/kernels runs there as it is); tensors of more than 2^31 elements (offsets are 64 bits
-wide); several GPUs in one process. The launch options were chosen for fitting in registers, not by
-measured time. float64, for checking gradients, exists in the interpreter alone.
+and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256); at others a few
+bytes may (float32 on sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there
+as it is); tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
+process. The launch options were chosen for fitting in registers, not by measured time. float64, for
+checking gradients, exists in the interpreter alone.
 """
 
 from kernels import image_causal_attention_blocks as in_blocks
