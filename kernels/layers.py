@@ -50,7 +50,7 @@ def choose_backend(backend, x, K, R, only_last=True):
         _warn_once(f"plain torch stands in for the fused kernel: {MISSING}")
     if backend == "torch" or MISSING or (backend == "auto" and not (x.is_cuda and only_last)):
         return "torch"
-    from kernels.image_causal_attention import DTYPES, MAX_K, MAX_R  # needs Triton
+    from kernels.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
 
     fits = x.dtype in DTYPES and K <= MAX_K and R <= MAX_R
     return "fused" if fits or backend == "fused" else "torch"
