@@ -193,8 +193,6 @@ def _byte_mistakes(learns, frozen, unit, d):
 
 # --- 14.5: open-flamingo's block under our names --------------------------------------------------
 
-GATE = "a gate of ours has the shape [], theirs [1]"
-
 
 def their_block(D=6, D_m=6, H=2, K=3, seed=0):
     """{name: array} as of an open-flamingo GatedCrossAttentionBlock, random."""
@@ -262,34 +260,34 @@ def _compare_names(got, right, state):
 
 def _compare_array(name, got, wanted, right, state):
     """Wrong, with the mistake's name, unless an array is the wanted one."""
-    if "alpha" in name and got.shape == (1,):
-        raise Wrong(f"{name}: {GATE}")
     if got.shape == wanted.shape and np.array_equal(got, wanted):
         return
-    if got.shape == wanted.T.shape and np.array_equal(got, wanted.T) and wanted.ndim == 2:
+    if got.dtype.kind == "f" and np.isnan(got).any():
+        raise Wrong(f"{name}: NaN")
+    if wanted.ndim == 2 and got.shape == wanted.T.shape and np.array_equal(got, wanted.T):
         raise Wrong(f"{name} is transposed: both projects have [out, in]")
-    if "alpha" in name and np.allclose(got, np.tanh(wanted)):
-        raise Wrong(f"{name}: the model takes tanh itself, store alpha as it is")
-    if name[10:16] in ("k_proj", "v_proj") and _is_column_split(got, state):
-        raise Wrong(f"{name}: keys and values are stacked as ROWS of to_kv: split axis 0")
-    if name[10:16] in ("k_proj", "v_proj") and _is_every_second(got, state):
-        raise Wrong(f"{name}: keys are the first half of the rows, not every second one")
+    _name_gate(name, got, wanted)
+    _name_half(name, got, state)
     other = [n for n, x in right.items() if n != name and np.array_equal(got, x)]
     if other:
         raise Wrong(f"{name} holds what belongs to {other[0]}")
-    expect(got.shape, wanted.shape, explain=lambda *_: _shapes(name, got, wanted))
+    if got.shape != wanted.shape:
+        shapes = f"{list(wanted.shape)} is wanted, got {list(got.shape)}"
+        raise Wrong(f"wrong shape of {name}: {shapes}")
     raise Wrong(f"{name}: wrong values")
 
 
-def _shapes(name, got, wanted):
-    return f"wrong shape of {name}: {list(wanted.shape)} is wanted, got {list(got.shape)}"
+def _name_gate(name, got, wanted):
+    if wanted.shape == () and got.shape == (1,):
+        raise Wrong(f"{name}: a gate of ours has the shape [], theirs [1]")
+    if wanted.shape == () and np.allclose(got, np.tanh(wanted)):
+        raise Wrong(f"{name}: the model takes tanh itself, store alpha as it is")
 
 
-def _is_column_split(got, state):
-    halves = np.array_split(state["attn.to_kv.weight"], 2, axis=1)
-    return any(np.array_equal(got, half) for half in halves)
-
-
-def _is_every_second(got, state):
+def _name_half(name, got, state):
+    """What a wrong way to take keys and values apart gives."""
     both = state["attn.to_kv.weight"]
-    return any(np.array_equal(got, both[i::2]) for i in (0, 1))
+    if any(np.array_equal(got, half) for half in np.array_split(both, 2, axis=1)):
+        raise Wrong(f"{name}: keys and values are stacked as ROWS of to_kv: split axis 0")
+    if any(np.array_equal(got, both[i::2]) for i in (0, 1)):
+        raise Wrong(f"{name}: keys are the first half of the rows, not every second one")

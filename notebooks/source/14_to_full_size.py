@@ -405,14 +405,14 @@ for name in counts:
 #
 # **Flops.** A matrix of P numbers costs 2P flops a token: a multiplication and an addition each.
 # The backward pass has a product for the gradient of the input, and one for that of the matrix.
-# **Predict, then run:** which of the three does a frozen LM layer need?
-#
-# The first two. The gradient must pass *through* the frozen layers to reach the blocks below them:
+# A frozen LM layer needs the first two of the three: no gradient of its matrix is wanted, but the
+# gradient must pass *through* it to reach the blocks below. So freezing saves a third, not more:
 #
 # $$flops \approx tokens \cdot (6\, P_{learns} + 4\, P_{frozen}) \qquad\qquad (8)$$
 #
 # Torch can count what really runs. Its device "meta" has shapes and no storage, like our trick
-# above. One page of 256 tokens and 5 images in the 3B model:
+# above. **Predict, then run:** one page of 256 tokens and 5 images in the 3B model. What costs
+# more, reading the page or seeing the five images?
 
 # %%
 import torch

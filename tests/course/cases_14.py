@@ -174,6 +174,7 @@ WRONG = [
     ("14.5", with_change(**{K: lambda o, s: s["attn.to_kv.weight"]}), "wrong shape of attention.k"),
     ("14.5", with_change(norm__weight=lambda o, s: o["ffw.norm.weight"]), "holds what belongs to"),
     ("14.5", with_change(media_norm__weight=lambda o, s: np.ones(6)), "has no counterpart"),
+    ("14.5", with_change(norm__bias=lambda o, s: o["norm.bias"] * np.nan), "norm.bias: NaN"),
     ("14.5", without("ffw.down.weight"), "missing: ffw.down.weight"),
     ("14.5", lambda state: converted(state) | state, "is their name"),
     ("14.5", lambda state: [*converted(state).values()], "an array is wanted, got list"),
