@@ -213,7 +213,7 @@ show(
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Start with `tokens = [BOS]`, add each shot to it in a loop, then the query.
+# Start with a list that holds `BOS` alone, add each shot to it in a loop, then the query.
 #
 # </details>
 
@@ -263,7 +263,8 @@ panels |= {"no shots": [other, "this"]}
 show(
     plots.plot_distributions(names, {t: next_word(p)[ids] for t, p in panels.items()}),
     alt="Probability of dax, wug, toma, red and circle as the next word. With the circle called "
-    "dax: dax, nearly 1. With the circle called wug: wug, nearly 1. Without shots no name stands out.",
+    "dax: dax, nearly 1. With the circle called wug: wug, nearly 1. Without shots no name stands "
+    "out.",
 )
 
 # %% [markdown]
@@ -346,13 +347,13 @@ answers = {title: next_word(prompt)[ids] for title, prompt in cases.items()}
 show(
     plots.plot_distributions(names, answers),
     alt="Probabilities of eight colours. For a red circle: red, nearly 1. For an empty picture: "
-    "spread over several colours, blue the likeliest with about a third. Asked for the colour of a bar where "
-    "there is only a red circle: red, nearly 1.",
+    "spread over several colours, blue the likeliest with about a half. Asked for the colour of a "
+    "bar where there is only a red circle: red, nearly 1.",
 )
 
 # %% [markdown]
-# The empty picture is the milder case: the model guesses, but its distribution is broad, and whoever
-# looks at it can tell. The bar is worse. The question *presupposes* a bar, training never held a
+# The empty picture is the milder case: the model guesses, but its distribution is broad, which one
+# can see. The bar is worse. The question *presupposes* a bar, training never held a
 # question without an answer, and the model is as sure as if there were one. The paper names just
 # this among its limits: an answer that is invited by an irrelevant question.
 #
@@ -366,7 +367,7 @@ for title, prompt in cases.items():
     seen, unseen = next_word(prompt), next_word([other_empty, *prompt[1:]])
     change = abs(seen - unseen).sum() / 2
     word = TOKENIZER.words[seen.argmax()]
-    print(f"{title:<14}{word:<8} p = {seen.max():.1f}   moved by the picture: {change:.1f}")
+    print(f"{title:<14}{word:<8} p = {seen.max():.2f}   moved by the picture: {change:.2f}")
 
 # %% [markdown]
 # That check sees that "red" comes from the picture in the first and in the last case, and that the

@@ -1,4 +1,4 @@
-"""The map, distributions, beams and sight show what they are given; what does not fit is refused."""
+"""The map, distributions, beams and sight show what they are given, or refuse what does not fit."""
 
 import numpy as np
 import pytest
