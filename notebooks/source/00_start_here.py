@@ -15,7 +15,7 @@
 # **You need:** Python and NumPy, and some calculus for later modules. No GPU.
 #
 # **Time:** about 33 minutes: 8 to read (1,650 words, 200 a minute) and 25 for four exercises.
-# Computing takes about 3 seconds of one core.
+# Computing takes about 2 seconds of one core.
 
 # %% [markdown]
 # ## The picture

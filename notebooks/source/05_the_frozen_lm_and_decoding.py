@@ -17,7 +17,7 @@
 # Flamingo puts in between come in modules 06 and 07; here they only come along.
 #
 # **Time:** about 49 minutes: 11 to read (2,230 words, 200 a minute) and 38 for five exercises.
-# Computing takes about 4 seconds of one core.
+# Computing takes about 2 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
@@ -191,9 +191,9 @@ for part in ("lm.", "vision_encoder.", "gated_xattn.0.", "resampler."):
 model.zero_grad()
 
 # %% [markdown]
-# So "frozen" saves the gradients, the optimiser's moments and half of the backward arithmetic (the
-# products for dθ, not those for dx), but not the way back through the blocks. What it *buys* is
-# something else: what the LM knew cannot be trained away. In the paper, to fine-tune it lowers the
+# So "frozen" saves the gradients, the optimiser's moments and about half of the backward arithmetic
+# (the products for dθ, not those for dx), but not the way back through the blocks. What it *buys*
+# is something else: what the LM knew cannot be trained away. In the paper, to fine-tune it lowers the
 # overall score from 70.7 to 62.7, and to train it from scratch, to 57.8.
 
 # %% [markdown]
@@ -341,7 +341,8 @@ check("5.2", top_k)
 #
 # <details><summary>Hint 1</summary>
 #
-# Sort each row downwards: `order = np.argsort(-q, axis=-1)`, `np.take_along_axis(q, order, -1)`.
+# `np.argsort(-q, axis=-1)` gives the order of each row downwards, and `np.take_along_axis` follows
+# it.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -567,11 +568,13 @@ lm(prompt, np.arange(L)[None], cache)
 new = np.array([[TOKENIZER.ids["dax"]]])
 right, wrong = (lm(new, np.array([[L + s]]), copy.deepcopy(cache)) for s in (0, 1))
 print(f"largest change of a logit: {abs(right - wrong).max():.1f}")
+print(check("5.1", lambda positions, n: positions[:, :, None] + 1 >= np.arange(n)).message)
 
 # %% [markdown]
 # It does, and not by the distance alone: place L of the cache stays empty, a key of zeros, and by
 # (2) it is *seen*. Its score is 0 minus the slope, as good as many a real one. The text may look
-# fine, so do not judge by the text: compare logits with the uncached decoder's, token by token.
+# fine, so do not judge by the text: compare logits with the uncached decoder's, token by token. (The
+# last line is what the check of exercise 5.1 says to the same mistake in the mask.)
 #
 # Bug 2. Row 0 shows two circles and is about to write its second `<image>`; row 1 has one picture
 # and is about to write "large", on the way to a colour.

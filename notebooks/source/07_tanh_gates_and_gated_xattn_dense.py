@@ -16,7 +16,7 @@
 # the tape: `with Tape() as tape:` around the forward pass, then `tape.backward(out, dout)`.
 #
 # **Time:** about 48 minutes: 12 to read (2,450 words, 200 a minute) and 36 for five exercises.
-# Computing takes about 3 seconds of one core.
+# Computing takes about 2 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
