@@ -193,8 +193,8 @@ model.zero_grad()
 # %% [markdown]
 # So "frozen" saves the gradients, the optimiser's moments and about half of the backward arithmetic
 # (the products for dθ, not those for dx), but not the way back through the blocks. What it *buys*
-# is something else: what the LM knew cannot be trained away. In the paper, to fine-tune it lowers the
-# overall score from 70.7 to 62.7, and to train it from scratch, to 57.8.
+# is something else: what the LM knew cannot be trained away. In the paper, to fine-tune it lowers
+# the overall score from 70.7 to 62.7, and to train it from scratch, to 57.8.
 
 # %% [markdown]
 # ## Writing, with and without a cache
@@ -573,8 +573,8 @@ print(check("5.1", lambda positions, n: positions[:, :, None] + 1 >= np.arange(n
 # %% [markdown]
 # It does, and not by the distance alone: place L of the cache stays empty, a key of zeros, and by
 # (2) it is *seen*. Its score is 0 minus the slope, as good as many a real one. The text may look
-# fine, so do not judge by the text: compare logits with the uncached decoder's, token by token. (The
-# last line is what the check of exercise 5.1 says to the same mistake in the mask.)
+# fine, so do not judge by the text: compare logits with the uncached decoder's, token by token.
+# (The last line is what the check of exercise 5.1 says to the same mistake in the mask.)
 #
 # Bug 2. Row 0 shows two circles and is about to write its second `<image>`; row 1 has one picture
 # and is about to write "large", on the way to a colour.
