@@ -13,7 +13,7 @@
 #
 # **You need:** attention, self and cross, and its cost (module 01).
 #
-# **Time:** about 39 minutes: 9 to read (1,700 words, 200 a minute) and 30 for four exercises.
+# **Time:** about 39 minutes: 9 to read (1,750 words, 200 a minute) and 30 for four exercises.
 # Computing takes about 8 seconds of one core.
 
 # %% [markdown]
@@ -41,8 +41,8 @@ from notebooks import check, show, source
 show(
     plots.plot_turns(50_176, 512, 2, 3),
     alt="A bar above: 50,176 inputs, never changed. Below, a line of 512 latents through two "
-    "turns. Each turn begins with a cross-attention that an arrow from the inputs enters, of 50,176 times "
-    "512 scores, followed by three self-attentions.",
+    "turns. Each turn begins with a cross-attention that an arrow from the inputs enters, of "
+    "50,176 times 512 scores, followed by three self-attentions.",
 )
 
 # %% [markdown]
@@ -156,7 +156,7 @@ def read_loop(latents, inputs, Wq, Wk, Wv):  # [R, D], [B, M, C], [K, D], [K, C]
 # ### Exercise 2.2: read
 #
 # ★★☆ · 10 minutes · 3 to 5 lines. Write equation (1) without a loop. The latents [R, D] are the
-# same for all B rows; return [B, R, D]. `softmax` is at hand, or the library's `attention(q, k, v)`.
+# same for all B rows; return [B, R, D]. Use `softmax`, or the library's `attention(q, k, v)`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -365,7 +365,7 @@ print("self-attention, shuffled likewise:", np.allclose(after, before[:, order])
 #
 # ### Exercise 2.4: position codes
 #
-# ★★☆ · 8 minutes · 2 or 3 lines. Write equation (4) for positions u [M]: [M, 2F + 1], in this order.
+# ★★☆ · 8 minutes · 2 or 3 lines. Write equation (4) for u [M]: return [M, 2F + 1], in this order.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -471,50 +471,56 @@ for name, inputs in {"as it is": x, "all shuffled": x[:, order], "colours shuffl
 # Shuffled with their codes, the inputs are the same set, and nothing changes. Where a pixel
 # *stands* in the array means nothing, what is written in it means all.
 #
-# Now the weights of (1), for one picture: where each of the 8 latents looks in turn 1, before it
-# knows anything, and in turn 2.
+# **What latents read.** The weights of (1) for every picture, in both turns, of both heads:
 
 
 # %%
-def maps(finder, picture):  # -> [T, R, 12, 12], the mean over the heads
-    p, x, found = finder.perceiver, inputs_of(picture[None]), []
-    z = p.latents.data[None]
+def maps(finder, pictures):  # [B, 12, 12, 3] -> [T, B, H, R, M]
+    p, x, found = finder.perceiver, inputs_of(pictures), []
+    z = np.broadcast_to(p.latents.data, (len(x), *p.latents.shape))
     for cross, blocks in zip(p.cross, p.blocks):
-        weights = cross.attention.weights(*cross.normalise(z, x))[0].mean(axis=0)
-        found.append(weights.reshape(-1, WIDTH, WIDTH))
+        found.append(cross.attention.weights(*cross.normalise(z, x)))
         z = cross(z, x)
         for block in blocks:
             z = block(z)
     return np.stack(found)
 
 
-# %% tags=["volatile"]
-turns = maps(finder, pictures[0])
-show(
-    plots.plot_latents(pictures[0], turns[0]),
-    alt="Turn 1: a small picture with one coloured object, and for each of 8 latents where it "
-    "looks: mostly bands, that is, rows and columns of the grid, a few pixels of the object.",
-)
+# %% [markdown]
+# **Predict, then run:** in turn 1 the queries are the same for every picture; in turn 2 they depend
+# on what turn 1 has found. Go from one picture to another: which share of a latent's weights moves
+# to other pixels, in turn 1, and in turn 2?
 
 # %% tags=["volatile"]
-show(
-    plots.plot_latents(pictures[0], turns[1]),
-    alt="Turn 2: the same picture and where the 8 latents look now, with queries that depend on "
-    "what turn 1 has found.",
-)
-on_it = abs(x[0, :, :3]).max(axis=1) > 1  # pixels that differ clearly from the background
-for t, weights in enumerate(turns):
-    share = weights.reshape(8, -1)[:, on_it].sum(axis=1)
-    print(
-        f"turn {t + 1}: share on the object's {on_it.sum()} pixels:", *(f"{s:.2f}" for s in share)
-    )
+weights = maps(finder, pictures)
+moved = abs(weights - np.roll(weights, 1, axis=1)).sum(axis=-1).mean(axis=(1, 3)) / 2  # [T, H]
+for t, heads_moved in enumerate(moved):
+    print(f"turn {t + 1}: of a map moves, head by head:", *(f"{m:.0%}" for m in heads_moved))
 
 # %% [markdown]
-# A latent that looked at all 144 pixels alike would put `object's pixels / 144` on the object. Did
-# you expect all of them to stare at it? Most look at rows and columns, and compare: where is the
-# ground not as elsewhere? In turn 1 the queries are the same for every picture, so a latent can only
-# ask for a *kind* of input, a bright one or one at the left. In turn 2 it can ask for what this
-# picture needs. A map of weights shows what is read. What is made of it, it does not show.
+# One picture, and what the 8 latents read with the head that moves most: in turn 1, then in turn 2.
+
+# %% tags=["volatile"]
+head = moved[1].argmax()
+first, second = weights[:, 0, head].reshape(2, 8, WIDTH, WIDTH)
+show(
+    plots.plot_latents(pictures[0], first),
+    alt="Turn 1: a small picture with one coloured object, and for each of 8 latents what it "
+    "reads: mostly bright spots and bands in a regular pattern over the grid.",
+)
+
+# %% tags=["volatile"]
+show(
+    plots.plot_latents(pictures[0], second),
+    alt="Turn 2: the same picture and what the 8 latents read now: the regular pattern has given "
+    "way to single bands or spots, for several of them near the object or in line with it.",
+)
+
+# %% [markdown]
+# In turn 1 a latent can only ask for a *kind* of input, a bright one or one at the left, and all
+# pictures get nearly the same look. In turn 2 it asks for what *this* picture needs, and several
+# times as much of its map moves. Did you expect it to stare at the object? To say where something
+# is, its surroundings serve as well. A map shows what is read, not what is made of it.
 
 # %% [markdown]
 # ## Break it
@@ -618,8 +624,8 @@ for name, (model, encoding) in trained.items():
     )
 
 # %% [markdown]
-# With codes of the values it can only guess the middle. With ones it learns as well as the library,
-# or better: this small task can be done by *one* latent, and one it is. After training all eight are
+# With codes of the values it can only guess the middle. With ones it learns about as well as the
+# library: this small task can be done by *one* latent, and one it is. After training all eight are
 # still the same vector, or differ by rounding alone. The loss says nothing; look at the latents.
 
 # %% [markdown]
