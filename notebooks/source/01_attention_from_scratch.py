@@ -580,7 +580,7 @@ for n in (512, 1024, 4096, 50_176):
 # 2. **Softmax over the wrong axis** (nerdai/llms-from-scratch-rs, pull request 30).
 # 3. **A finite fill** (flamingo-pytorch and open-flamingo, in some settings): masked scores become
 #    a large negative number, and a row that is masked throughout becomes a uniform average.
-# 4. **−∞ and nothing else** (PyTorch, issue 41508, open since 2020): such a row becomes NaN.
+# 4. **−∞ and nothing else** (PyTorch, issue 41508, of 2020): such a row becomes NaN.
 # 5. **The causal triangle at the wrong corner** (flash-attention, issue 351, changed in its version
 #    2.1): with fewer queries than keys, query 0 was taken for token 0.
 
