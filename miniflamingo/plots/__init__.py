@@ -6,7 +6,10 @@ figures (Okabe and Ito's palette, which colour-blind readers can tell apart), an
 says something a number or a word says it too, for print in black and white.
 """
 
+from miniflamingo.plots.attention import plot_areas, plot_attention, plot_turns, plot_weights  # noqa: F401
+from miniflamingo.plots.gates import plot_gate, plot_gated_block, plot_next_words  # noqa: F401
 from miniflamingo.plots.kernels import plot_cost, plot_roofline  # noqa: F401
+from miniflamingo.plots.language import plot_beam, plot_distributions, plot_map, plot_sight  # noqa: F401
 from miniflamingo.plots.lines import plot_lines  # noqa: F401
 from miniflamingo.plots.phi import (  # noqa: F401
     plot_image_causal_mask,
