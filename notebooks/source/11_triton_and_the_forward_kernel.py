@@ -186,12 +186,13 @@ print("the watch:", watch.fault)
 
 # %% tags=["exercise"]
 @triton.jit
-def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr): ...  # your code
+def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):  # three vectors [n]
+    ...  # your code
 
 
 # %% tags=["solution"]
 @triton.jit
-def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):  # three vectors [n]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # equation (1)
     total = tl.load(x_ptr + i, i < n) + tl.load(y_ptr + i, i < n)
     tl.store(out_ptr + i, total, i < n)
@@ -294,12 +295,13 @@ print(f"zeros: {softmax(np.pad(scores, (0, 3)))[:5].sum():.2f}")
 
 # %% tags=["exercise"]
 @triton.jit
-def softmax_rows(x_ptr, out_ptr, x_row, n, BLOCK: tl.constexpr): ...  # your code
+def softmax_rows(x_ptr, out_ptr, x_row, n, BLOCK: tl.constexpr):  # [rows, n] twice
+    ...  # your code
 
 
 # %% tags=["solution"]
 @triton.jit
-def softmax_rows(x_ptr, out_ptr, x_row, n, BLOCK: tl.constexpr):
+def softmax_rows(x_ptr, out_ptr, x_row, n, BLOCK: tl.constexpr):  # [rows, n] twice
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + i, i < n, other=float("-inf"))  # equation (2)
     e = tl.exp(x - tl.max(x, 0))  # equation (3)
