@@ -34,6 +34,7 @@ from miniflamingo.plots.training import (  # noqa: F401
 )
 from miniflamingo.plots.triton import (  # noqa: F401
     plot_items,
+    plot_orders,
     plot_products,
     plot_programs,
     plot_tiles,

@@ -1,6 +1,7 @@
-"""How the programs of a kernel share out a vector, a matrix, the work list, and matrix products."""
+"""How the programs of a kernel share out their work; products to scale; sums in many orders."""
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from miniflamingo.plots.style import (
@@ -13,6 +14,7 @@ from miniflamingo.plots.style import (
     MASKED,
     PAPER,
     VISIBLE,
+    WRONG,
     canvas,
     draw_box,
     image_colour,
@@ -154,3 +156,27 @@ def _draw_matrix(axes, x, middle, matrix, sizes, unit, colour):
     axes.text(x + wide / 2, middle - high / 2 - 7, columns, color=GREY, fontsize=8, **note)
     axes.text(x - 7, middle, rows, color=GREY, fontsize=8, **note)
     return x + wide
+
+
+@styled
+def plot_orders(sums, exact):
+    """How often sums of the same float32 numbers, in different orders, miss the exact sum by what.
+
+    sums float32[orders]; exact: a float. One bar for each distance, in steps of the last binary
+    place of the exact sum. ValueError unless sums are float32, one row and not empty.
+    """
+    sums = np.asarray(sums)
+    if sums.dtype != np.float32 or sums.ndim != 1 or not len(sums):
+        raise ValueError(f"sums must be float32 [orders], got {sums.dtype} {list(sums.shape)}")
+    step = np.spacing(abs(np.float32(exact)))
+    steps = np.round((sums.astype(float) - np.float32(exact)) / step).astype(int)
+    places, counts = np.unique(steps, return_counts=True)
+    figure = Figure((6.4, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(places, counts, color=VISIBLE, width=0.8)
+    for place, count in zip(places, counts):
+        axes.text(place, count, str(count), ha="center", va="bottom", fontsize=7)
+    axes.axvline(0, color=WRONG, ls="--", lw=1.2)
+    label = "steps of the last place from the nearest float32 to the exact sum (dashed)"
+    axes.set(xlabel=label, ylabel="orders", ylim=(0, counts.max() * 1.15))
+    return figure

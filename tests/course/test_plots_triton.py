@@ -12,6 +12,7 @@ ORDER = np.array([0, 1, 2, 3, 4, 5, 6])
 ITEMS = [[0, 0, 0, 2, -1], [0, 1, 2, 4, -1], [0, 2, 4, 6, 0], [0, 2, 6, 7, 1], [0, 3, 7, 7, -1],
          [0, 0, 9, 9, -1]]  # fmt: skip
 SIZES = {"M": 10, "R": 20, "K": 30}
+SUMS = np.float32(1) + np.spacing(np.float32(1)) * np.array([0, 0, 2, 1, 2, 2], np.float32)
 PRODUCTS = [(("S", "M", "R"), ("Q", "M", "K"), ("Kt", "K", "R"))]
 
 
@@ -24,6 +25,7 @@ def every_figure():
     yield plots.plot_tiles((6, 10), (4, 4))
     yield plots.plot_items(WORDS, ORDER, ITEMS, 2)
     yield plots.plot_products(PRODUCTS, SIZES)
+    yield plots.plot_orders(SUMS, 1.0)
 
 
 def test_figures_are_deterministic(tmp_path):
@@ -31,7 +33,7 @@ def test_figures_are_deterministic(tmp_path):
         for i, figure in enumerate(every_figure()):
             assert isinstance(figure, Figure)
             figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
-    for i in range(4):
+    for i in range(5):
         assert (tmp_path / f"a{i}.png").read_bytes() == (tmp_path / f"b{i}.png").read_bytes()
         assert (tmp_path / f"a{i}.png").stat().st_size > 2000
 
@@ -67,9 +69,17 @@ def test_matrices_are_drawn_to_scale():
     assert {"S", "Q", "Kt", "M", "R", "K", "=", "·"} <= set(texts(figure))
 
 
+def test_orders_are_counted_by_their_distance_from_the_exact_sum():
+    figure = plots.plot_orders(SUMS, 1.0)
+    bars = [(p.get_x() + p.get_width() / 2, p.get_height()) for p in figure.axes[0].patches]
+    assert bars == [pytest.approx(bar) for bar in ((0, 2), (1, 1), (2, 3))]
+    assert texts(figure) == ["2", "1", "3"]
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda: plots.plot_orders([1.0], 1.0), r"float32 \[orders\], got float64 \[1\]"),
         (lambda: plots.plot_programs(0, 4), "must be at least 1, got 0 and 4"),
         (lambda: plots.plot_tiles((6, 0), (4, 4)), r"must be at least 1, got \(6, 0\)"),
         (lambda: plots.plot_items(WORDS, ORDER, [[0, 1, 2]], 1), r"int \[I, 5\], got \[1, 3\]"),
