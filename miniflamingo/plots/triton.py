@@ -175,8 +175,9 @@ def plot_orders(sums, exact):
     axes = figure.add_subplot()
     axes.bar(places, counts, color=VISIBLE, width=0.8)
     for place, count in zip(places, counts):
-        axes.text(place, count, str(count), ha="center", va="bottom", fontsize=7)
-    axes.axvline(0, color=WRONG, ls="--", lw=1.2)
+        axes.text(place, count + 1, str(count), ha="center", va="bottom", fontsize=7,
+                  bbox=dict(fc="white", ec="none", pad=0.5))  # fmt: skip
+    axes.axvline(0, color=WRONG, ls="--", lw=1.2, zorder=0)
     label = "steps of the last place from the nearest float32 to the exact sum (dashed)"
     axes.set(xlabel=label, ylabel="orders", ylim=(0, counts.max() * 1.15))
     return figure
