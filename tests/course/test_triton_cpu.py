@@ -1,5 +1,6 @@
 """The course's Triton: fenced tensors, the watch on addresses, altered kernels, their checks."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -106,10 +107,16 @@ def test_the_right_numbers_without_a_kernel_are_not_enough():
 
 def test_where_triton_is_missing_a_check_says_so(monkeypatch):
     reason = "the kernels need triton, not installed here"
-    monkeypatch.setattr("notebooks.checks.kernel_runs.unavailable", lambda: reason)
+    monkeypatch.setattr("kernels.unavailable", lambda: reason)
     assert check("11.1", lambda x, y, n: x + y).message == reason
     with pytest.raises(Exception, match="a function is wanted"):
         expect_stored(None, 1, {}, 0.0)
+
+
+def test_the_other_modules_need_no_torch():
+    code = "import sys, notebooks; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_where_triton_is_missing_the_module_says_so(monkeypatch):
