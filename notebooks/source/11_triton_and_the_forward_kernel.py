@@ -57,7 +57,7 @@ show(
 #
 # **Who does what.** Program p takes the places
 #
-# $$i = p \cdot BLOCK + (0, 1, \dots, BLOCK - 1), \qquad \text{of which } i < n \text{ exist}
+# $$i = p \cdot BLOCK + (0, 1, \dots, BLOCK - 1), \qquad \text{of which } i \lt n \text{ exist}
 # \qquad\qquad (1)$$
 #
 # so that $\lceil n / BLOCK \rceil$ programs cover everything. They run in any order, many at the
@@ -551,7 +551,7 @@ print("places of out stored twice:", len(places) - len(np.unique(places)))
 # for 3 images. Every place of the output is stored exactly once, which is why no program has to
 # wait for another.
 #
-# A real item holds 64 to 512 tokens. Then q is read and out is written once, and k and v hardly
+# In use an item has up to 512 tokens. Then q is read and out is written once, and k and v hardly
 # count: nothing is left to save. Module 13 turns that count into microseconds.
 
 # %% [markdown]

@@ -264,7 +264,7 @@ check("12.2", dv_of)
 
 # %% [markdown]
 # **Why transposed?** A tensor core multiplies tiles whose first side is at least 64 on an H100. dK
-# and dV, [64, K] each in float32, fill most of a program's registers, so the tile of tokens must be
+# and dV, [64, K] each in float32, fill much of a program's registers, so the tile of tokens must be
 # small, 32. As $S = Q K^\top$ the product's first side is the 32 tokens, and half of the unit
 # idles. As $S^\top = K Q^\top$ it is the 64 keys. The numbers are the same.
 
@@ -446,7 +446,7 @@ show(
 
 # %% [markdown]
 # None of them is *wrong*, all are within rounding. But with atomics two runs of the same training
-# step differ in their last bits, the difference grows from step to step, and a fault can not be
+# step may differ in their last bits, the difference grows from step to step, and a fault can not be
 # repeated. In a fixed order, the tokens' own, every run gives the same bits:
 
 # %%
@@ -633,7 +633,7 @@ for bug, (old, new) in bugs.items():
 # Bug 1 shows everywhere: any comparison with central differences finds it. Bug 2 sits in one of two
 # stores, and where every image has several items the other one is taken. Bug 3 needs an unread
 # image *and* poisoned memory. With zeros it is invisible, and on a GPU, where fresh memory is often
-# zero, it comes out weeks later as a NaN in the loss. Bug 4 needs a run with several items. **A
+# zero, it shows much later, as a NaN in the loss. Bug 4 needs a run with several items. **A
 # case for every branch, and poison.**
 #
 # The gate has its own classic, the missing $1 - \tanh^2$ (module 08). At α = 0 the factor is 1, so:
