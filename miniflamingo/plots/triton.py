@@ -69,21 +69,22 @@ def plot_tiles(shape, tile):
         if not inside:
             axes.text(x + cell / 2, y + cell / 2, "×", ha="center", va="center", color=GREY)
     for pid in range(rows * columns):
-        x = left + (pid % columns) * tile[1] * cell
-        y = top + pid // columns * tile[0] * cell
-        axes.add_patch(
-            Rectangle((x, y), tile[1] * cell, tile[0] * cell, fill=False, ec=INK, lw=1.2)
-        )
-        inside = (
-            min(tile[1] * cell, left + shape[1] * cell - x),
-            min(tile[0] * cell, top + shape[0] * cell - y),
-        )
-        note = dict(ha="center", va="center", weight="bold", fontsize=12, color=INK)
-        axes.text(x + inside[0] / 2, y + inside[1] / 2, str(pid), **note)
+        _number_tile(axes, pid, shape, tile, columns, left, top, cell)
     axes.text(left, top - 12, f"{shape[1]} columns", va="center", color=GREY)
     axes.text(left - 12, top, f"{shape[0]} rows", rotation=90, ha="center", va="top", color=GREY)
     legend(axes, {"element": image_colour(1), "× masked": PAPER}, MARGIN, top + high + 17)
     return figure
+
+
+def _number_tile(axes, pid, shape, tile, columns, left, top, cell):
+    """A frame around tile `pid`, and its number in the middle of what lies in the matrix."""
+    i, j = pid // columns * tile[0], pid % columns * tile[1]
+    x, y = left + j * cell, top + i * cell
+    frame = Rectangle((x, y), tile[1] * cell, tile[0] * cell, fill=False, ec=INK, lw=1.2)
+    axes.add_patch(frame)
+    high, wide = (min(t, n - at) * cell for t, n, at in zip(tile, shape, (i, j)))
+    note = dict(ha="center", va="center", weight="bold", fontsize=12, color=INK)
+    axes.text(x + wide / 2, y + high / 2, str(pid), **note)
 
 
 @styled

@@ -117,7 +117,7 @@ def tile(answer):
         q, k, v = attention_case(M, R, K)
         arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": None, "M": M, "R": R}
         constants = dict(K=K, BLOCK_M=16, BLOCK_R=16)
-        mistakes = list(_tile_mistakes(q, k, v))
+        mistakes = [*_tile_mistakes(q, k, v), *_axis_mistakes(q, k, v)]
         hint = ": mask the rows, m < M for q and out, r < R for k and v; a row has K elements"
         right = attention(*(x.astype(float) for x in (q, k, v)))
         expect_stored(answer, -(-M // 16), arguments, right, mistakes, hint, **constants)
@@ -127,8 +127,6 @@ def _tile_mistakes(q, k, v, BLOCK=16):
     (M, K), R = q.shape, len(k)
     scores = q @ k.T / np.sqrt(K)
     with_padding = np.pad(scores, ((0, 0), (0, BLOCK - R)))  # padded keys: score 0, value 0
-    tiles = np.pad(scores, ((0, -M % BLOCK), (0, 0))).reshape(-1, BLOCK, R)
-    columns = softmax(tiles.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, R)[:M]
     yield (
         "padded keys take part in the softmax: their score is 0, it must be -inf (tl.where, r < R)",
         softmax(with_padding)[:, :R] @ v,
@@ -139,6 +137,25 @@ def _tile_mistakes(q, k, v, BLOCK=16):
         softmax(with_padding * np.sqrt(K))[:, :R] @ v,
     )
     yield "divide the scores by sqrt(K), not by K", softmax(q @ k.T / K) @ v
+    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
+    yield "not divided by the sum of the row", shifted @ v
+    yield (
+        "the weights belong on the VALUES, this multiplies them with the keys",
+        softmax(scores) @ k,
+    )
+    two = np.exp2(scores - scores.max(axis=1, keepdims=True))
+    yield (
+        "exp2 is a power of 2: multiply by log2(e) first, or use tl.exp",
+        two / two.sum(axis=1, keepdims=True) @ v,
+    )
+    yield "all weights are equal: are the scores used?", np.broadcast_to(v.mean(axis=0), (M, K))
+
+
+def _axis_mistakes(q, k, v, BLOCK=16):
+    (M, K), R = q.shape, len(k)
+    scores = q @ k.T / np.sqrt(K)
+    tiles = np.pad(scores, ((0, -M % BLOCK), (0, 0))).reshape(-1, BLOCK, R)
+    columns = softmax(tiles.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, R)[:M]
     yield (
         "softmax over the wrong axis: a row of scores is one query's, so reduce over axis 1",
         columns @ v,
@@ -148,22 +165,9 @@ def _tile_mistakes(q, k, v, BLOCK=16):
         "-inf; a row, over axis 1, never does",
         np.full((M, K), np.nan),
     )
-    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    yield "not divided by the sum of the row", shifted @ v
-    yield (
-        "the weights belong on the VALUES, this multiplies them with the keys",
-        softmax(scores) @ k,
-    )
-    right = softmax(scores) @ v
-    programs = -(-M // BLOCK)
+    right, programs = softmax(scores) @ v, -(-M // BLOCK)
     yield "pid is not multiplied by BLOCK_M", _written(right, BLOCK + programs - 1)
     yield "every program does the same rows: tl.program_id(0)", _written(right, BLOCK)
-    two = np.exp2(scores - scores.max(axis=1, keepdims=True))
-    yield (
-        "exp2 is a power of 2: multiply by log2(e) first, or use tl.exp",
-        two / two.sum(axis=1, keepdims=True) @ v,
-    )
-    yield "all weights are equal: are the scores used?", np.broadcast_to(v.mean(axis=0), (M, K))
 
 
 # --- 11.4: the offsets of a program ---------------------------------------------------------------
@@ -187,7 +191,7 @@ def offsets(answer):
     case = item_case()
     for pid in (4, 7, 8, 11, 20, 22):
         right = offsets_of(pid, *case)
-        mistakes = list(_offset_mistakes(pid, *case))
+        mistakes = [*_lookup_mistakes(pid, *case), *_term_mistakes(pid, *case)]
         expect(call(answer, pid, *case), right, mistakes)
 
 
@@ -201,13 +205,10 @@ def offsets_of(pid, H, items, order, q_strides, k_strides, split=divmod, image_a
     return np.stack([q, np.full(len(q), k)], axis=1)
 
 
-def _offset_mistakes(pid, H, items, order, q_strides, k_strides):
+def _lookup_mistakes(pid, *case):
     def with_(**mistake):
-        return offsets_of(pid, H, items, order, q_strides, k_strides, **mistake)
+        return offsets_of(pid, *case, **mistake)
 
-    right = with_()
-    (b, *_), h = items[pid // H], pid % H
-    (q_b, _, q_h), (k_b, _, k_r, k_h) = q_strides, k_strides
     yield (
         "the items come first: item = pid // H, head = pid % H; here they are exchanged",
         with_(split=lambda pid, H: (pid % H, pid // H)),
@@ -225,6 +226,12 @@ def _offset_mistakes(pid, H, items, order, q_strides, k_strides):
         with_(by="place"),
     )
     yield "order has a row for each page: look up row b, not row 0", with_(by="row 0")
+
+
+def _term_mistakes(pid, H, items, order, q_strides, k_strides):
+    right = offsets_of(pid, H, items, order, q_strides, k_strides)
+    (b, *_), h = items[pid // H], pid % H
+    (q_b, _, q_h), (k_b, _, k_r, k_h) = q_strides, k_strides
     yield "the batch row is missing in both columns", right - [b * q_b, b * k_b]
     yield "the batch row is missing in q's offset: b * q_b", right - [b * q_b, 0]
     yield "the batch row is missing in k's offset: b * k_b", right - [0, b * k_b]

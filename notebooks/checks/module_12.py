@@ -119,7 +119,8 @@ def partials(answer):
     """answer(parts [slots, size], out [images, size], splits int[images, 2]) -> [images, size]."""
     parts, out, splits = partials_case()
     for case in ((parts, out, splits), (parts[::-1][2:], out[[0, 1, 3]], splits[[0, 1, 3]])):
-        expect(call(answer, *case), added(*case), _partial_mistakes(*case))
+        mistakes = [*_partial_mistakes(*case), *_slot_mistakes(*case)]
+        expect(call(answer, *case), added(*case), mistakes)
 
 
 def added(parts, out, splits, reduce=np.sum):
@@ -154,6 +155,10 @@ def _partial_mistakes(parts, out, splits):
         "images without slots are lost: theirs was stored by their only item, leave it",
         np.where(split, right, 0),
     )
+
+
+def _slot_mistakes(parts, out, splits):
+    split = (splits[:, 1] > 0)[:, None]
     yield (
         "every image gets the sum of ALL slots: its own are slot to slot + slots - 1",
         np.where(split, parts.sum(axis=0), out),

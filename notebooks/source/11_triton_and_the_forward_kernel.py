@@ -16,7 +16,7 @@
 # Linux alone; on another system this module can be read but not run.
 #
 # **Time:** about 52 minutes: 13 to read (2,500 words, 200 a minute) and 39 for four exercises.
-# Computing takes about 6 seconds of one core.
+# Computing takes about 4 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters

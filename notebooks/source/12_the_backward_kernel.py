@@ -15,7 +15,7 @@
 # run in Triton's interpreter, on Linux.
 #
 # **Time:** about 55 minutes: 12 to read (2,400 words, 200 a minute) and 43 for five exercises.
-# Computing takes about 6 seconds of one core.
+# Computing takes about 5 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
