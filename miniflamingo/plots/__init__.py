@@ -42,3 +42,10 @@ from miniflamingo.plots.training import (  # noqa: F401
     plot_latents,
     plot_mixture,
 )
+from miniflamingo.plots.triton import (  # noqa: F401
+    plot_items,
+    plot_orders,
+    plot_products,
+    plot_programs,
+    plot_tiles,
+)
