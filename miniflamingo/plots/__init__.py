@@ -32,3 +32,9 @@ from miniflamingo.plots.training import (  # noqa: F401
     plot_latents,
     plot_mixture,
 )
+from miniflamingo.plots.vision import (  # noqa: F401
+    plot_features,
+    plot_retrieved,
+    plot_signal,
+    plot_similarity,
+)

@@ -1,0 +1,135 @@
+"""What the eye and the resampler do: features, similarities, the signal's size, keys, latents."""
+
+import textwrap
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from miniflamingo.plots.style import (
+    GREY,
+    INK,
+    LINES,
+    VISIBLE,
+    WRONG,
+    canvas,
+    name_ends,
+    styled,
+)
+
+CURVE_COLOURS = (VISIBLE, WRONG, "#009e73", "#cc79a7")
+
+
+def _expect(fits, expected, got):
+    if not fits:
+        raise ValueError(f"expected {expected}, got {got}")
+
+
+def _picture(axes, image, title="", size=8):
+    axes.imshow(np.clip(image, 0, 1), interpolation="nearest")
+    axes.set_title(title, loc="center", fontsize=size, fontweight="normal", color=INK)
+    axes.set_axis_off()
+
+
+@styled
+def plot_features(images, captions, maps):
+    """Pictures with their captions, and below each the grid that the eye makes of it.
+
+    images [n, height, width, 3]; captions: n strings; maps [n, h, w], one number a feature, in a
+    common scale. ValueError when they are not equally many.
+    """
+    n = len(images)
+    _expect(len(captions) == n == len(maps), f"{n} captions and maps", (len(captions), len(maps)))
+    figure = Figure((1.35 * n, 3.1), layout="constrained")
+    panels = figure.subplots(2, n, squeeze=False)
+    for (above, below), image, caption, grid in zip(panels.T, images, captions, maps):
+        _picture(above, image, textwrap.fill(caption, 17), 8)
+        drawn = below.imshow(grid, cmap="Blues", vmin=0, vmax=np.max(maps))
+        below.set_axis_off()
+    h, w = np.shape(maps)[1:]
+    panels[1, 0].set_title(f"{h} × {w} features", loc="center", fontsize=8, fontweight="normal")
+    figure.colorbar(drawn, ax=panels[1], label="length")
+    return figure
+
+
+@styled
+def plot_signal(panels, ylabel="", xlabel="layer"):
+    """The size of a signal through the depth, on a logarithmic axis, one line a network.
+
+    panels {title: {name: [depth]}}, at most four names each. ValueError for more, or for a value
+    that is not above 0.
+    """
+    figure = Figure((4.6 * len(panels), 3.3), layout="constrained")
+    for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
+        _expect(len(curves) <= len(CURVE_COLOURS), "at most 4 curves a panel", len(curves))
+        ends = {}
+        for i, (name, y) in enumerate(curves.items()):
+            _expect(np.min(y) > 0, f"values above 0 in {name!r}", np.min(y))
+            x = np.arange(1, len(y) + 1)
+            axes.plot(x, y, color=CURVE_COLOURS[i], ls=LINES[i], lw=1.8, marker="os^D"[i], ms=3.5)
+            ends[name] = y[-1], CURVE_COLOURS[i]
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(True)
+        name_ends(axes, x[-1], ends, 6, 8)
+    return figure
+
+
+@styled
+def plot_similarity(similarity, images, captions):
+    """The similarities of a batch: pictures as rows, captions as columns, the own one framed.
+
+    similarity [n, n]; images [n, height, width, 3]; captions: n strings. The largest of a row
+    stands in bold; a cross where that is another's caption. ValueError when the sizes differ.
+    """
+    s, n = np.asarray(similarity), len(images)
+    _expect(s.shape == (n, n) and len(captions) == n, f"[{n}, {n}] and {n} captions",
+            (s.shape, len(captions)))  # fmt: skip
+    cell, left, top = 50, 62, 100
+    figure, axes = canvas(left + n * cell + 14, top + n * cell + 30)
+    x = left + cell * np.arange(n + 1)
+    axes.pcolormesh(x, top + x - left, s, cmap="Blues", vmin=min(0, s.min()), vmax=1,
+                    edgecolors="white", linewidth=1)  # fmt: skip
+    for i in range(n):
+        y = top + i * cell
+        axes.imshow(np.clip(images[i], 0, 1), extent=(left - 52, left - 6, y + cell - 2, y + 2))
+        place = left + (i + 0.5) * cell, top - 6, textwrap.fill(captions[i], 18)
+        axes.text(*place, rotation=60, ha="left", rotation_mode="anchor", fontsize=7.5, color=INK)
+        axes.add_patch(Rectangle((left + i * cell, y), cell, cell, fill=False, ec=INK, lw=1.8))
+        _similarities_of(axes, s[i], i, left, y, cell)
+    axes.set(xlim=(0, left + n * cell + 14), ylim=(top + n * cell + 30, 0))
+    note = "framed: its own caption; bold: the largest of the row; × where that is another's"
+    axes.text(left - 52, top + n * cell + 14, note, fontsize=8, color=GREY, va="center")
+    return figure
+
+
+def _similarities_of(axes, row, own, left, y, cell):
+    """The numbers of one row of a similarity matrix; the background decides their colour."""
+    best = int(np.argmax(row))
+    for j, value in enumerate(row):
+        cross = "× " if j == best != own else ""
+        colour = "white" if value > 0.55 else INK
+        axes.text(left + (j + 0.5) * cell, y + cell / 2, f"{cross}{np.round(value, 1) + 0.0:.1f}", ha="center",
+                  va="center", color=colour, weight="bold" if j == best else "normal")  # fmt: skip
+
+
+@styled
+def plot_retrieved(queries, names, found, found_names, scores):
+    """Query pictures, one a row, and what was retrieved for each, the most similar first.
+
+    queries [n, height, width, 3] and their n names; found [n, k, height, width, 3] and their names
+    [n, k]; scores [n, k]. A cross stands where a name is another. ValueError when sizes differ.
+    """
+    n, k = np.shape(scores)
+    shapes = np.shape(queries)[:1], np.shape(names), np.shape(found)[:2], np.shape(found_names)
+    _expect(shapes == ((n,), (n,), (n, k), (n, k)), f"{n} queries, {n} x {k} found", shapes)
+    figure = Figure((1.15 * (k + 1) + 0.3, 1.55 * n), layout="constrained")
+    panels = figure.subplots(n, k + 1, width_ratios=[1.25, *[1] * k], squeeze=False)
+    for i, row in enumerate(panels):
+        _picture(row[0], queries[i], f"query:\n{names[i]}")
+        for j, axes in enumerate(row[1:]):
+            same = found_names[i][j] == names[i]
+            _picture(axes, found[i][j], f"{scores[i][j]:.2f}{'' if same else ' ×'}\n"
+                                        + str(found_names[i][j]))  # fmt: skip
+            axes.title.set_color(INK if same else WRONG)
+    return figure
