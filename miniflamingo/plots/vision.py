@@ -109,8 +109,9 @@ def _similarities_of(axes, row, own, left, y, cell):
     for j, value in enumerate(row):
         cross = "× " if j == best != own else ""
         colour = "white" if value > 0.55 else INK
-        axes.text(left + (j + 0.5) * cell, y + cell / 2, f"{cross}{np.round(value, 1) + 0.0:.1f}", ha="center",
-                  va="center", color=colour, weight="bold" if j == best else "normal")  # fmt: skip
+        number = f"{cross}{np.round(value, 1) + 0.0:.1f}"  # no "-0.0"
+        axes.text(left + (j + 0.5) * cell, y + cell / 2, number, ha="center", va="center",
+                  color=colour, weight="bold" if j == best else "normal")  # fmt: skip
 
 
 @styled

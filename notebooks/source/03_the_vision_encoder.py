@@ -15,7 +15,7 @@
 # **You need:** softmax and cross-entropy (module 01), and a little probability: the variance of a
 # sum.
 #
-# **Time:** about 54 minutes: 14 to read (2,750 words, 200 a minute) and 40 for five exercises.
+# **Time:** about 53 minutes: 13 to read (2,550 words, 200 a minute) and 40 for five exercises.
 # Computing takes about 8 seconds of one core.
 
 # %% [markdown]
