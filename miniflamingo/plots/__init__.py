@@ -33,7 +33,9 @@ from miniflamingo.plots.training import (  # noqa: F401
     plot_mixture,
 )
 from miniflamingo.plots.vision import (  # noqa: F401
+    plot_clip_latents,
     plot_features,
+    plot_keys,
     plot_retrieved,
     plot_signal,
     plot_similarity,

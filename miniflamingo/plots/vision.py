@@ -10,9 +10,11 @@ from miniflamingo.plots.style import (
     GREY,
     INK,
     LINES,
+    PAPER,
     VISIBLE,
     WRONG,
     canvas,
+    image_colour,
     name_ends,
     styled,
 )
@@ -133,4 +135,68 @@ def plot_retrieved(queries, names, found, found_names, scores):
             _picture(axes, found[i][j], f"{scores[i][j]:.2f}{'' if same else ' ×'}\n"
                                         + str(found_names[i][j]))  # fmt: skip
             axes.title.set_color(INK if same else WRONG)
+    return figure
+
+
+@styled
+def plot_keys(clips, S, R):
+    """What the latents of a resampler read: each frame's S features, and the R latents, appended.
+
+    clips {name: T}, one row each; S a square. One cell a key. ValueError when S is no square or
+    nothing is there to draw.
+    """
+    side, most = int(S**0.5), max(clips.values(), default=0)
+    _expect(side**2 == S and most > 0 and R > 0, "a square S, and R and T above 0", (S, R, clips))
+    cell, left, top = 7, 70, 34
+    block, row, width = side * cell, side * cell + 54, -(-R // side) * cell
+    figure, axes = canvas(left + most * (block + 10) + width + 170, top + len(clips) * row)
+    for i, (name, T) in enumerate(clips.items()):
+        y = top + i * row
+        axes.text(12, y + block / 2, name, va="center", weight="bold")
+        for t in range(T):
+            x = left + t * (block + 10)
+            _cells(axes, x, y, S, side, cell, image_colour(t + 1))
+            axes.text(x + block / 2, y - 10, f"+ τ{t + 1}", ha="center", va="center")
+            axes.text(x + block / 2, y + block + 10, f"frame {t + 1}", ha="center", fontsize=8)
+        x = left + T * (block + 10) + 8
+        _cells(axes, x, y, R, side, cell, PAPER, down=True)
+        axes.text(x, y + block + 10, f"{R} latents", fontsize=8)
+        after = x + width + 12, y + block / 2
+        text = f"{T * S} + {R} = {T * S + R} keys\n→ {R} visual tokens"
+        axes.text(*after, text, va="center", color=INK)
+    return figure
+
+
+def _cells(axes, x, y, count, side, cell, colour, down=False):
+    """`count` squares in lines of `side`, left to right, or columns, top to bottom."""
+    for i in range(count):
+        a, b = divmod(i, side)
+        column, line = (a, b) if down else (b, a)
+        place = x + column * cell, y + line * cell
+        axes.add_patch(Rectangle(place, cell, cell, fc=colour, ec="white", lw=0.6))
+
+
+@styled
+def plot_clip_latents(frames, maps, latents):
+    """Where some latents look in a clip, one row a latent, with each frame's share of its look.
+
+    frames [T, height, width, 3]; maps [n, T, h, w], what latent `latents[i]` pays; one scale a row.
+    ValueError when they do not fit.
+    """
+    n, T = np.shape(maps)[:2]
+    _expect((len(latents), len(frames)) == (n, T), f"{n} latents, {T} frames",
+            (len(latents), len(frames)))  # fmt: skip
+    figure = Figure((1.15 * T + 0.6, 1.42 * n), layout="constrained")
+    panels = figure.subplots(n, T, squeeze=False)
+    extent = (-0.5, frames.shape[2] - 0.5, frames.shape[1] - 0.5, -0.5)
+    for row, latent, paid in zip(panels, latents, maps):
+        for axes, frame, attention in zip(row, frames, paid):
+            grey = np.clip(frame, 0, 1).mean(axis=-1)
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+            axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0,
+                        vmax=np.max(paid))  # fmt: skip
+            share = attention.sum() / max(np.sum(paid), 1e-12)
+            axes.set_title(f"{share:.0%}", loc="center", fontsize=8, fontweight="normal")
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"latent {latent}", fontsize=8)
     return figure

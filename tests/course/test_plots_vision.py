@@ -24,6 +24,8 @@ def every_figure():
     yield plots.plot_retrieved(
         IMAGES[:2], ["ring", "bar"], FOUND, FOUND_NAMES, np.full((2, 3), 0.5)
     )
+    yield plots.plot_keys({"image": 1, "clip": 3}, 4, 3)
+    yield plots.plot_clip_latents(IMAGES, np.ones((2, 3, 2, 2)), [0, 5])
 
 
 def drawn(folder):
@@ -88,7 +90,27 @@ def test_what_is_retrieved_wrongly_has_a_cross_and_another_colour():
     assert titles[0].get_text() == "query:\nring" and sum("×" in t.get_text() for t in titles) == 2
 
 
+def test_there_is_a_cell_for_every_key():
+    figure = plots.plot_keys({"image": 1, "clip": 3}, 4, 3)
+    colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
+    assert len(colours) == (4 + 3) + (12 + 3)
+    assert colours.count(plots.PAPER) == 6 and colours.count(plots.image_colour(3)) == 4
+    assert "12 + 3 = 15 keys\n→ 3 visual tokens" in texts(figure)
+
+
+def test_latents_of_a_clip_are_drawn_frame_by_frame_with_their_shares():
+    maps = np.arange(24.0).reshape(2, 3, 2, 2)
+    figure = plots.plot_clip_latents(IMAGES, maps, [0, 5])
+    assert np.array_equal(figure.axes[4].images[1].get_array(), maps[1, 1])
+    titles = [axes.get_title(loc="center") for axes in figure.axes]
+    assert titles[:3] == [f"{x:.0%}" for x in maps[0].sum(axis=(1, 2)) / maps[0].sum()]
+    assert figure.axes[3].get_ylabel() == "latent 5"
+
+
 REFUSED = [
+    (lambda: plots.plot_keys({"clip": 2}, 5, 3), "expected a square S"),
+    (lambda: plots.plot_keys({}, 4, 3), "R and T above 0"),
+    (lambda: plots.plot_clip_latents(IMAGES, np.ones((1, 2, 2, 2)), [0]), "1 latents, 2 frames"),
     (lambda: plots.plot_features(IMAGES, CAPTIONS[:2], np.ones((3, 2, 2))), "expected 3 captions"),
     (lambda: plots.plot_signal({"a": {"b": [1, 0]}}), "expected values above 0 in 'b', got 0"),
     (lambda: plots.plot_signal({"a": {str(i): [1] for i in range(5)}}), "at most 4 curves"),
