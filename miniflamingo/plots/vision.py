@@ -3,11 +3,13 @@
 import textwrap
 
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from miniflamingo.plots.style import (
     GREY,
+    IMAGE_COLOURS,
     INK,
     LINES,
     PAPER,
@@ -149,7 +151,7 @@ def plot_keys(clips, S, R):
     _expect(side**2 == S and most > 0 and R > 0, "a square S, and R and T above 0", (S, R, clips))
     cell, left, top = 7, 70, 34
     block, row, width = side * cell, side * cell + 54, -(-R // side) * cell
-    figure, axes = canvas(left + most * (block + 10) + width + 170, top + len(clips) * row)
+    figure, axes = canvas(left + most * (block + 10) + width + 170, top + len(clips) * row - 16)
     for i, (name, T) in enumerate(clips.items()):
         y = top + i * row
         axes.text(12, y + block / 2, name, va="center", weight="bold")
@@ -189,12 +191,13 @@ def plot_clip_latents(frames, maps, latents):
     figure = Figure((1.15 * T + 0.6, 1.42 * n), layout="constrained")
     panels = figure.subplots(n, T, squeeze=False)
     extent = (-0.5, frames.shape[2] - 0.5, frames.shape[1] - 0.5, -0.5)
+    yellow = ListedColormap([IMAGE_COLOURS[4]])  # the more attention, the less transparent
     for row, latent, paid in zip(panels, latents, maps):
         for axes, frame, attention in zip(row, frames, paid):
             grey = np.clip(frame, 0, 1).mean(axis=-1)
             axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
-            axes.imshow(attention, extent=extent, cmap="viridis", alpha=0.65, vmin=0,
-                        vmax=np.max(paid))  # fmt: skip
+            axes.imshow(attention, extent=extent, cmap=yellow,
+                        alpha=0.9 * attention / max(np.max(paid), 1e-12))  # fmt: skip
             share = attention.sum() / max(np.sum(paid), 1e-12)
             axes.set_title(f"{share:.0%}", loc="center", fontsize=8, fontweight="normal")
             axes.set(xticks=[], yticks=[])
