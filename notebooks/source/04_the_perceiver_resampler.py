@@ -15,8 +15,8 @@
 # **You need:** the Perceiver (module 02), the vision encoder (module 03), attention and layer norm
 # (module 01).
 #
-# **Time:** about 51 minutes: 11 to read (2,250 words, 200 a minute) and 40 for five exercises.
-# Computing takes about 6 seconds of one core.
+# **Time:** about 51 minutes: 11 to read (2,200 words, 200 a minute) and 40 for five exercises.
+# Computing takes about 5 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
@@ -64,7 +64,7 @@ show(
 # $$f_{(t,s)} = x_{t,s} + \tau_t, \qquad f: [T S, \; D] \qquad\qquad (1)$$
 #
 # In the paper nothing is learned about the *place* s in a frame: the eye's features carry it
-# themselves. (Ours has learned spatial embeddings too, an option of the library.)
+# themselves. (Ours has learned spatial embeddings too, an option of the library that the paper has not.)
 #
 # **More frames than were trained.** With F embeddings and T > F frames, frame t = 0 … T − 1 takes
 # the place
@@ -461,7 +461,7 @@ show(
 )  # fmt: skip
 
 # %% [markdown]
-# And in one clip:
+# And in one clip, a square that moves to the right:
 
 # %%
 one, some = int(np.flatnonzero(directions == 1)[2]), [0, 4, 5]
@@ -470,8 +470,9 @@ print("this clip moves", shapes.DIRECTIONS[directions[one]])
 show(
     plots.plot_clip_latents(clips[one], paid, some),
     alt="Three latents as rows, the eight frames of a clip as columns, yellow where a latent looks "
-    "and each frame's share above it. Latent 0 looks at the first frames, latent 4 mostly at the "
-    "last ones, and latent 5 at middle and late ones.",
+    "and each frame's share above it. Latent 0 looks at the background of the first frames. "
+    "Latent 4 follows the square as it moves, and looks most at the last frames. Latent 5 looks "
+    "around it, from the third frame on.",
 )
 
 # %% [markdown]
