@@ -64,7 +64,7 @@ show(
 # $$f_{(t,s)} = x_{t,s} + \tau_t, \qquad f: [T S, \; D] \qquad\qquad (1)$$
 #
 # In the paper nothing is learned about the *place* s in a frame: the eye's features carry it
-# themselves. (Ours has learned spatial embeddings too, an option of the library that the paper has not.)
+# themselves. (Ours has learned spatial embeddings too, an option of the library.)
 #
 # **More frames than were trained.** With F embeddings and T > F frames, frame t = 0 … T − 1 takes
 # the place
