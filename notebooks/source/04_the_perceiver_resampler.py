@@ -10,7 +10,7 @@
 # - give frames their time, and stretch eight time embeddings to thirty frames;
 # - count its 194 million parameters, and settle a contradiction between two versions of the paper;
 # - look where each latent looks, in a picture and along a clip;
-# - tell from measurements which of four departures of public code do harm here, and which do not.
+# - tell from measurements which of four departures from the paper do harm here, and which do not.
 #
 # **You need:** the Perceiver (module 02), the vision encoder (module 03), attention and layer norm
 # (module 01).
@@ -291,6 +291,17 @@ for T in (1, 8, 30):
     print(f"T = {T:>2}: features {features.shape} -> visual tokens {resampler(features).shape}")
 
 # %% [markdown]
+# The pseudo-code once more, by hand and with the trained weights, squared ReLU and all:
+
+# %%
+x, f, _ = resampler.begin(features, None)  # latents, and equation (1)
+for layer in resampler.layers:
+    x = x + layer.attention(*layer.normalise(x, f))  # equations (3) and (4)
+    hidden = layer.ffw.up(layer.ffw.norm(x))
+    x = x + layer.ffw.down(np.maximum(hidden, 0) ** 2)  # equation (5)
+assert np.allclose(resampler.final_norm(x), resampler(features)[:, 0], atol=1e-4)
+
+# %% [markdown]
 # **Predict, then run:** a picture, and a clip that shows this picture eight times without moving.
 # Are the visual tokens the same?
 
@@ -543,7 +554,8 @@ for kind in (perceiver.PerceiverResampler, perceiver.MLPResampler):
 # %% [markdown]
 # ## Break it
 #
-# Four departures from the paper that public code has or had, put into the *trained* resampler:
+# Four departures from the paper, the first and the last from public code, put into the *trained*
+# resampler:
 #
 # 1. **Time embedding off** (open-flamingo): frames are flattened, but nothing tells them apart.
 # 2. **No norm on the features** before the projections.
@@ -590,7 +602,8 @@ for name, changes in list(faults.items())[:2]:
 # %% [markdown]
 # No accuracy on *pictures* would have shown it: with T = 1 there is nothing to tell apart. Fault 2
 # shows what the norm is for. The features come out of a ReLU, at a size that nobody fixed; behind
-# the norm their size does not matter.
+# the norm their size does not matter. (Both kinds of embedding are set to 0 for this, so that the
+# features alone decide.)
 
 # %%
 without_time = {True: broken(time=False), False: broken(time=False, norm=False)}
