@@ -674,8 +674,8 @@ print(check("4.1", lambda x, time: x.reshape(-1, x.shape[-1])).message)
 # - 194M parameters fit heads of width 128, not 96, and a projection from 3,072.
 # - Measure a departure before you call it a fault: latents that are not appended do no harm here.
 #
-# **In the paper:** section 3.1.1 with figure 5 and its pseudo-code; the appendix has the sizes, the
-# frames, and the ablation of the resampler. **In the library:** `miniflamingo/perceiver.py`.
+# **In the paper:** section 3.1.1; the appendix has the pseudo-code, the sizes, the frames, and the
+# ablation of the resampler. **In the library:** `miniflamingo/perceiver.py`.
 #
 # **Next:** module 05, the frozen language model that will read these tokens, and how it is made to
 # speak.
