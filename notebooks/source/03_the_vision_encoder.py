@@ -16,7 +16,7 @@
 # sum.
 #
 # **Time:** about 53 minutes: 13 to read (2,550 words, 200 a minute) and 40 for five exercises.
-# Computing takes about 8 seconds of one core.
+# Computing takes about 6 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters

@@ -16,7 +16,7 @@
 # (module 01).
 #
 # **Time:** about 51 minutes: 11 to read (2,200 words, 200 a minute) and 40 for five exercises.
-# Computing takes about 5 seconds of one core.
+# Computing takes about 4 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters
