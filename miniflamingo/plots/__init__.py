@@ -49,3 +49,11 @@ from miniflamingo.plots.triton import (  # noqa: F401
     plot_programs,
     plot_tiles,
 )
+from miniflamingo.plots.vision import (  # noqa: F401
+    plot_clip_latents,
+    plot_features,
+    plot_keys,
+    plot_retrieved,
+    plot_signal,
+    plot_similarity,
+)
