@@ -6,6 +6,7 @@ figures (Okabe and Ito's palette, which colour-blind readers can tell apart), an
 says something a number or a word says it too, for print in black and white.
 """
 
+from miniflamingo.plots.evaluation import plot_dots, plot_episode, plot_shots  # noqa: F401
 from miniflamingo.plots.kernels import plot_cost, plot_roofline  # noqa: F401
 from miniflamingo.plots.lines import plot_lines  # noqa: F401
 from miniflamingo.plots.phi import (  # noqa: F401
