@@ -73,11 +73,12 @@ def plot_shots(curves, ceilings=None):
 
 
 @styled
-def plot_dots(panels, reference=None, digits=2, xlabel=""):
+def plot_dots(panels, reference=None, digits=2, xlabel="", limits=None):
     """Every measurement as a dot: panels {title: {row: [values]}}, with each row's mean in numbers.
 
-    All panels have the same rows, in the order of the first. A dashed line goes down from the mean
-    of the row `reference`. ValueError when the rows differ, or one has no value.
+    All panels have the same rows, in the order of the first, and, where given, the same `limits` of
+    the x-axis. A dashed line goes down from the mean of the row `reference`. ValueError when the
+    rows differ, or one has no value.
     """
     rows = list(next(iter(panels.values())))
     for title, values in panels.items():
@@ -87,7 +88,7 @@ def plot_dots(panels, reference=None, digits=2, xlabel=""):
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                      panels.items()):  # fmt: skip
         _draw_dots(axes, values, reference, digits)
-        axes.set(title=title, xlabel=xlabel)
+        axes.set(title=title, xlabel=xlabel, xlim=limits)
     for axes in figure.axes[1:]:
         axes.set_yticklabels([])
     return figure
@@ -97,8 +98,10 @@ def _draw_dots(axes, values, reference, digits):
     for y, (row, dots) in enumerate(values.items()):
         mean = float(np.mean(dots))
         colour = VISIBLE if row == reference else WRONG
-        axes.plot(dots, np.full(np.size(dots), y), "o", ms=5, alpha=0.6, color=colour, mew=0)
-        axes.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=2)
+        style = dict(ms=6, alpha=0.6, color=colour, mew=0, clip_on=False)
+        axes.plot(dots, np.full(np.size(dots), y), "o", **style)
+        if np.size(dots) > 1:
+            axes.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=2, clip_on=False)
         axes.annotate(f"{mean:.{digits}f}", (1, y), (6, 0), textcoords="offset points",
                       xycoords=("axes fraction", "data"), va="center", fontsize=8)  # fmt: skip
     if reference is not None:

@@ -54,7 +54,8 @@ def test_curves_have_their_points_bars_and_ceiling():
 
 
 def test_every_value_is_a_dot_and_every_mean_a_number():
-    figure = plots.plot_dots(PANELS, reference="baseline")
+    figure = plots.plot_dots(PANELS, reference="baseline", limits=(0, 1))
+    assert all(axes.get_xlim() == (0, 1) for axes in figure.axes)
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(PANELS)
     for axes, rows in zip(figure.axes, PANELS.values()):
         dots = [li.get_xdata() for li in axes.lines if li.get_marker() == "o"]
