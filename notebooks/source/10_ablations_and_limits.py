@@ -470,9 +470,10 @@ print(f"the text against the picture: the picture wins {np.mean(said == COLOUR_I
       f"the text {np.mean(said == COLOUR_IDS[other]):.2f}")  # fmt: skip
 
 # %% [markdown]
-# The picture wins, and here is why: a third of the training's captions had a wrong colour word on
-# purpose, not counted in the loss (module 08). A model learns to distrust what its training showed
-# to be wrong, and nothing taught it to distrust a question. Look at some of the absent ones:
+# The picture wins. A likely reason, which we did not test: three in ten of the training's captions
+# had a wrong colour word on purpose, not counted in the loss (module 08), so words about a colour
+# could not be trusted. Nothing taught the model to distrust a question. Look at some of the absent
+# ones:
 
 # %%
 answers = [TOKENIZER.words[i] for i in logp["an absent object"].argmax(axis=1)]
