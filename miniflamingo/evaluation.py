@@ -225,6 +225,7 @@ class Evaluation:
 
         Each episode has `support` named pictures; likeness is the cosine of the frozen encoder's
         mean features; the most similar comes LAST. Beside it, k random pictures of the support.
+        The pool is finite, so the query itself may stand in the support: it is never chosen.
         """
         task, rng = TASKS[name], self.rng("rices", name)
         episode = grammar.draw_episode(
@@ -235,8 +236,10 @@ class Evaluation:
         mean = mean - mean.mean(axis=0)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         query, others = mean[pictures[:, -1]], mean[pictures[:, :-1]]
-        alike = np.argsort(np.einsum("bd,bnd->bn", query, others), axis=1)[:, -shots:]
-        at_random = np.tile(np.arange(shots), (self.samples, 1))
+        likeness = np.einsum("bd,bnd->bn", query, others)
+        itself = pictures[:, :-1] == pictures[:, -1:]
+        alike = np.argsort(np.where(itself, -np.inf, likeness), axis=1)[:, -shots:]
+        at_random = np.argsort(itself, axis=1, kind="stable")[:, :shots]
         chosen = {"rices": alike, "random": at_random}
         return {how: figure(self._choose(pictures, episode.name, rows).argmax(axis=1)
                             == episode.name[:, -1]) for how, rows in chosen.items()}  # fmt: skip

@@ -213,12 +213,16 @@ def test_rices_takes_the_most_similar_and_puts_them_last(examination, monkeypatc
     assert set(examination.rices(shots=4, support=60)) == {"rices", "random"}
     pictures, names, alike = seen[0]
     classes = colour[pictures] * 16 + shape[pictures]
-    for row, name, chosen in zip(classes, names, alike):
-        same = np.flatnonzero(row[:-1] == row[-1])
-        last = chosen[-min(4, len(same)) :]
+    itself = pictures[:, :-1] == pictures[:, -1:]
+    for row, name, chosen, query in zip(classes, names, alike, itself):
+        same = np.flatnonzero((row[:-1] == row[-1]) & ~query)
+        last = chosen[len(chosen) - min(4, len(same)) :]
         assert np.isin(last, same).all() and len(set(chosen)) == 4
         assert (name[last] == name[-1]).all()
     assert not np.array_equal(seen[1][2], alike)
+    assert itself.any(axis=1).sum() > 1  # a small pool: the query often stands in its own support
+    for rows in (alike, seen[1][2]):
+        assert not np.take_along_axis(itself, rows, axis=1).any()
 
 
 def test_ensemble_means_over_orders_of_the_same_shots(examination, monkeypatch):
