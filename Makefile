@@ -10,7 +10,7 @@ endif
 RUN := $(BIN)/python
 READY := .venv/installed
 
-.PHONY: demo test compare bench lint notebooks check-notebooks weights lab clean
+.PHONY: demo test compare bench lint notebooks check-notebooks timings weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -35,6 +35,9 @@ notebooks: $(READY)  ## render the course again from its sources
 
 check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
 	@$(RUN) -m notebooks.render --check $(ARGS)
+
+timings: $(READY)  ## measure the course's computing time; then `make notebooks`
+	@$(RUN) -m notebooks.timings $(ARGS)
 
 weights: $(READY)  ## train all three stages from three seeds, and replace the shipped weights
 	@for seed in $(SEEDS); do $(RUN) -m miniflamingo train lm --seed $$seed --out runs/$$seed/lm && \
