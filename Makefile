@@ -10,7 +10,7 @@ endif
 RUN := $(BIN)/python
 READY := .venv/installed
 
-.PHONY: demo test compare bench lint notebooks check-notebooks timings weights lab clean
+.PHONY: demo test compare bench lint notebooks check-notebooks timings student-release weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -38,6 +38,9 @@ check-notebooks: $(READY)  ## execute the course and compare with the committed 
 
 timings: $(READY)  ## measure the course's computing time; then `make notebooks`
 	@$(RUN) -m notebooks.timings $(ARGS)
+
+student-release: $(READY)  ## what to hand out, without solutions; ARGS=--nbgrader: its tree, too
+	@$(RUN) -m notebooks.release $(ARGS)
 
 weights: $(READY)  ## train all three stages from three seeds, and replace the shipped weights
 	@for seed in $(SEEDS); do $(RUN) -m miniflamingo train lm --seed $$seed --out runs/$$seed/lm && \
