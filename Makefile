@@ -10,7 +10,7 @@ endif
 RUN := $(BIN)/python
 READY := .venv/installed
 
-.PHONY: demo test compare bench lint notebooks check-notebooks timings student-release weights lab clean
+.PHONY: demo test compare bench lint notebooks check-notebooks timings student-release slides weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -41,6 +41,9 @@ timings: $(READY)  ## measure the course's computing time; then `make notebooks`
 
 student-release: $(READY)  ## what to hand out, without solutions; ARGS=--nbgrader: its tree, too
 	@$(RUN) -m notebooks.release $(ARGS)
+
+slides: $(READY)  ## slides of the course for a browser; ARGS=06 for one module, --teacher
+	@$(RUN) -m notebooks.slides $(ARGS)
 
 weights: $(READY)  ## train all three stages from three seeds, and replace the shipped weights
 	@for seed in $(SEEDS); do $(RUN) -m miniflamingo train lm --seed $$seed --out runs/$$seed/lm && \
