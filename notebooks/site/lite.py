@@ -1,0 +1,2 @@
+def page(paths):
+    return "# In the browser\n"
