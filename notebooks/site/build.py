@@ -3,9 +3,9 @@
     python -m notebooks.site.build              all modules; with numbers, such as 06 08, those
     python -m notebooks.site.build --no-lite    without JupyterLite, see lite.py
 
-Pages are first written to out/site-pages/, as Sphinx wants them, from the committed notebooks, which
-are not executed, from the two READMEs and from the library's docstrings. A page asks nothing of
-another host; MathJax is copied beside it (vendor.py).
+Pages are first written to out/site-pages/, as Sphinx wants them: from the committed notebooks,
+which are not executed, the two READMEs and the library's docstrings. Pages ask nothing of another
+host; MathJax is copied beside them (vendor.py).
 """
 
 import argparse
