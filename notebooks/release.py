@@ -27,8 +27,8 @@ from notebooks import render, timings
 ROOT = render.HERE.parent
 OUT = ROOT / "out"
 COPIED = ("miniflamingo", "kernels", "notebooks/__init__.py", "notebooks/display.py",
-          "notebooks/checks", "notebooks/student", "LICENSE", "requirements.txt",
-          "pyproject.toml")  # fmt: skip
+          "notebooks/widgets.py", "notebooks/checks", "notebooks/student", "LICENSE",
+          "requirements.txt", "pyproject.toml")  # fmt: skip
 KNOWS_ANSWERS = ("miniflamingo/", "kernels/", "notebooks/checks/")  # the library and its judges
 EXERCISE = re.compile(r"^### Exercise (\d+\.\d+): .+\n\n([★☆]{3}) ", re.MULTILINE)
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
