@@ -13,8 +13,8 @@ from notebooks import widgets as w
 
 TEXT = "My cat . <image> My dog <image> ran ."
 CELLS = [
-    "from notebooks.widgets import move_image_tag, turn_alpha\nmove_image_tag('My cat <image> sat .')",
-    "turn_alpha(opening=0.5)",
+    "from notebooks import widgets\nwidgets.move_image_tag('My cat <image> sat .')",
+    "widgets.turn_alpha(opening=0.5)",
 ]
 
 
