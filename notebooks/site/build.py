@@ -19,11 +19,12 @@ from pathlib import Path
 import nbformat
 
 from notebooks import render, timings
+from notebooks.site import lite as browser
 from notebooks.site import vendor
 
 HERE, ROOT = Path(__file__).resolve().parent, render.HERE.parent
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
-DIRECTIONS = ("forward", "backward", "forward + backward")  # of kernels.bench; not imported: torch
+DIRECTIONS = ("forward", "forward + backward")  # kernels.bench_entries has them, and torch
 NOT_MEASURED = """Not measured yet. On a machine with an NVIDIA GPU
 
     python -m kernels bench --json kernels/results/NAME.json
@@ -53,18 +54,20 @@ def dotted(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def relink(text, folder):
+def relink(text, folder, shown):
     """Point the links of a Markdown text, which stood in `folder`, to the pages of the site.
 
-    A file without a page keeps its name as text.
+    A file without a page, and a module that is not among those shown, keeps its name as text.
     """
+    names = {f"{path.stem}.ipynb" for path in shown}
 
     def replace(found):
         label, target = found.groups()
         if re.match(r"[a-z]+:|#", target):
             return found[0]
         name, _, anchor = target.partition("#")
-        page = page_of((folder / name).resolve())
+        path = (folder / name).resolve()
+        page = page_of(path) if path.suffix != ".ipynb" or path.name in names else None
         return f"[{label}]({page}{'#' * bool(anchor)}{anchor})" if page else label
 
     return LINK.sub(replace, text)
@@ -81,22 +84,20 @@ def write_pages(folder, paths, lite=False):
         copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
         copy(HERE / name, folder / name)
     for path in paths:
-        nbformat.write(course_page(path, lite), folder / "course" / f"{path.stem}.ipynb")
+        nbformat.write(course_page(path, paths, lite), folder / "course" / f"{path.stem}.ipynb")
     targets = render.HERE / "student" / "targets"
     if targets.exists():
         shutil.copytree(targets, folder / "course" / "targets")
     table = timings.HEAD + "".join(timings.row(timings.describe(p), timings.read()) for p in paths)
     pages = "\n".join(f"course/{path.stem}" for path in paths)
     front = (HERE / "index.md").read_text(encoding="utf-8")
-    front = front.replace("{modules}", relink(table, render.HERE)).replace("{pages}", pages)
+    front = front.replace("{modules}", relink(table, render.HERE, paths)).replace("{pages}", pages)
     write(folder / "index.md", front + "\n")
     for name, page in ((ROOT / "README.md", "project"), (render.HERE / "README.md", "teaching")):
-        text = relink(name.read_text(encoding="utf-8"), name.parent)
+        text = relink(name.read_text(encoding="utf-8"), name.parent, paths)
         write(folder / f"{page}.md", text.replace("# miniflamingo\n", "# The project\n", 1))
     write_api(folder / "api")
     write_benchmarks(folder)
-    from notebooks.site import lite as browser
-
     write(folder / "browser.md", browser.page(paths if lite else ()))
 
 
@@ -106,18 +107,18 @@ def write(file, text):
     file.write_text(text, encoding="utf-8")
 
 
-def course_page(path, lite=False):
+def course_page(path, shown, lite=False):
     """The student's notebook as a page: links of the site, figures with their words as alt text."""
     folder = render.HERE / "student"
     notebook = nbformat.read(folder / f"{path.stem}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = relink(cell.source, folder)
+            cell.source = relink(cell.source, folder, shown)
         alts = [output.metadata["image/png"]["alt"] for output in cell.get("outputs", ())
                 if "image/png" in output.get("data", {})]  # fmt: skip
         if alts:
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(alts)}}
-    if lite:
+    if lite and browser.chosen([path]):
         link = f"<a href='../lite/lab/index.html?path={path.stem}.ipynb'>Run it in the browser</a>"
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(link, id="in-the-browser"))
     return notebook
@@ -190,8 +191,6 @@ def build(out, pages, paths, lite=True):
                    str(pages), str(out)]):  # fmt: skip
         raise RuntimeError("Sphinx found faults; they stand above")
     if lite:
-        from notebooks.site import lite as browser
-
         browser.build(out / "lite", paths)
 
 
