@@ -67,12 +67,27 @@ def test_a_course_page_describes_its_figures():
     assert alts and " ".join(given) == " ".join(alts)
 
 
-def record(N, kernel, microseconds):
-    shape = {"B": 1, "L": 8, "N": N, "T": 1, "R": 4, "H": 1, "K": 8, "phi": "uniform"}
-    return {"entry": "image_causal_attention", "direction": "forward", "shape": shape,
-            "implementation": "kernel" if kernel else "torch", "is_kernel": kernel, "reason": "",
-            "microseconds": microseconds, "flops": 1e6, "bytes": 1e5, "precision": "float32",
-            "floor_microseconds": 1.0}  # fmt: skip
+def measured(N, kernel, direction):
+    """A row of kernels.bench, with an invented time."""
+    shape = {"B": 1, "L": 8, "N": N, "R": 4, "H": 1, "K": 8, "phi": "even"}
+    return {"entry": "image_causal_attention", "direction": direction, "shape": shape,
+            "implementation": "fused" if kernel else "torch", "is_kernel": kernel,
+            "microseconds": 5.0 * N, "flops": 10**6, "bytes": 10**5,
+            "floor_microseconds": 1.0 * N}  # fmt: skip
+
+
+def test_the_figures_of_a_measurement_are_drawn(tmp_path):
+    document = {"meta": {"gpu": "invented", "cpu": None, "date": "2026-01-01"},
+                "limits": {"copy_bytes_per_second": 1e12, "flops_per_second": 1e14},
+                "records": [measured(N, kernel, "forward") for N in (1, 4)
+                            for kernel in (True, False)]}  # fmt: skip
+    (tmp_path / "card.json").write_text(json.dumps(document))
+    build.write_benchmarks(tmp_path, tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "## card" in text and "- gpu: invented" in text and "Not measured" not in text
+    files = re.findall(r"!\[[^\]]{40,}\]\((figures/[^)]+)\)", text)
+    assert files == ["figures/card-roofline.png", "figures/card-cost-forward.png"]
+    assert all((tmp_path / file).stat().st_size > 2000 for file in files)
 
 
 def test_without_results_the_page_says_what_measures_them(tmp_path):
@@ -250,9 +265,14 @@ def free_port():
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab on a copy of the students' notebooks, and that folder."""
+    """The address of a JupyterLab on a student's notebook that was never run, and its folder."""
     folder, port = tmp_path / "student", free_port()
-    shutil.copytree(render.HERE / "student", folder)
+    shutil.copytree(render.HERE / "student" / "targets", folder / "targets")
+    notebook = nbformat.read(render.HERE / "student" / f"{PATHS[0].stem}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / f"{PATHS[0].stem}.ipynb")
     options = {"ServerApp.root_dir": folder, "ServerApp.port": port, "IdentityProvider.token": "",
                "LabApp.news_url": "", "LabApp.expose_app_in_browser": True,
                "ServerApp.disable_check_xsrf": True}  # fmt: skip
@@ -279,7 +299,6 @@ def test_run_all_goes_from_the_first_cell_to_the_last_with_nothing_done(lab, pag
     page.goto(f"{url}/lab/tree/{name}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-    page.evaluate("window.jupyterapp.commands.execute('editmenu:clear-all')")
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
     code = [c for c in nbformat.read(folder / name, 4).cells if c.cell_type == "code"]
