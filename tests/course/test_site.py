@@ -274,7 +274,7 @@ def lab(tmp_path):
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, folder / f"{PATHS[0].stem}.ipynb")
     options = {"ServerApp.root_dir": folder, "ServerApp.port": port, "IdentityProvider.token": "",
-               "LabApp.news_url": "", "LabApp.expose_app_in_browser": True,
+               "LabApp.extension_manager": "readonly", "LabApp.expose_app_in_browser": True,
                "ServerApp.disable_check_xsrf": True}  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
                *(f"--{name}={value}" for name, value in options.items())]  # fmt: skip
@@ -303,11 +303,11 @@ def test_run_all_goes_from_the_first_cell_to_the_last_with_nothing_done(lab, pag
     page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
     code = [c for c in nbformat.read(folder / name, 4).cells if c.cell_type == "code"]
     for _ in range(SECONDS):
-        page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
-        cells = [c for c in nbformat.read(folder / name, 4).cells if c.cell_type == "code"]
+        shown = page.evaluate("window.jupyterapp.shell.currentWidget.content.model.toJSON()")
+        cells = [c for c in nbformat.from_dict(shown).cells if c.cell_type == "code"]
         if cells[-1].execution_count == len(code):
             break
-        time.sleep(1)
+        page.wait_for_timeout(1000)
     assert [cell.execution_count for cell in cells] == list(range(1, len(code) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
