@@ -257,6 +257,11 @@ def test_both_themes_can_be_read(site, page):
     assert len(colours) == 3 and colours["light"] != colours["dark"]
 
 
+# before its kernel answers, JupyterLab runs no cell
+READY = """() => { const kernel = jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel;
+  return kernel?.connectionStatus === 'connected' && kernel.status === 'idle' }"""
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -298,7 +303,7 @@ def test_run_all_goes_from_the_first_cell_to_the_last_with_nothing_done(lab, pag
     (url, folder), name = lab, f"{PATHS[0].stem}.ipynb"
     page.goto(f"{url}/lab/tree/{name}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+    page.wait_for_function(READY)
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
     code = [c for c in nbformat.read(folder / name, 4).cells if c.cell_type == "code"]
