@@ -242,15 +242,22 @@ def test_the_search_finds_the_resampler(site, page):
     assert any("api/miniflamingo.perceiver" in link for link in links) and page.faults == []
 
 
+READ = {
+    f"course/{PATHS[0].stem}": ("article p", ".highlight span", "summary", ".cell_output pre"),
+    "teaching": ("article a.reference", "article td", ".sidebar-tree a", "article code"),
+    "api/miniflamingo.xattn": (".sig", ".sig span", "dd p", "pre"),
+}
+
+
 @in_a_browser
-def test_both_themes_can_be_read(site, page):
-    page.goto(f"{site}/course/{PATHS[0].stem}.html", wait_until="networkidle")
+@pytest.mark.parametrize("name", READ)
+def test_both_themes_can_be_read(site, page, name):
+    page.goto(f"{site}/{name}.html", wait_until="networkidle")
     colours = {}
     for _ in range(3):  # automatic, light, dark, in the theme's order
         theme = page.evaluate("document.body.dataset.theme")
         colours[theme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        for what in ("article p", "article a.reference", ".highlight span", ".sidebar-tree a",
-                     "summary", ".output pre"):  # fmt: skip
+        for what in READ[name]:
             ratios = page.evaluate(CONTRAST, what)
             assert ratios and min(ratios) >= 4.5, (theme, what, min(ratios, default=None))
         page.locator(".theme-toggle:visible").first.click()
