@@ -11,7 +11,8 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test compare bench lint notebooks check-notebooks timings student-release slides site site-test weights lab clean
+.PHONY: demo test compare check-compiled bench lint notebooks check-notebooks timings student-release \
+	slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -24,6 +25,9 @@ test: $(READY)  ## all tests; those that need a GPU skip where there is none
 
 compare: $(READY)  ## every kernel beside its NumPy twin
 	@$(RUN) -m kernels compare $(ARGS)
+
+check-compiled: $(READY)  ## compile every kernel again and compare with the committed figures
+	@$(RUN) -m kernels compile --check --full
 
 bench: $(READY)  ## every kernel beside its peers; on a CPU, plain torch and NumPy alone
 	@$(RUN) -m kernels bench $(ARGS)

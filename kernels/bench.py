@@ -543,7 +543,7 @@ def measure_all(document, cases, device, repeats, json):
 
 
 def draw_figures(document, folder):
-    """The figures of plots.py, as PNG."""
+    """The figures of miniflamingo.plots, as PNG."""
     from miniflamingo import plots
 
     entry = "image_causal_attention"  # the one that has a cost for each number of images

@@ -1,25 +1,47 @@
-"""Compile every kernel for GPUs that need not be here: `python -m kernels compile [--full]`.
+"""Compile every kernel for GPUs that need not be here: `python -m kernels compile`.
 
 Triton compiles without a GPU and without a driver. This command records the launches that the
 kernels' own launchers make, hands each to Triton's JIT as on a GPU (so with the same specialisation
 on sizes and alignments), and reads from the binary what one program needs:
 
-    registers   of a thread (gfx942: vector registers)
+    registers   of a thread (gfx942: vector registers, accumulation registers among them)
     spilled     cuda: bytes of a thread's stack; the kernels have no arrays, so what lies there are
                 registers that did not fit. gfx942: vector registers that went to memory
     shared      bytes of shared memory
+    occupancy   warps that an SM holds at a time, of 64 (gfx942: waves of a SIMD, of 8). Computed
+                from the above and the architecture's limits (see `resident`), not measured
+    loads       loads from global memory in the code, and how many of them fetch 128 bits a thread
+    tensor      tensor-core instructions in the code: HMMA, HGMMA; gfx942: v_mfma, by the type of
+                its inputs. Instructions as written, not as executed: a loop's body counts once
 
-A launch is fine if nothing is spilled and its shared memory fits. Exit code 1 if one is not, 2 if
-something is missing.
+A launch is fine if nothing is spilled and its shared memory fits. Float32 products are exact (no
+tf32), so on sm_80 and sm_90, whose tensor cores have no float32, they run on the ordinary cores;
+gfx942 has v_mfma for float32. Kernels without a matrix product have no tensor-core instructions.
+
+`--full` compiles more classes of shapes (see FULL), `--json FILE` writes the table as JSON:
+`results/compiled.json` is what both gave. `--check` fails unless that file's digest is that of the
+sources and, with the same Triton and ptxas, compiling again gives its figures: every kernel for one
+target, with `--full` the whole file. Exit code 1 if a launch or the check fails, 2 if something is
+missing.
 """
 
+import ast
+import datetime
+import hashlib
+import io
+import json as jsonlib
 import os
+import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import tokenize
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from kernels import (
@@ -31,6 +53,7 @@ from kernels import (
     squared_relu_linear,
 )
 from kernels.runtime import INTERPRET, replaced, torch, triton
+from miniflamingo.module import write_atomically
 
 # of each kernel file: (K, dtype, R) -> None
 EXAMPLES = (
@@ -41,29 +64,80 @@ EXAMPLES = (
     squared_relu_linear.launch_examples,
     layer_norm.launch_examples,
 )
+COMMITTED = Path(__file__).parent / "results" / "compiled.json"
+RENEW = "python -m kernels compile --full --json kernels/results/compiled.json"
 
-GPUTarget = triton.backends.compiler.GPUTarget
-# name -> Triton's target, and the shared memory that one program can have there
+# --- the architectures --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a multiprocessor (NVIDIA: SM, AMD: compute unit) holds; it has 4 schedulers (SIMDs).
+
+    Sources: CUDA C++ Programming Guide, technical specifications per compute capability, and the
+    CUDA occupancy calculator; for gfx942 LLVM's AMDGPU backend (AMDGPUBaseInfo.cpp).
+    """
+
+    target: triton.backends.compiler.GPUTarget
+    warps: int  # the most warps (AMD: waves) of a scheduler
+    programs: int  # the most programs (blocks; AMD: workgroups of more than one wave)
+    shared: int  # bytes of shared memory of all programs
+    largest: int  # ... of one program
+    reserved: int  # ... that the system takes for each program
+    step: int  # ... come in multiples of this
+
+
+GPUTarget, KIB = triton.backends.compiler.GPUTarget, 1024
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": GPU(GPUTarget("cuda", 80, 32), 16, 32, 164 * KIB, 163 * KIB, 1 * KIB, 128),
+    "sm_90": GPU(GPUTarget("cuda", 90, 32), 16, 32, 228 * KIB, 227 * KIB, 1 * KIB, 128),
+    "gfx942": GPU(GPUTarget("hip", "gfx942", 64), 8, 16, 64 * KIB, 64 * KIB, 0, 512),
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# of all three: a scheduler has 512 registers for each lane of a warp (SM: 65,536 = 4 * 512 * 32),
+# and a warp gets a multiple of 8
+SCHEDULERS, REGISTERS, REGISTERS_STEP = 4, 512, 8
 
-# (dtype, K, R), the paper's R = 64 first. The usual ones touch every kernel and both widths
-USUAL = (
-    ("bf16", 64, 64),
-    ("bf16", 128, 64),
-    ("fp32", 16, 8),
-    ("fp32", 128, 64),
-    ("bf16", 128, 256),
-)
-SHAPES = ((64, 64), (128, 64), (16, 8), (128, 256), (32, 32), (40, 64), (64, 40), (80, 7), (96, 64))
-SHAPES += ((128, 1), (64, 128), (40, 100), (128, 32), (16, 64), (16, 256))
+
+def resident(target, registers, shared, num_warps):
+    """How many programs a multiprocessor holds at a time, and which limit says so -> (int, str).
+
+    The smallest of these, all rounded down; `up` rounds up to a multiple:
+
+        warps       4 * warps of a scheduler / num_warps
+        programs    the architecture's limit
+        registers   4 * (512 / up(registers, 8)) / num_warps
+        shared      shared memory of all / up(shared + reserved, step)
+    """
+    gpu = TARGETS[target]
+    bytes_taken = _round_up(shared + gpu.reserved, gpu.step)
+    warps = SCHEDULERS * (REGISTERS // _round_up(max(registers, 1), REGISTERS_STEP))
+    limits = {
+        "warps": SCHEDULERS * gpu.warps // num_warps,
+        "programs": gpu.programs,
+        "registers": warps // num_warps,
+        "shared": gpu.shared // bytes_taken if bytes_taken else gpu.programs,
+    }
+    limit = min(limits, key=limits.get)
+    return limits[limit], limit
+
+
+def _round_up(x, step):
+    return -(-x // step) * step
+
+
+# --- what is compiled ---------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WIDTHS = (32, 64, 80, 96, 128)
+
+# cases (dtype, K, R). R = 64 is the paper's; larger images have kernels of their own
+USUAL = tuple(("bf16", K, R) for K in WIDTHS for R in (64, 256))
+# the classes of R whose code differs: one row, blocks that are full, a last block that is not. Then
+# two narrow heads. float16 is compiled as bfloat16 is, so the usual sizes are enough
 FULL = (
-    *((dtype, K, R) for K, R in SHAPES for dtype in ("bf16", "fp32")),
-    *(("fp16", K, R) for K, R in SHAPES[:4]),  # compiles as bf16 does but for the conversions
+    *((dtype, K, R) for dtype in ("bf16", "fp32") for K in WIDTHS for R in (1, 32, 64, 100, 256)),
+    *(("fp16", K, R) for K in WIDTHS for R in (64, 256)),
+    *((dtype, K, R) for dtype in ("bf16", "fp32") for K, R in ((16, 8), (40, 100))),
 )
 
 
@@ -76,20 +150,47 @@ class Compiled:
     K: int
     R: int
     target: str
+    options: dict  # blocks, warps and stages
     registers: int
     spilled: int
     shared: int
-    options: str
+    loads: int
+    loads128: int
+    tensor: dict  # instruction -> how often it is in the code
 
     @property
     def ok(self):
         """Whether it fits."""
-        return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
+        return self.spilled == 0 and self.shared <= TARGETS[self.target].largest
+
+    def record(self):
+        """The fields and what follows from them, for JSON."""
+        gpu = TARGETS[self.target]
+        num_warps = self.options["num_warps"]
+        programs, limit = resident(self.target, self.registers, self.shared, num_warps)
+        # of an SM; on AMD of one SIMD, as is customary there
+        units = SCHEDULERS if gpu.target.backend == "hip" else 1
+        warps = -(-programs * num_warps // units)
+        most = SCHEDULERS * gpu.warps // units
+        return asdict(self) | dict(programs=programs, warps=warps, most_warps=most, limit=limit)
 
     def __str__(self):
-        fields = f"{self.kernel:<23}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<8}"
-        fields += f"{self.registers:>9}{self.spilled:>9}{self.shared:>9}  {self.options:<24}"
-        return fields + ("ok" if self.ok else "NO")
+        record = self.record()
+        fields = f"{self.kernel:<23}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<7}"
+        fields += f"{self.registers:>10}{self.spilled:>9}{self.shared:>9}"
+        fields += f"{record['warps']:>7}/{record['most_warps']:<2} {record['limit']:<10}"
+        fields += f"{self.loads128:>4}/{self.loads:<4}"
+        tensor = " ".join(f"{count} {name}" for name, count in self.tensor.items()) or "-"
+        options = " ".join(f"{k.split('_')[-1]}={int(v)}" for k, v in self.options.items())
+        return f"{fields}{tensor:<18}{'ok' if self.ok else 'NO'}  {options}"
+
+
+HEADER = (
+    f"{'kernel':<23}{'dtype':>5}{'K':>5}{'R':>5}  {'target':<7}{'registers':>10}{'spilled':>9}"
+    f"{'shared':>9}  occupancy, limit   loads128 tensor                options"
+)
+
+# --- compiling ----------------------------------------------------------------------------------
 
 
 class _Driver:
@@ -104,7 +205,7 @@ class _Driver:
         return 0
 
     def get_current_target(self):
-        return TARGETS[self.device][0]
+        return TARGETS[self.device].target
 
 
 def missing():
@@ -112,17 +213,17 @@ def missing():
     if INTERPRET.value:
         return "compiling needs a process of its own with TRITON_INTERPRET=0"
     backends = Path(triton.__file__).parent / "backends"
-    needed = [_cuobjdump(), backends / "amd" / "compiler.py"]
+    needed = [_tool("cuobjdump"), _tool("nvdisasm"), backends / "amd" / "compiler.py"]
     absent = [str(path) for path in needed if not path.exists()]
     return f"this Triton lacks {', '.join(absent)}" if absent else None
 
 
 def record_launches(dtype, K, R):
-    """The launches [(kernel, arguments, options)] of every kernel, each only once."""
+    """The launches [(kernel, arguments, options)] of every kernel, one for each set of options."""
     launches = {}
 
     def record(kernel, programs, *args, **options):
-        launches[kernel.__name__] = (kernel, args, options)
+        launches[(kernel.__name__, *options.items())] = (kernel, args, options)
 
     with replaced(launch=record):
         for examples in EXAMPLES:
@@ -130,60 +231,243 @@ def record_launches(dtype, K, R):
     return launches.values()
 
 
-def compile_one(case, targets=tuple(TARGETS)):
-    """Compile every kernel for a case (dtype, K, R) and every target -> [Compiled]."""
-    driver, results = _Driver(), []
+def binaries(case, kernels=None, targets=tuple(TARGETS)):
+    """Compile the named kernels (None: all) for a case (dtype, K, R) and every target.
+
+    Yields (kernel's name, options, target, Triton's binary).
+    """
+    driver = _Driver()
     triton.runtime.driver.set_active(driver)
     for kernel, args, options in record_launches(*case):
-        keys = [key for key in ("BLOCK_M", "BLOCK", "num_warps") if key in options]
-        shown = " ".join(f"{key}={options[key]}" for key in keys)
-        for target in targets:
-            driver.device = target
-            binary = kernel.warmup(*args, grid=(1,), **options)
-            read = _read_amd if TARGETS[target][0].backend == "hip" else _read_cuda
-            usage = *read(binary), binary.metadata.shared
-            results.append(Compiled(kernel.__name__, *case, target, *usage, shown))
+        if kernels is None or kernel.__name__ in kernels:
+            for target in targets:
+                driver.device = target
+                own = dict(options)
+                if TARGETS[target].target.backend == "hip":
+                    own.pop("maxnreg", None)  # as `launch` does
+                yield kernel.__name__, own, target, kernel.warmup(*args, grid=(1,), **own)
+
+
+def compile_one(case, kernels=None, targets=tuple(TARGETS)):
+    """The same -> [Compiled]."""
+    results = []
+    for name, options, target, binary in binaries(case, kernels, targets):
+        chosen = {k: v for k, v in options.items() if isinstance(v, int) and k not in ("R", "K")}
+        chosen["num_warps"] = binary.metadata.num_warps
+        read = _read_amd if TARGETS[target].target.backend == "hip" else _read_cuda
+        usage = dict(shared=binary.metadata.shared, **read(binary))
+        results.append(Compiled(name, *case, target, chosen, **usage))
     return results
 
 
-def _cuobjdump():
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def samples(cases):
+    """Every kernel of some cases once, for one target, the targets taking turns -> jobs."""
+    first = {}
+    for case in cases:
+        for kernel, _, _ in record_launches(*case):
+            first.setdefault(kernel.__name__, case)
+    return [(case, {name}, (t,)) for (name, case), t in zip(first.items(), cycle(TARGETS))]
+
+
+def compile_all(jobs):
+    """Compile jobs, arguments of `compile_one`, on all cores; yields Compiled, in order."""
+    with ProcessPoolExecutor(min(os.cpu_count(), len(jobs))) as pool:
+        for results in pool.map(compile_one, *zip(*jobs)):
+            yield from results
+
+
+# --- reading the code ---------------------------------------------------------------------------
+
+
+def _tool(name):
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def _read_cuda(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()))
+        commands = [_tool("cuobjdump"), "--dump-resource-usage"], [_tool("nvdisasm"), "-c"]
+        usage, code = (
+            subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout
+            for c in commands
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    loads = re.findall(r"\bLDG(?:STS)?\.[\w.]+", code)  # LDGSTS: straight to shared memory
+    wide = [load for load in loads if ".128" in load]
+    tensor = Counter(re.findall(r"\b(HG?MMA)\.", code))
+    return _reading(registers, stack, loads, wide, tensor)
 
 
 def _read_amd(binary):
+    code = binary.asm["amdgcn"]
     fields = ("vgpr_count", "vgpr_spill_count")
-    return tuple(int(re.search(rf"\.{f}:\s*(\d+)", binary.asm["amdgcn"]).group(1)) for f in fields)
+    registers, spilled = (int(re.search(rf"\.{f}:\s*(\d+)", code).group(1)) for f in fields)
+    loads = re.findall(r"\b(?:global|buffer)_load_\w+", code)
+    wide = [load for load in loads if load.endswith("dwordx4")]
+    tensor = Counter(re.findall(r"\b(v_mfma)_\w+_([a-z]+\d+)\b", code))
+    return _reading(registers, spilled, loads, wide, {"_".join(k): n for k, n in tensor.items()})
 
 
-def compile_all(cases):
-    """Compile the cases side by side, one process for each core; yields Compiled."""
-    with ProcessPoolExecutor(min(os.cpu_count(), len(cases))) as pool:
-        for results in pool.map(compile_one, cases):
-            yield from results
+def _reading(registers, spilled, loads, wide, tensor):
+    tensor = dict(sorted(tensor.items()))
+    counts = dict(loads=len(loads), loads128=len(wide), tensor=tensor)
+    return dict(registers=registers, spilled=spilled, **counts)
 
 
-def run(full=False):
-    """The command: print the table; returns the exit code."""
+# --- the committed file -------------------------------------------------------------------------
+
+
+def digest():
+    """A hash of what FULL compiles: the kernels' code, and each launch's arguments and options."""
+    launches = [
+        (case, kernel.__name__, [getattr(x, "dtype", x) for x in args], sorted(options.items()))
+        for case in FULL
+        for kernel, args, options in record_launches(*case)
+    ]
+    return hashlib.sha256(repr((kernel_code(), launches)).encode()).hexdigest()
+
+
+def kernel_code(folder=Path(__file__).parent):
+    """The code of a folder's @triton.jit functions and the constants beside them, file by file.
+
+    Comments, docstrings, blank lines, imports and all other functions are left out: whatever they
+    change in what is compiled shows in the launches.
+    """
+    code = {}
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text()
+        if re.search(r"^@triton\.jit", text, re.M):
+            code[path.name] = _reduced(text)
+    return code
+
+
+def _reduced(text):
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if _is_left_out(node):
+            decorators = getattr(node, "decorator_list", [])
+            first = min(n.lineno for n in [node, *decorators])
+            lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _is_left_out(node):
+    if isinstance(node, ast.FunctionDef):
+        return "triton.jit" not in map(ast.unparse, node.decorator_list)
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return docstring or isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def tools():
+    """The versions that decide what the code looks like."""
+    return {"triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
+
+
+def write_json(path, results):
+    """Write {"meta": {...}, "columns": [...], "rows": [...]}, one row a line."""
+    meta = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **tools(),
+        "digest": digest(),
+    }
+    records = [result.record() for result in results]
+    compact = (",", ":")
+    rows = ",\n".join(jsonlib.dumps([*r.values()], separators=compact) for r in records)
+    text = f'{{"meta": {jsonlib.dumps(meta, indent=1)},\n'
+    text += f'"columns": {jsonlib.dumps([*records[0]])},\n"rows": [\n{rows}\n]}}\n'
+    write_atomically(path, text.encode())
+
+
+def read_json(path):
+    """-> (meta, [record]): what write_json wrote, each record a dict."""
+    document = jsonlib.loads(Path(path).read_text())
+    return document["meta"], [dict(zip(document["columns"], row)) for row in document["rows"]]
+
+
+def stale(meta):
+    """Why a file is not of these sources, in one sentence; None if it is."""
+    if meta["digest"] == digest():
+        return None
+    return f"the kernels or their launches are not those of {COMMITTED.name}; renew it: {RENEW}"
+
+
+def differences(records, results):
+    """Compare with new results; yields a sentence for every figure that is not the records'."""
+    committed = {_key(record): record for record in records}
+    for new in (result.record() for result in results):
+        old = committed.get(_key(new), {})
+        for field in new:
+            if old.get(field) != new[field]:
+                what = " ".join(map(str, _key(new)))
+                yield f"{what}: {field} is {new[field]}, in the file {old.get(field)}"
+
+
+def _key(record):
+    what = (record[field] for field in ("kernel", "dtype", "K", "R", "target"))
+    return *what, *(f"{name}={value}" for name, value in record["options"].items())
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def check_committed(full):
+    """Whether the committed file is current: print what was found; returns the exit code."""
+    meta, records = read_json(COMMITTED)
+    if stale(meta):
+        print(stale(meta))
+        return 1
+    print(f"{COMMITTED.name}: {len(records)} records, of the kernels' present code")
+    if any(meta[name] != version for name, version in tools().items()):
+        print(f"not compiled again: the file's compilers are others than these, {tools()}")
+        return 0
+    jobs = [(case,) for case in FULL] if full else samples(USUAL)
+    results = list(compile_all(jobs))
+    found = list(differences(records, results))
+    print("\n".join(found) or f"{len(results)} of them, compiled again: the file's figures")
+    return 1 if found else 0
+
+
+def run(full=False, json=None, check=False):
+    """The command: print the table, and write it to the file `json`; returns the exit code."""
+    if check and json:
+        raise ValueError("--check reads the committed file: expected no --json beside it")
+    if json and not Path(json).parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {json}")
     if INTERPRET.value:  # a process compiles or interprets, never both
-        command = [sys.executable, "-m", "kernels", "compile", *["--full"] * full]
+        options = ["--full"] * full + ["--check"] * check + ["--json", str(json)] * bool(json)
+        command = [sys.executable, "-m", "kernels", "compile", *options]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
     if missing():
         print(f"kernels: error: {missing()}", file=sys.stderr)
         return 2
-    names = "kernel", "dtype", "K", "R", "target", "registers", "spilled", "shared", "options"
-    print("{:<23}{:>5}{:>5}{:>5}  {:<8}{:>9}{:>9}{:>9}  {}".format(*names))
-    counts = {True: 0, False: 0}
-    for result in compile_all(FULL if full else USUAL):
+    return check_committed(full) if check else print_table(FULL if full else USUAL, json)
+
+
+def print_table(cases, json):
+    """Compile cases, print the results, write them to the file `json` unless it is None."""
+    print(HEADER)
+    results, before = [], _cpu_seconds()
+    for result in compile_all([(case,) for case in cases]):
         print(result, flush=True)
-        counts[result.ok] += 1
-    print(f"{sum(counts.values())} compiled, {counts[False]} with spills or too much shared memory")
-    return 1 if counts[False] else 0
+        results.append(result)
+    seconds, bad = _cpu_seconds() - before, sum(not result.ok for result in results)
+    print(f"{len(results)} compiled, {bad} with spills or too much shared memory")
+    if json:
+        write_json(json, results)
+        # little where Triton's cache had the code
+        print(f"{seconds:.0f} seconds of CPU time; written to {json}")
+    return 1 if bad else 0
+
+
+def _cpu_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

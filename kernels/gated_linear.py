@@ -40,9 +40,9 @@ Against addmm b = 4 in bfloat16; with 184 flops a byte (an H200's) that is 18 % 
 for 4096, 4.5 % for 8192, 1.1 % for 32768. So I decides, and the feed-forward's I = 4D pays least.
 
 Tested (interpreter): M, D and I no multiples of a tile, from 0; float32, float16, bfloat16,
-float64; strided x, a, dout, weight. Compiled without spills for sm_80, sm_90 and gfx942. Not
-tested: any GPU; torch.mm's out_dtype (GPU only), which the addmm branch uses for dW'. Not handled:
-autocast (one dtype for x, a and weight; alpha may have another).
+float64; strided x, a, dout, weight. No register spills for sm_80, sm_90 and gfx942
+(results/compiled.json). Not tested: any GPU; torch.mm's out_dtype (GPU only), which the addmm
+branch uses for dW'. Not handled: autocast (one dtype for x, a and weight; alpha may have another).
 """
 
 from kernels.products import (

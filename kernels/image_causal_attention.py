@@ -22,19 +22,22 @@ Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_block
 over blocks of keys.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. Compiled without register spills for sm_80, sm_90 and
-gfx942: `python -m kernels compile`. Not tested: any GPU yet (tests/kernels runs there as it is);
-tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one process. The
-launch options were chosen for fitting in registers, not by measured time.
-float64, for checking gradients, exists in the interpreter alone.
+any order of phi, strided q, k, v, dout. No register spills for sm_80, sm_90 and gfx942 at any K
+and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256); at others a few
+bytes may (float32 on sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there
+as it is); tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
+process. The launch options were chosen for fitting in registers, not by measured time. float64, for
+checking gradients, exists in the interpreter alone.
 """
 
 from kernels import image_causal_attention_blocks as in_blocks
 from kernels.runtime import (
-    INTERPRET,
     LOG2E,
     allocate,
     cast,
+    check_alike,
+    check_limits,
+    describe,
     dot,
     launch,
     load_rows,
@@ -46,11 +49,6 @@ from kernels.runtime import (
     triton,
 )
 from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
-
-MAX_K, MAX_R = 128, 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-if INTERPRET.value:
-    DTYPES += (torch.float64,)  # for checking gradients
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -274,7 +272,7 @@ def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
     """The gradients dq, dk, dv from dout [B, L, H, K] and the forward's inputs; see there."""
     work = _prepare(q, k, v, phi, work, check)
     if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
-        raise ValueError(f"dout must be like q, {_describe(q)}, got {_describe(dout)}")
+        raise ValueError(f"dout must be like q, {describe(q)}, got {describe(dout)}")
     return _attention_backward(dout, q, k, v, work.order, work.items, work.splits, work.chunk)
 
 
@@ -283,7 +281,7 @@ def _prepare(q, k, v, phi, work, check):
     check_tensors(q, k, v)
     (B, L, H, _), N = q.shape, k.shape[1]
     if phi.shape != (B, L) or phi.device != q.device:
-        raise ValueError(f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {_describe(phi)}")
+        raise ValueError(f"phi must be int [B, L] = [{B}, {L}] on {q.device}, got {describe(phi)}")
     if work is None:
         return build_work_list(phi, N, heads=H, check=check)
     if work.shape != (B, L, N) or work.order.device != q.device:
@@ -303,25 +301,5 @@ def check_tensors(q, k, v):
         )
     if v.shape != k.shape:
         raise ValueError(f"v must be shaped like k, {list(k.shape)}, got {list(v.shape)}")
-    if not 1 <= k.shape[4] <= MAX_K:
-        raise ValueError(f"the head width K must be 1 to {MAX_K}, got {k.shape[4]}")
-    if not 1 <= k.shape[2] <= MAX_R:
-        raise ValueError(f"the visual tokens of an image R must be 1 to {MAX_R}, got {k.shape[2]}")
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
-        raise ValueError(
-            f"q, k, v must have one dtype of {', '.join(map(_name, DTYPES))}, "
-            f"got {', '.join(_name(x.dtype) for x in (q, k, v))}"
-        )
-    expected = "cpu (interpreter)" if INTERPRET.value else "cuda"
-    if len({x.device for x in (q, k, v)}) > 1 or not (INTERPRET.value or q.is_cuda):
-        raise ValueError(
-            f"q, k, v must be on one device, {expected}, got {q.device}, {k.device}, {v.device}"
-        )
-
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(x):
-    return f"{_name(x.dtype)} {list(x.shape)} on {x.device}"
+    check_limits(k.shape[4], k.shape[2])
+    check_alike(q=q, k=k, v=v)

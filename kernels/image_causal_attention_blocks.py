@@ -18,6 +18,7 @@ Tested and untested: as in `image_causal_attention.py`.
 """
 
 from kernels.runtime import (
+    ALL_REGISTERS,
     LOG2E,
     allocate,
     cast,
@@ -184,7 +185,7 @@ OPTIONS = {
     ("_forward_blocks", True, False): (64, 4, 64),
     ("_forward_blocks", False, True): (32, 4, 32),
     ("_forward_blocks", True, True): (32, 8, 32),
-    ("_backward_dq", False, False): (32, 8, 32),
+    ("_backward_dq", False, False): (64, 8, 32),
     ("_backward_dq", True, False): (64, 8, 32),
     ("_backward_dq", False, True): (32, 4, 32),
     ("_backward_dq", True, True): (16, 8, 32),
@@ -199,7 +200,10 @@ def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file."""
     BLOCK_M, num_warps, BLOCK_R = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
     blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=min(BLOCK_R, side(R)), BLOCK_K=side(K))
-    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
+    options = dict(num_warps=num_warps, num_stages=1)
+    if kernel is _forward_blocks and dtype.itemsize >= 4:
+        options |= ALL_REGISTERS
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
 
 def launch_forward(q, k, v, work):

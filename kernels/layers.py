@@ -30,7 +30,8 @@ from miniflamingo.xattn import compute_phi
 
 BACKENDS = ("auto", "torch", "fused")
 MISSING = unavailable()  # why there is no kernel here, None where there is
-SCALARS = ("alpha_xattn", "alpha_dense", "skip_gain")  # the parameters of shape []
+# the parameters of shape []
+SCALARS = ("alpha_xattn", "alpha_dense", "skip_gain", "log_inverse_temperature")
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -49,7 +50,7 @@ def choose_backend(backend, x, K, R, only_last=True):
         _warn_once(f"plain torch stands in for the fused kernel: {MISSING}")
     if backend == "torch" or MISSING or (backend == "auto" and not (x.is_cuda and only_last)):
         return "torch"
-    from kernels.image_causal_attention import DTYPES, MAX_K, MAX_R  # needs Triton
+    from kernels.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
 
     fits = x.dtype in DTYPES and K <= MAX_K and R <= MAX_R
     return "fused" if fits or backend == "fused" else "torch"
@@ -521,6 +522,58 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             x = block(x, None, bias)
         return F.linear(self.norm(x), (self.head or self.embedding).weight)
+
+
+# --- the contrastive objective --------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, vocab_size, dim, depth=1, heads=4, max_positions=32, pad_token=0):
+        super().__init__()
+        self.pad_token = pad_token
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.positions = nn.Parameter(torch.randn(max_positions, dim) * 0.1)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, 4 * dim, norm=nn.LayerNorm) for _ in range(depth)
+        )
+
+    def forward(self, tokens):  # int [B, L], padded -> [B, D]
+        present = tokens != self.pad_token
+        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask=present[:, None, None])
+        share = present / present.sum(dim=1, keepdim=True).clamp(min=1)
+        return (x * share[..., None].to(x.dtype)).sum(dim=1)
+
+
+class ContrastiveModel(nn.Module):
+    def __init__(self, vision_encoder, text_encoder, text_dim, joint_dim):
+        super().__init__()
+        self.vision_encoder, self.text_encoder = vision_encoder, text_encoder
+        self.image_proj = nn.Linear(vision_encoder.config.out_dim, joint_dim, bias=False)
+        self.text_proj = nn.Linear(text_dim, joint_dim, bias=False)
+        self.log_inverse_temperature = nn.Parameter(torch.tensor(np.log(10)))
+
+    @classmethod
+    def from_numpy(cls, model):
+        """The twin of a miniflamingo.vision.ContrastiveModel: its sizes, weights and dtype."""
+        state = {name: torch.from_numpy(np.array(x)) for name, x in model.state_dict().items()}
+        text, blocks = model.text_encoder, model.text_encoder.blocks
+        joint, dim = state["text_proj.weight"].shape
+        twin = cls(
+            NormalizerFreeResNet(model.vision_encoder.config),
+            TextEncoder(len(state["text_encoder.embedding.weight"]), dim, len(blocks),
+                        blocks[0].attention.heads, len(text.positions), text.pad_token),
+            dim, joint,
+        )  # fmt: skip
+        twin.to(next(iter(state.values())).dtype).load_state_dict(state)
+        return twin
+
+    def forward(self, pixels, tokens):  # -> images, texts [B, D] of unit length, temperature []
+        images = self.image_proj(self.vision_encoder(pixels).mean(dim=1))
+        texts = self.text_proj(self.text_encoder(tokens))
+        temperature = self.log_inverse_temperature.exp()
+        return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), temperature.squeeze()
 
 
 # --- Flamingo -----------------------------------------------------------------------------------

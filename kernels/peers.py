@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -270,12 +269,7 @@ def decoding_implementations(shape):
     own = Implementation("fused", decode_attention, prepare_decode, "cuda", is_kernel=True)
     general = replace(FUSED, name="image_causal_attention", is_kernel=False)
     gathered = Implementation("gather, SDPA", gathered_attention)
-    return [*present("decode_attention", own), general, NUMPY, EAGER, SDPA, gathered]
-
-
-def present(module, implementation):
-    """[implementation] where the package has the kernel's file, [] where it does not."""
-    return [implementation] if find_spec(f"kernels.{module}") else []
+    return [own, general, NUMPY, EAGER, SDPA, gathered]
 
 
 # --- the resampler's attention --------------------------------------------------------------------
@@ -330,7 +324,7 @@ def resampler_implementations(shape):
     """The resampler's attention: the kernel, then its peers."""
     own = Implementation("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
     return [
-        *present("resampler_attention", own),
+        own,
         Implementation(
             "NumPy",
             numpy_run(numpy_resampler),

@@ -35,11 +35,11 @@ D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass mov
 frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
-from 0, ragged and padded batches, split and whole images, strided inputs. `python -m kernels
-compile` shows no register spills at its sizes for sm_80, sm_90 and gfx942; some float32 shapes
-outside them spill (K = 32; K = 128 with R <= 32; K = 40 with R = 100). Not tested: any GPU;
-tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options and the split
-were not chosen by measured time. float64, for checking gradients, exists in the interpreter alone.
+from 0, ragged and padded batches, split and whole images, strided inputs. No register spills for
+sm_80, sm_90 and gfx942 at any K and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32,
+64, 100, 256). Not tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide).
+The launch options and the split were not chosen by measured time. float64, for checking gradients,
+exists in the interpreter alone.
 """
 
 from kernels.feature_list import (
@@ -49,6 +49,7 @@ from kernels.feature_list import (
     load_features,
 )
 from kernels.runtime import (
+    ALL_REGISTERS,
     LOG2E,
     allocate,
     cast,
@@ -349,23 +350,23 @@ def _resample_dkdv(
 
 # (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with
 # 2, a block is loaded while the one before it is worked on): wide ones that compile without
-# spilling at the usual sizes for sm_80, sm_90 and gfx942; not yet chosen by time
+# spilling for sm_80, sm_90 and gfx942 (results/compiled.json); not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
     ("_resample", True, False): (64, 8, 64, 2),
-    ("_resample", False, True): (32, 4, 32, 1),
-    ("_resample", True, True): (32, 8, 16, 1),
+    ("_resample", False, True): (32, 8, 32, 1),
+    ("_resample", True, True): (16, 4, 16, 1),
     ("_resample_stats", False, False): (64, 4, 64, 2),
     ("_resample_stats", True, False): (64, 8, 32, 2),
     ("_resample_stats", False, True): (32, 4, 32, 1),
     ("_resample_stats", True, True): (16, 8, 32, 1),
     ("_resample_dq", False, False): (64, 4, 64, 2),
     ("_resample_dq", True, False): (64, 8, 32, 2),
-    ("_resample_dq", False, True): (32, 8, 32, 1),
+    ("_resample_dq", False, True): (16, 4, 16, 1),
     ("_resample_dq", True, True): (16, 8, 16, 1),
-    ("_resample_dkdv", False, False): (32, 8, 32, 1),
+    ("_resample_dkdv", False, False): (32, 4, 64, 1),
     ("_resample_dkdv", True, False): (16, 8, 64, 1),
-    ("_resample_dkdv", False, True): (16, 8, 16, 1),
+    ("_resample_dkdv", False, True): (16, 4, 32, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
 
@@ -373,10 +374,11 @@ OPTIONS = {
 def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file, _resample_merge excepted."""
     BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
-    if kernel.__name__ == "_resample_dkdv" and K == 128 and dtype.itemsize >= 4:
-        BLOCK_N = 64  # with 32, sm_90 spills 8 bytes at R = 64; with 64, K = 80 and 96 spill
     blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=num_stages)
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if kernel is _resample_dkdv and dtype.itemsize >= 4:
+        options |= ALL_REGISTERS
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
 
 def _launch(kernel, programs, tensors, strided, options):

@@ -31,6 +31,10 @@ if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
 
 # --- launching and allocating -------------------------------------------------------------------
 
+# A launch option for CUDA: up to all 255 registers a thread. Left alone, ptxas may spill some bytes
+# of a float32 kernel so that one more warp fits; which shapes it hits has no pattern
+ALL_REGISTERS = {"maxnreg": 255}
+
 _replaced = {}  # "launch" or "allocate" -> what stands in for it
 
 
@@ -38,6 +42,8 @@ def launch(kernel, programs, *args, **options):
     """Start `programs` programs of a kernel, on the device of its first argument."""
     if "launch" in _replaced:
         return _replaced["launch"](kernel, programs, *args, **options)
+    if torch.version.hip:
+        options.pop("maxnreg", None)  # AMD's compiler has no such option
     if programs:
         device = args[0].device
         on_gpu = device.type == "cuda"

@@ -35,7 +35,7 @@ Counted, not built: 2 r dout as the epilogue of the product that makes dout (h r
 pays below the same losses, but joins this function to the one after it; dpre as a prologue of its
 two products reads 2 MF in place of 1 in each, several times over, and saves 2.
 
-Tested (interpreter): as `gated_linear.py`. Not tested: any GPU.
+Tested (interpreter), compiled: as `gated_linear.py`. Not tested: any GPU.
 """
 
 from kernels.products import (

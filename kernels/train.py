@@ -1,4 +1,4 @@
-r"""Training at scale: the bridge (or the language model) on one process or many, CPU or GPU.
+r"""Training at scale: all three stages, on one process or many, CPU or GPU.
 
     python -m kernels train flamingo --out runs/big
     torchrun --nproc-per-node 8 -m kernels train flamingo --out runs/big
@@ -20,8 +20,7 @@ bfloat16. Gradients are summed in float32 (a choice).
 
 Tested on the CPU with gloo: one process and two, float32 and bfloat16, a killed worker. Not tested:
 a GPU, NCCL, several machines. Each process builds the whole model before it is cut, for which one
-of the paper's size is too large: that needs building on the meta device. The vision stage is left
-out: its loss compares all rows of a batch with each other.
+of the paper's size is too large: that needs building on the meta device.
 """
 
 import argparse
@@ -31,7 +30,6 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +45,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from tqdm import tqdm
 
 from kernels import layers
@@ -63,7 +62,7 @@ from miniflamingo.xattn import compute_phi
 class TextLoss(nn.Module):
     """The language model around its loss: tokens, targets int[B, L] -> the summed loss, []."""
 
-    def __init__(self, stage, backend):
+    def __init__(self, stage, mesh, backend):
         super().__init__()
         self.model = layers.LanguageModel(stage.config.model)
         state = stage.model.state_dict().items()
@@ -81,13 +80,54 @@ class TextLoss(nn.Module):
         return _summed_loss(self.model(tokens), targets)
 
 
+class ContrastiveLoss(nn.Module):
+    """The two encoders around their loss: pixels [B, height, width, 3], tokens int[B, L] -> [].
+
+    Each process encodes its own rows and compares them with those of all processes: it gathers the
+    unit vectors, and the gathering's gradient brings back what the others' rows say of its own.
+    """
+
+    def __init__(self, stage, mesh, backend):
+        super().__init__()
+        self.model, self.mesh = layers.ContrastiveModel.from_numpy(stage.model), mesh
+        self.label_smoothing = stage.config.label_smoothing
+
+    def units(self):
+        """What is gathered at a time: the modules that fully_shard wraps, from the inside out."""
+        return [*self.model.vision_encoder.blocks, *self.model.text_encoder.blocks, self]
+
+    def rows(self, batch, rows):
+        """Some rows of a drawn batch, as forward's arguments; ValueError for uneven shares."""
+        pixels, tokens = batch
+        if len(pixels) % self.mesh.size():
+            raise ValueError(
+                "a contrastive batch must divide evenly over the processes, got "
+                f"{len(pixels)} rows for {self.mesh.size()} processes"
+            )
+        return pixels[rows], tokens[rows]
+
+    def forward(self, pixels, tokens):
+        images, texts, temperature = (x.float() for x in self.model(pixels, tokens))
+        first = self.mesh.get_rank() * len(images)  # of this process, among all rows
+        own = torch.arange(first, first + len(images), device=images.device)
+        options = dict(reduction="sum", label_smoothing=self.label_smoothing)
+        to_text = F.cross_entropy(temperature * images @ self.all_rows(texts).T, own, **options)
+        to_image = F.cross_entropy(temperature * texts @ self.all_rows(images).T, own, **options)
+        return to_text + to_image  # vision.contrastive_loss, the terms of these rows
+
+    def all_rows(self, x):  # [B / processes, D] -> [B, D], the rows of process 0 first
+        """Gathers; the gradient is added up over the processes and returned to each row's own."""
+        rows = DTensor.from_local(x, self.mesh, [Shard(0)])
+        return rows.full_tensor(grad_placements=[Partial()])
+
+
 class BridgeLoss(nn.Module):
     """Flamingo around its loss: tokens, targets, phi int[B, L], features [B, N, T, S, D_v] -> [].
 
     The features come from the stage's pool; the frozen eye that made them is not needed here.
     """
 
-    def __init__(self, stage, backend):
+    def __init__(self, stage, mesh, backend):
         super().__init__()
         self.pool, self.backend = stage.pool, backend
         self.model = layers.Flamingo.from_numpy(stage.model)
@@ -115,7 +155,7 @@ def _summed_loss(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-LOSSES = {"lm": TextLoss, "flamingo": BridgeLoss}
+LOSSES = {"lm": TextLoss, "vision": ContrastiveLoss, "flamingo": BridgeLoss}
 
 
 def shard(module, mesh, precision):
@@ -171,7 +211,7 @@ class ShardedRun:
         self.checkpoints, self.log_path = self.out / "checkpoints", self.out / "log.jsonl"
         if not resume and (self.latest() or self.log_path.exists()):
             raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
-        module = LOSSES[stage.name](stage, backend).to(self.device)
+        module = LOSSES[stage.name](stage, mesh, backend).to(self.device)
         self.module = shard(module, mesh, precision)
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimiser = build_optimiser(self.module, stage.config.optimiser)
@@ -180,8 +220,8 @@ class ShardedRun:
             self.load(folder)
         dist.barrier()  # all have looked, before the first one writes
         if self.rank == 0:
-            training._prepare_folder(self.checkpoints)
-            training._truncate_log(self.log_path, self.step)
+            training.prepare_folder(self.checkpoints)
+            training.truncate_log(self.log_path, self.step)
 
     def train(self, progress=True):
         """Go on until the last step; True when that was reached, False when interrupted.
@@ -191,7 +231,7 @@ class ShardedRun:
         steps, first, stopped = self.stage.config.optimiser.steps, self.rank == 0, False
         bar = tqdm(total=steps, initial=self.step, disable=not (progress and first))
         path = self.log_path if first else os.devnull
-        with bar, open(path, "a") as log, training._asked_to_stop() as stop:
+        with bar, open(path, "a") as log, training.asked_to_stop() as stop:
             while self.step < steps and not stopped:
                 record, stopped = self.update(stop.is_set())
                 log.write(json.dumps(record) + "\n")
@@ -305,7 +345,7 @@ class ShardedRun:
     def load(self, folder):
         """Take up a checkpoint, of any number of processes; ValueError for another config."""
         about = json.loads((folder / "run.json").read_text())
-        if different := list(training._differences(about["config"], self.identity())):
+        if different := list(training.differences(about["config"], self.identity())):
             raise ValueError(
                 f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
             )
@@ -358,7 +398,7 @@ def parser():
     stages = top.add_subparsers(dest="stage", required=True)
     for name in LOSSES:
         command = stages.add_parser(name)
-        command_line._add_training(command, name)
+        command_line.add_training(command, name)
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         command.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU")
         command.add_argument("--backend", choices=layers.BACKENDS, default="auto")
@@ -370,12 +410,7 @@ def parser():
 def run(options):
     """Train as a list of command-line options says; returns the exit code."""
     arguments = parser().parse_args(options)
-    config = command_line._configured(command_line.CONFIGS[arguments.stage], arguments)
-    if arguments.stage == "flamingo":
-        config = replace(config, model=command_line._configured(config.model, arguments))
-        stage = training.BridgeStage(config, arguments.lm, arguments.vision)
-    else:
-        stage = training.LanguageStage(config)
+    stage = command_line.build_stage(arguments)
     try:
         with processes(arguments.device) as mesh:
             return train(stage, mesh, arguments)

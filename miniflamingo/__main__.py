@@ -92,29 +92,32 @@ CONFIGS = {
 }
 
 
+def build_stage(arguments):
+    """The stage of training that parsed options describe."""
+    config = configured(CONFIGS[arguments.stage], arguments)
+    if arguments.stage == "lm":
+        return training.LanguageStage(config)
+    if arguments.stage == "vision":
+        return training.VisionStage(config)
+    config = replace(config, model=configured(config.model, arguments))
+    return training.BridgeStage(config, arguments.lm, arguments.vision, progress=True)
+
+
 def train(arguments):
     """Train one of the three stages; returns whether it reached its last step."""
-    config = _configured(CONFIGS[arguments.stage], arguments)
-    if arguments.stage == "flamingo":
-        model = _configured(config.model, arguments)
-        stage = training.BridgeStage(
-            replace(config, model=model), arguments.lm, arguments.vision, progress=True
-        )
-    else:
-        stage = {"lm": training.LanguageStage, "vision": training.VisionStage}[arguments.stage](
-            config
-        )
-    run = training.Run(stage, arguments.out, arguments.resume, arguments.checkpoint_every)
+    run = training.Run(
+        build_stage(arguments), arguments.out, arguments.resume, arguments.checkpoint_every
+    )
     if not run.train():
         return False
     cards.record_run(arguments.out, time.process_time())
     return True
 
 
-def _configured(config, arguments):
+def configured(config, arguments):
     """A config dataclass with the fields that the command line gives, those of .optimiser too."""
     if hasattr(config, "optimiser"):
-        config = replace(config, optimiser=_configured(config.optimiser, arguments))
+        config = replace(config, optimiser=configured(config.optimiser, arguments))
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     own = {f.name for f in fields(config)} - {"optimiser", "model"}
     return replace(config, **{name: given[name] for name in own & given.keys()})
@@ -206,7 +209,7 @@ def parser():
     command = commands.add_parser("train", help="one of the three stages")
     stages = command.add_subparsers(dest="stage", required=True)
     for name in CONFIGS:
-        _add_training(stages.add_parser(name), name)
+        add_training(stages.add_parser(name), name)
     command = commands.add_parser("evaluate", help="few-shot curves, captions, questions, motion")
     _add_checkpoint(command)
     command.add_argument("--samples", type=int, default=1000, help="episodes a figure")
@@ -235,7 +238,7 @@ def _add_checkpoint(command):
     command.add_argument("--checkpoint", default=shipped, help="file or folder of a run; shipped")
 
 
-def _add_training(command, stage):
+def add_training(command, stage):
     command.add_argument("--out", required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")
     command.add_argument("--checkpoint-every", type=int, default=100, help="steps")

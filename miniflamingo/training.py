@@ -214,12 +214,12 @@ class Run:
         self.rng = np.random.default_rng([stage.config.seed, 1])
         self.last_gradient = None
         self.checkpoint, self.log_path = self.out / "checkpoint.safetensors", self.out / "log.jsonl"
-        _prepare_folder(self.out)
+        prepare_folder(self.out)
         if resume and self.checkpoint.exists():
             self.load()
         elif self.checkpoint.exists() or (self.log_path.exists() and not resume):
             raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
-        _truncate_log(self.log_path, self.optimiser.step)
+        truncate_log(self.log_path, self.optimiser.step)
 
     def train(self, progress=True):
         """Go on until the last step; returns True when that was reached, False when interrupted.
@@ -230,7 +230,7 @@ class Run:
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
         blas = threadpool_limits(self.threads)
-        with blas, bar, open(self.log_path, "a") as log, _asked_to_stop() as stop:
+        with blas, bar, open(self.log_path, "a") as log, asked_to_stop() as stop:
             while self.optimiser.step < steps and not stop.is_set():
                 record = self.step()
                 log.write(json.dumps(record) + "\n")
@@ -295,7 +295,7 @@ class Run:
         """Take up the checkpoint; ValueError that lists the differences of another config."""
         state, metadata = load_tensors(self.checkpoint)
         theirs, ours = json.loads(metadata["config"]), self.stage.identity()
-        if different := list(_differences(theirs, json.loads(json.dumps(ours)))):
+        if different := list(differences(theirs, json.loads(json.dumps(ours)))):
             raise ValueError(
                 f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
             )
@@ -305,7 +305,7 @@ class Run:
         self.rng.bit_generator.state = json.loads(metadata["rng"])
 
 
-def _prepare_folder(out):
+def prepare_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
@@ -314,7 +314,7 @@ def _prepare_folder(out):
         raise ValueError(f"cannot write to the folder {out}: {error.strerror}") from None
 
 
-def _truncate_log(path, step):
+def truncate_log(path, step):
     """Drop the lines of steps behind `step`, which will be made again, and a half-written one."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -324,17 +324,17 @@ def _truncate_log(path, step):
     path.write_text("".join(kept))
 
 
-def _differences(theirs, ours, path=""):
+def differences(theirs, ours, path=""):
     """Yield 'optimiser.steps: 1500 there, 2000 here' for every value that differs."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted(theirs.keys() | ours.keys()):
-            yield from _differences(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
+            yield from differences(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
     elif theirs != ours:
         yield f"{path}: {theirs} there, {ours} here"
 
 
 @contextmanager
-def _asked_to_stop():
+def asked_to_stop():
     """An event that Ctrl-C or SIGTERM sets, so that the step in progress ends whole.
 
     Asked twice, it ends at once, with what the last checkpoint holds.

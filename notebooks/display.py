@@ -31,10 +31,11 @@ def show(figure, alt):
 
 
 def _small_png(figure):
-    """The figure as a PNG of at most 256 colours: a third of the size, and nobody sees it."""
+    """The figure as a PNG of at most 256 colours, half the size; no colour is far from its own."""
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png")
-    Image.open(large).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png")
+    options = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    Image.open(large).convert("RGB").quantize(256, **options).save(small, "png", optimize=True)
     return small.getvalue()
 
 

@@ -83,14 +83,26 @@ def leaks(folder):
 
     Looked for are whole lines of more than 12 characters, word for word, in code, text and outputs.
     A solution in other words is not found, and the library and the checks are left out: they
-    compute what is right, and a student who looks for it there finds it.
+    compute what is right, and a student who looks for it there finds it. So a line that stands in
+    them is no secret where their source is shown; in the cells of its own module, it is.
     """
-    wanted = set().union(*map(solution_lines, timings.sources()))
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    public = {line.strip() for name, path in files.items() if name.startswith(KNOWS_ANSWERS)
+              and path.suffix == ".py" for line in _text(path).splitlines()}  # fmt: skip
+    wanted = {path.stem: solution_lines(path) for path in timings.sources()}
+    for name, path in files.items():
         if not name.startswith(KNOWS_ANSWERS):
-            text = _text(path)
-            yield from (f"{name}: {line}" for line in sorted(wanted) if line in text)
+            lines, cells = ({line.strip() for line in text.splitlines()}
+                            for text in (_text(path), _cells(path)))  # fmt: skip
+            found = (set().union(*wanted.values()) - public) & lines
+            found |= wanted.get(path.stem, set()) & cells
+            yield from (f"{name}: {line}" for line in sorted(found))
+
+
+def _cells(path):
+    """The source of a notebook's cells, without what they put out; "" for any other file."""
+    is_notebook = path.suffix == ".ipynb"
+    return "\n".join(c.source for c in nbformat.read(path, 4).cells) if is_notebook else ""
 
 
 def _text(path):

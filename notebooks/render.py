@@ -23,6 +23,9 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import jupytext
@@ -256,26 +259,35 @@ def main(argv=None):
     parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--fresh", action="store_true", help="run volatile cells anew, too")
+    jobs = "how many modules at a time; one for each processor by default"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help=jobs)
     arguments = parser.parse_args(argv)
     paths = [p for p in sorted((HERE / "source").glob("[0-9]*.py"))
              if not arguments.modules or p.stem.startswith(tuple(arguments.modules))]  # fmt: skip
     if not paths:
         parser.error(f"no module is called {' or '.join(arguments.modules)}")
+    options = repeat(arguments.check), repeat(arguments.fresh)
     failed = False
-    for path in paths:
-        start = time.perf_counter()
-        try:
-            notebooks, pictures = render(path)
-            faults = list(check(path, notebooks, pictures)) if arguments.check else []
-        except ValueError as error:
-            faults = [str(error)]
-        else:
-            if not arguments.check:
-                write(path, notebooks, pictures, fresh=arguments.fresh)
-        print(f"{path.stem}: {'differs' if faults else 'ok'}, {time.perf_counter() - start:.0f} s")
-        print("".join(f"  {fault}\n" for fault in faults), end="")
-        failed |= bool(faults)
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for path, (faults, seconds) in zip(paths, pool.map(_process, paths, *options)):
+            print(f"{path.stem}: {'differs' if faults else 'ok'}, {seconds:.0f} s")
+            print("".join(f"  {fault}\n" for fault in faults), end="", flush=True)
+            failed |= bool(faults)
     return int(failed)
+
+
+def _process(path, checks, fresh):
+    """Render one module, and compare or write it -> its faults, wall seconds."""
+    start, faults = time.perf_counter(), []
+    try:
+        notebooks, pictures = render(path)
+        if checks:
+            faults = list(check(path, notebooks, pictures))
+        else:
+            write(path, notebooks, pictures, fresh=fresh)
+    except ValueError as error:
+        faults = [str(error)]
+    return faults, time.perf_counter() - start
 
 
 if __name__ == "__main__":

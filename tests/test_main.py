@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from miniflamingo.__main__ import CONFIGS, _configured, main, parser, short
+from miniflamingo.__main__ import CONFIGS, configured, main, parser, short
 from miniflamingo.flamingo import PRESETS, count_parameters
 from miniflamingo.worlds import shapes
 
@@ -89,7 +89,7 @@ def test_generate_refuses_in_one_line(arguments, message, capsys):
 @pytest.mark.parametrize("option, skips", [([], True), (["--no-skip-without-image"], False)])
 def test_text_alone_is_left_to_the_lm_unless_asked_otherwise(option, skips):
     arguments = parser().parse_args(["train", "flamingo", "--out", "x", *option])
-    assert _configured(CONFIGS["flamingo"].model, arguments).skip_without_image is skips
+    assert configured(CONFIGS["flamingo"].model, arguments).skip_without_image is skips
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):

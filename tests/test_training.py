@@ -490,7 +490,7 @@ def test_tape_and_optimiser_agree_on_the_parameters():
 
 
 def test_asked_twice_a_run_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), training._asked_to_stop() as stop:
+    with pytest.raises(KeyboardInterrupt), training.asked_to_stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,9 +1,11 @@
-"""Every kernel compiles for GPUs that are not here, without spilling a register."""
+"""Every kernel compiles for GPUs that are not here, and the committed table says what comes out."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,33 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 from kernels import compile as kernel_compile
+from kernels import image_causal_attention
+from kernels.__main__ import main
 
 ROOT = Path(kernels.__file__).parent
+REFRESH = "renew the file: " + kernel_compile.RENEW
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The committed table: (meta, records)."""
+    assert kernel_compile.COMMITTED.exists(), REFRESH
+    return kernel_compile.read_json(kernel_compile.COMMITTED)
+
+
+@pytest.fixture(scope="module")
+def records(committed):
+    """Its records."""
+    return committed[1]
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Skips where kernels cannot be compiled."""
+    code = "from kernels import compile; print(compile.missing() or '')"
+    reason = run_python(code).stdout.strip()
+    if reason:
+        pytest.skip(reason)
 
 
 def run_python(code):
@@ -26,46 +53,268 @@ def run_python(code):
     )
 
 
-def test_no_kernel_spills():
-    reason = run_python(
-        "from kernels import compile; print(compile.missing() or '')"
-    ).stdout.strip()
-    if reason:
-        pytest.skip(reason)
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels", "compile"],
-        cwd=ROOT.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
-    assert {row[0] for row in rows} == launched_kernels()
-    assert {row[4] for row in rows} == set(kernel_compile.TARGETS)
-    assert all(row[6] == "0" and row[-1] == "ok" for row in rows)
+def launched_kernels(calls=None):
+    """The @triton.jit functions of kernels/ that are launched: those whose name begins with _.
 
-
-def launched_kernels():
-    """The @triton.jit functions of kernels/ that are launched: those whose name begins with _."""
-    names = set()
+    calls: only those in which this function is called, by themselves or by what they call.
+    """
+    functions = {}
     for path in ROOT.glob("*.py"):
-        if path.name != "runtime.py":  # helpers only
-            for node in ast.parse(path.read_text()).body:
-                decorators = getattr(node, "decorator_list", [])
-                if any(ast.unparse(d) == "triton.jit" for d in decorators):
-                    names |= {node.name} if node.name.startswith("_") else set()
-    return names
+        for node in ast.parse(path.read_text()).body:
+            decorators = getattr(node, "decorator_list", [])
+            if any(ast.unparse(d) == "triton.jit" for d in decorators):
+                found = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+                functions[node.name] = {n.id for n in found if isinstance(n, ast.Name)}
+    helpers = set(runtime_functions())
+    launched = {name for name in functions if name.startswith("_") and name not in helpers}
+    return {n for n in launched if calls is None or calls in reached(n, functions)}
 
 
-def test_a_spill_is_seen():
-    code = """
-from kernels import compile as c, image_causal_attention as ica
-ica.OPTIONS["_backward", True, False] = (64, 16)
-results = c.compile_one(("bf16", 128, 64), ("sm_90",))
-print([r.kernel for r in results if not r.ok])
-"""
-    done = run_python(code)
-    assert done.stdout.strip() == "['_backward']", done.stdout + done.stderr
+def runtime_functions():
+    """The @triton.jit functions of runtime.py, none of which is launched."""
+    for node in ast.parse((ROOT / "runtime.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+
+
+def reached(name, functions):
+    """All that a function calls, directly or not."""
+    found, new = set(), {name}
+    while new:
+        found |= new
+        new = set().union(*(functions.get(n, set()) for n in new)) - found
+    return found
+
+
+# --- the committed table ------------------------------------------------------------------------
+
+
+def test_the_committed_table_is_of_these_sources(committed):
+    assert kernel_compile.stale(committed[0]) is None
+
+
+def test_compiling_again_gives_the_committed_table(compiler):
+    command = [sys.executable, "-m", "kernels", "compile", "--check"]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "compilers are others" in done.stdout:
+        pytest.skip(done.stdout.splitlines()[-1])
+    assert "compiled again: the file's figures" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_table_has_every_kernel_and_every_size(records, dtype, target):
+    mine = [r for r in records if (r["dtype"], r["target"]) == (dtype, target)]
+    assert {r["kernel"] for r in mine} == launched_kernels(), REFRESH
+    found = {(r["kernel"], r["K"], r["R"]) for r in mine}
+    sizes = {R for _, _, R in found}
+    assert sizes >= ({64, 256} if dtype == "fp16" else {1, 32, 64, 100, 256})
+    for K, R in product((32, 64, 80, 96, 128), sizes - {8}):  # R = 8 is with a narrow head alone
+        for kernel, _, _ in kernel_compile.record_launches(dtype, K, R):
+            assert (kernel.__name__, K, R) in found, REFRESH
+
+
+def test_nothing_in_the_table_spills(records):
+    limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+    for record in records:
+        assert record["spilled"] == 0, record
+        assert record["shared"] <= limits[record["target"]], record
+        assert record["programs"] >= 1, record
+
+
+def test_tensor_cores_are_used_where_there_is_a_product(records):
+    """In float32 by gfx942 alone, whose matrix instructions take float32 as it is."""
+    products, types = launched_kernels(calls="dot"), {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+    assert {"_forward", "_backward"} <= products and "_sum_partials" not in products
+    for record in records:
+        amd = record["target"] == "gfx942"
+        expected = record["kernel"] in products and (amd or record["dtype"] != "fp32")
+        names = {f"v_mfma_{types[record['dtype']]}"} if amd else {"HMMA", "HGMMA"}
+        assert bool(record["tensor"]) == expected and set(record["tensor"]) <= names, record
+        assert record["target"] != "sm_80" or "HGMMA" not in record["tensor"], record
+
+
+def test_loads_are_128_bits_wide_where_a_tile_has_as_much_for_every_thread(records):
+    """Where K is no multiple of 16, Triton does not know that rows are aligned."""
+    for record in (r for r in records if r["K"] in kernel_compile.WIDTHS):
+        options = dict(record["options"])
+        warp = 64 if record["target"] == "gfx942" else 32
+        threads = options.pop("num_warps") * warp
+        columns = options.pop("BLOCK_K", 0) or options.pop("BLOCK_I", 1)
+        rows = max(size for name, size in options.items() if name.startswith("BLOCK"))
+        # what these two read is float32
+        partials = record["kernel"] in ("_sum_partials", "_resample_merge")
+        itemsize = 4 if partials or record["dtype"] == "fp32" else 2
+        wide = rows * columns * itemsize >= 16 * threads
+        assert (record["loads128"] > 0) == wide, record
+
+
+def test_the_readme_quotes_the_table(records):
+    rows = [row.split(" | ") for row in (ROOT.parent / "README.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0].startswith("| `_")]
+    found = {r["kernel"]: r for r in records if picked(r)}
+    assert {row[0][3:-1] for row in rows} == {name for name, r in found.items() if r["tensor"]}
+    for name, _, registers, shared, warps, tensor in rows:
+        record = found[name[3:-1]]
+        assert [int(registers), int(warps)] == [record["registers"], record["warps"]]
+        assert int(shared) == round(record["shared"] / 1024)
+        assert tensor == " ".join(f"{n} {code}" for code, n in record["tensor"].items()) + " |"
+
+
+def picked(record):
+    """Whether README's table has it: the paper's R, or the largest for the kernels of such."""
+    blocks = ("_forward_blocks", "_backward_dq", "_backward_dkdv")
+    R = 256 if record["kernel"] in blocks else 64
+    case = ("bf16", 128, R, "sm_90")
+    return tuple(record[k] for k in ("dtype", "K", "R", "target")) == case
+
+
+# --- the digest ---------------------------------------------------------------------------------
+
+KERNEL = '''
+"""A file."""
+
+from elsewhere import thing
+
+OPTIONS = {"_kernel": ("#", 4)}
+
+
+@triton.jit
+def _kernel(x):
+    """What it does."""
+    return x  # as it is
+
+
+def launch(x):
+    return x + 1
+
+
+class Alone:
+    def method(self):
+        return 2
+'''
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("A file.", "Another\nfile.", True),
+        ('"""What it does."""', "# nothing", True),
+        ("# as it is", "", True),
+        ("\n\n", "\n", True),
+        ("import thing", "import other", True),
+        ("return x + 1", "return x + 2", True),  # shows in the launches, if it matters
+        ("return 2", "return 3", True),
+        ("return x  ", "return -x  ", False),
+        ("@triton.jit\n", "@triton.jit\n@more\n", False),
+        ('("#", 4)', '("#", 8)', False),
+        ('"#"', '"##"', False),
+    ],
+)
+def test_the_digest_is_of_the_kernels_code(before, after, same, tmp_path):
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    first = kernel_compile.kernel_code(tmp_path)
+    assert KERNEL.count(before) >= 1 and "return x" in first["kernel.py"]
+    (tmp_path / "kernel.py").write_text(KERNEL.replace(before, after))
+    assert (kernel_compile.kernel_code(tmp_path) == first) == same
+
+
+def test_files_without_kernels_are_left_out(tmp_path):
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "layers.py").write_text("x = 1\n")
+    assert kernel_compile.kernel_code(tmp_path).keys() == {"kernel.py"}
+    assert {"runtime.py", "work_list.py"} <= kernel_compile.kernel_code().keys()
+
+
+def test_the_digest_is_of_the_launches(monkeypatch):
+    monkeypatch.setattr(kernel_compile, "FULL", kernel_compile.USUAL)
+    first = kernel_compile.digest()
+    assert kernel_compile.digest() == first
+    options = image_causal_attention.OPTIONS
+    monkeypatch.setitem(options, ("_forward", True, False), (128, 4))
+    assert kernel_compile.digest() != first
+
+
+@pytest.fixture
+def replace_committed(committed, monkeypatch, tmp_path):
+    """Let a file stand in for the committed one, with other entries in its meta."""
+
+    def replace(**changes):
+        document = json.loads(kernel_compile.COMMITTED.read_text())
+        document["meta"] |= changes
+        (tmp_path / "compiled.json").write_text(json.dumps(document))
+        monkeypatch.setattr(kernel_compile, "COMMITTED", tmp_path / "compiled.json")
+
+    return replace
+
+
+def test_a_stale_table_names_the_command(replace_committed, capsys):
+    replace_committed(digest="0")
+    assert kernel_compile.check_committed(full=False) == 1
+    assert kernel_compile.RENEW in capsys.readouterr().out
+
+
+def test_other_compilers_are_not_compared(replace_committed, capsys):
+    replace_committed(triton="0.0", digest=kernel_compile.digest())
+    assert kernel_compile.check_committed(full=False) == 0
+    assert "not compiled again" in capsys.readouterr().out
+
+
+def test_a_table_that_differs_is_seen():
+    result = example()
+    same = result.record()
+    assert list(kernel_compile.differences([same], [result])) == []
+    [changed] = kernel_compile.differences([same | {"registers": 33}], [result])
+    assert changed == "k bf16 64 64 sm_90 num_warps=4: registers is 32, in the file 33"
+    assert len([*kernel_compile.differences([], [result])]) == len(same)
+
+
+# --- occupancy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "num_warps", "expected"),
+    [
+        # 512 / 80 = 6 warps of a scheduler, one of each program
+        ("sm_90", 80, 24576, 4, (6, "registers")),
+        ("sm_90", 73, 24576, 4, (6, "registers")),  # 73 become 80
+        ("sm_90", 72, 24576, 4, (7, "registers")),
+        ("sm_90", 255, 0, 8, (1, "registers")),  # two warps of a scheduler, of one program
+        ("sm_90", 255, 0, 4, (2, "registers")),
+        ("sm_90", 32, 0, 4, (16, "warps")),
+        ("sm_90", 32, 0, 8, (8, "warps")),
+        ("sm_90", 32, 0, 1, (32, "programs")),
+        ("sm_90", 64, 48 * 1024, 4, (4, "shared")),  # 228 / 49 = 4.65
+        ("sm_80", 64, 48 * 1024, 4, (3, "shared")),  # 164 / 49 = 3.3
+        ("sm_80", 64, 40 * 1024, 4, (4, "shared")),  # 164 / 41 = 4
+        ("sm_80", 64, 40 * 1024 + 1, 4, (3, "shared")),
+        ("sm_80", 168, 16, 4, (3, "registers")),
+        ("gfx942", 194, 8192, 4, (2, "registers")),
+        ("gfx942", 512, 0, 4, (1, "registers")),
+        ("gfx942", 64, 0, 4, (8, "warps")),
+        ("gfx942", 64, 16 * 1024 + 1, 4, (3, "shared")),
+        ("gfx942", 64, 64 * 1024, 4, (1, "shared")),
+        ("gfx942", 16, 0, 2, (16, "warps")),
+        ("gfx942", 128, 0, 8, (2, "registers")),
+    ],
+)
+def test_occupancy(target, registers, shared, num_warps, expected):
+    assert kernel_compile.resident(target, registers, shared, num_warps) == expected
+
+
+def example(num_warps=4, **fields):
+    base = dict(kernel="k", dtype="bf16", K=64, R=64, target="sm_90")
+    base |= dict(registers=32, spilled=0, shared=0, loads=3, loads128=2, tensor={})
+    base["options"] = dict(num_warps=num_warps)
+    return kernel_compile.Compiled(**{**base, **fields})
+
+
+def test_warps_are_of_an_sm_and_waves_of_a_simd():
+    record = example(registers=128, num_warps=8).record()
+    assert (record["programs"], record["warps"], record["most_warps"]) == (2, 16, 64)
+    record = example(registers=128, num_warps=8, target="gfx942").record()
+    assert (record["programs"], record["warps"], record["most_warps"]) == (2, 4, 8)
 
 
 def test_the_products_use_tensor_cores():
@@ -90,10 +339,69 @@ for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "w
 
 
 def test_shared_memory_must_fit():
-    fits = dict(kernel="k", dtype="bf16", K=64, R=64, registers=32, spilled=0, options="")
-    assert kernel_compile.Compiled(**fits, target="gfx942", shared=64 * 1024).ok
-    assert not kernel_compile.Compiled(**fits, target="gfx942", shared=64 * 1024 + 1).ok
-    assert kernel_compile.Compiled(**fits, target="sm_90", shared=64 * 1024 + 1).ok
+    assert example(target="gfx942", shared=64 * 1024).ok
+    assert not example(target="gfx942", shared=64 * 1024 + 1).ok
+    assert example(target="sm_90", shared=64 * 1024 + 1).ok
+    assert not example(spilled=8).ok and " NO " in str(example(spilled=8))
+
+
+def test_registers_and_waves_are_those_that_llvm_reports(compiler):
+    code = r"""
+import re
+from kernels import compile as c
+for name, options, target, binary in c.binaries(
+    ("bf16", 64, 64), {"_decode", "_forward", "_resample_merge"}, ("gfx942",)
+):
+    text, read = binary.asm["amdgcn"], c._read_amd(binary)
+    find = lambda field: int(re.search(rf"; {field}: (\d+)", text).group(1))
+    # the assembler does not know the shared memory, which is given at launch
+    waves, _ = c.resident("gfx942", read["registers"], 0, 4)
+    print(name, find("TotalNumVgprs") == read["registers"], find("Occupancy") == waves)
+"""
+    done = run_python(code)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {line[0] for line in lines} == {"_decode", "_forward", "_resample_merge"}, done.stderr
+    assert all(line[1:] == ["True", "True"] for line in lines), done.stdout
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_a_spill_is_seen(compiler):
+    code = """
+from kernels import compile as c, image_causal_attention as ica
+ica.OPTIONS["_backward", True, False] = (64, 16)
+print([r.ok for r in c.compile_one(("bf16", 128, 64), {"_backward"}, ("sm_90",))])
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "[False]", done.stdout + done.stderr
+
+
+def test_every_kernel_is_usual_and_sampled_for_one_target():
+    samples = kernel_compile.samples(kernel_compile.USUAL)
+    assert sorted(name for _, [name], _ in samples) == sorted(launched_kernels())
+    assert {target for _, _, [target] in samples} == set(kernel_compile.TARGETS)
+
+
+def test_the_table_can_be_written_and_read(tmp_path, committed):
+    results = [example(), example(tensor={"HMMA": 4})]
+    kernel_compile.write_json(tmp_path / "t.json", results)
+    meta, records = kernel_compile.read_json(tmp_path / "t.json")
+    assert records == [result.record() for result in results]
+    assert meta.keys() == committed[0].keys()
+    assert kernel_compile.stale(meta) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "--json", "t.json"], "expected no --json beside it"),
+        (["--json", "no/such/folder/t.json"], "expected a file in a folder that exists"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys):
+    assert main(["compile", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_interpreter_cannot_compile():

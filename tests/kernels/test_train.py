@@ -15,6 +15,7 @@ from kernels import __main__ as kernels_main  # noqa: E402
 from kernels import layers, train  # noqa: E402
 from miniflamingo import training  # noqa: E402
 from miniflamingo.language import LanguageConfig  # noqa: E402
+from miniflamingo.module import load_tensors  # noqa: E402
 from miniflamingo.vision import VisionConfig  # noqa: E402
 from miniflamingo.worlds import grammar  # noqa: E402
 
@@ -139,6 +140,26 @@ def test_one_process_goes_on_where_two_were_asked_to_stop(parts, reference, tmp_
         np.testing.assert_allclose(ours[name], theirs[name], 0, 1e-3, err_msg=name)
 
 
+def test_two_processes_compare_the_rows_of_both(tmp_path):
+    assert training.Run(train_worker.contrastive_stage(), tmp_path / "numpy").train(progress=False)
+    torchrun("none", "none", str(tmp_path / "two"))
+    assert_same_curve(log_of(tmp_path / "two"), log_of(tmp_path / "numpy"))
+    files = (tmp_path / name / "model.safetensors" for name in ("numpy", "two"))
+    (theirs, about), (ours, same) = map(load_tensors, files)
+    assert about == same and ours.keys() == theirs.keys()  # the text encoder is thrown away
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], 0, 1e-3, err_msg=name)
+
+
+def test_a_contrastive_batch_that_cannot_be_shared_is_refused():
+    class Mesh:
+        size, get_rank = staticmethod(lambda: 3), staticmethod(lambda: 0)
+
+    loss = train.ContrastiveLoss(train_worker.contrastive_stage(), Mesh, "auto")
+    with pytest.raises(ValueError, match="divide evenly over the processes, got 16 rows for 3"):
+        loss.rows((np.zeros((16, 24, 24, 3)), np.zeros((16, 4), int)), slice(0, None, 3))
+
+
 def test_bfloat16_keeps_what_is_trained_in_float32(parts, reference, tmp_path):
     finished, run = sharded(parts, tmp_path, precision="bf16")
     assert finished
@@ -209,6 +230,14 @@ def test_the_command_trains_a_language_model_and_converts_a_checkpoint(tmp_path,
     assert "already holds a run" in capsys.readouterr().err
     assert kernels_main.main([*LM, "--out", str(tmp_path / "none"), "--export"]) == 2
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_the_command_trains_a_vision_encoder(tmp_path):
+    sizes = ["--steps", "2", "--batch", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert kernels_main.main(["train", "vision", *sizes]) == 0
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
+    _, about = load_tensors(tmp_path / "model.safetensors")
+    assert "vision" in about
 
 
 def test_other_commands_still_refuse_what_they_do_not_know(capsys):

@@ -7,7 +7,14 @@ import sys
 
 from kernels import train
 from miniflamingo.flamingo import FlamingoConfig
-from miniflamingo.training import BridgeRun, BridgeStage, OptimiserConfig
+from miniflamingo.training import (
+    BridgeRun,
+    BridgeStage,
+    OptimiserConfig,
+    VisionRun,
+    VisionStage,
+)
+from miniflamingo.vision import VisionConfig
 
 STEPS = 7
 
@@ -24,8 +31,18 @@ def stage(lm, vision, **changes):
     return BridgeStage(BridgeRun(optimiser, model, **{**sizes, **changes}), lm, vision)
 
 
+def contrastive_stage(batch=16):
+    """A small vision encoder beside a small text encoder."""
+    model = VisionConfig(widths=(8, 8), depths=(1, 1), stem=(4,))
+    optimiser = OptimiserConfig(STEPS, warmup=2, weight_decay=0.1)
+    return VisionStage(VisionRun(optimiser, model, batch, 16, 8, label_smoothing=0.1))
+
+
 def main(lm, vision, out, sent="", at="0"):
-    """Train; the second process sends itself the signal `sent` before step `at` + 1, once."""
+    """Train the bridge, or with lm "none" the vision encoder.
+
+    The second process sends itself the signal `sent` before step `at` + 1, once.
+    """
     update = train.ShardedRun.update
 
     def disturbed_update(run, *args):
@@ -36,7 +53,7 @@ def main(lm, vision, out, sent="", at="0"):
 
     train.ShardedRun.update = disturbed_update
     with train.processes("cpu") as mesh:
-        train_on(mesh, stage(lm, vision), out)
+        train_on(mesh, contrastive_stage() if lm == "none" else stage(lm, vision), out)
 
 
 def train_on(mesh, stage, out):

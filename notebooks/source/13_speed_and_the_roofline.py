@@ -1,0 +1,654 @@
+# %% [markdown]
+# # 13 Speed: bytes, flops, the roofline
+#
+# **The question: how fast could this possibly be, and what is a measured time worth?**
+#
+# After this module you can
+#
+# - count the bytes and the flops of image-causal attention, forward and backward, and say why the
+#   memory decides its speed and not the arithmetic;
+# - draw a roofline, put a kernel under it, and measure one of your own machine;
+# - say what fusing saves, and when it is not worth it;
+# - read registers and occupancy from compiled code;
+# - name four ways in which a benchmark lies, and write one that does not.
+#
+# **You need:** φ and image-causal masking (module 06), the kernels (modules 11 and 12). Cells on
+# the kernels' side want Linux and `pip install -e ".[course,kernels]"`; no GPU.
+#
+# **Time:** about 55 minutes: 12 to read (2,300 words, 200 a minute) and 43 for five exercises.
+# Computing takes about 6 seconds of one core.
+#
+# **What is measured here, and what is not.** Every *time* below is taken live, on the processor in
+# front of you. Everything about GPUs is *counted*, or read from compiled code. This project has not
+# been timed on a GPU so far; where a file of such times exists, the last cells draw it.
+
+# %% [markdown]
+# ## The picture and the letters
+#
+# A machine has two speeds: bytes a second from memory, and flops a second (multiplications and
+# additions) in its units. As an example we *assume* an H200 with 4.3 TB/s and 790 TFLOP/s in bf16.
+# That is what others measured on such a machine with a large copy and a large product; it is not a
+# measurement of this project.
+
+# %%
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import kernels
+from miniflamingo import plots, xattn
+from miniflamingo.attention import attention
+from notebooks import check, show, source
+
+BANDWIDTH, PEAK = 4.3e12, 790e12  # assumed: bytes a second, flops a second
+
+# %% [markdown]
+# | letter | meaning | here |
+# |---|---|---|
+# | B, L | pages, and text tokens of one | 8, 2048 |
+# | N, R | images of a page, visual tokens of one | 32, 64 |
+# | H, K | heads, and the width of one (3B: 16, 128) | 16, 128 |
+# | D | width of the text; M = B·L rows of it | 2048 |
+# | s | bytes a number; 2 in bf16, 4 in float32 | 2 |
+# | W, P | bytes that must be moved; flops | |
+# | $\beta$, $\pi$ | bytes a second, flops a second | |
+
+# %%
+B, L, N, R, H, K, D = 8, 2048, 32, 64, 16, 128, 2048
+tokens, media, M = B * L * H * K, B * N * R * H * K, B * L
+work = {  # flops, bytes, and no time: these are only counted
+    "gate alone, y + g·b": (2 * M * D, 2 * 3 * M * D, None),
+    "decoding one token": (4 * R * B * H * K, 4 * (B * H * K + B * R * H * K), None),
+    "image-causal, forward": (4 * R * tokens, 4 * (tokens + media), None),
+    "image-causal, backward": (10 * R * tokens, 2 * (3 * tokens + 4 * media), None),
+    "under a dense mask": (4 * R * N * tokens, 4 * (tokens + media), None),
+    "product D to 4D": (8 * M * D * D, 2 * (5 * M * D + 4 * D * D), None),
+}
+show(
+    plots.plot_roof(BANDWIDTH, PEAK, work, "counted, under an assumed H200's roof"),
+    alt="A roofline: the rate in flops a second rises with the intensity, flops a byte, until the "
+    "ridge at 184 and is flat from there on. On the slope, from left to right: the gate alone, "
+    "decoding one token, image-causal attention forward at 32 and backward at 46. On the flat "
+    "part: attention under a dense mask at 1024, and the feed-forward's product.",
+)
+
+# %% [markdown]
+# Hollow marks are the most that each could reach. Four of the six lie on the slope: for them, units
+# wait for memory. This module is about how to find such a point, and how far below it one is.
+#
+# ## The derivation
+#
+# Something that must move W bytes and do P flops takes at least as long as either alone:
+#
+# $$t \;\ge\; \max\Big( \frac{W}{\beta}, \; \frac{P}{\pi} \Big) \qquad\qquad (1)$$
+#
+# (At best the two overlap completely.) Which one it is depends on the *intensity* I only:
+#
+# $$I = \frac{P}{W}, \qquad \text{memory-bound} \iff I \lt \frac{\pi}{\beta},
+# \text{ the ridge} \qquad (2)$$
+#
+# **Forward.** Each token and head reads q and writes o, K numbers each; each image gives keys and
+# values, R·K each. Two products, scores and output, cost 2RK flops a token and head each:
+#
+# $$W = s\,(2\,BLHK + 2\,BNRHK), \qquad P = 4\,R \cdot BLHK \qquad\qquad (3)$$
+#
+# Divide, and B, H and K drop out: $I = \frac{2R}{s\,(1 + NR/L)}$. With R = 64, s = 2 and a page
+# whose visual tokens are as many as its words (NR = L), that is **32 flops a byte**, far below 184.
+# No choice of heads changes that. Scores and weights are not in W: R = 64 of them fit on the chip.
+#
+# **Backward.** In: q, k, v and do. Out: dq, dk, dv. The scores are computed again, so there are
+# five products:
+#
+# $$W' = s\,(3\,BLHK + 4\,BNRHK), \qquad P' = 10\,R \cdot BLHK \qquad\qquad (4)$$
+#
+# **A dense mask** does (3) for all N images: N times the flops, for the same result. That takes the
+# point over the ridge, to 1024 flops a byte: *compute-bound, on work that is thrown away*. A high
+# intensity is no merit, and a high share of the peak is none either. Time is.
+
+# %% [markdown]
+# ## Counting, three ways
+#
+# With a loop over the arrays that cross the memory's bus. Nothing here is estimated:
+
+
+# %%
+def traffic(shapes, size):  # {array: shape} -> bytes
+    total = 0
+    for name, shape in shapes.items():
+        total += size * int(np.prod(shape))
+        print(f"{name}: {size * np.prod(shape) / 1e6:.1f} MB", end="  ")
+    return total
+
+
+text, images = (B, L, H, K), (B, N, R, H, K)
+moved = traffic({"q": text, "k": images, "v": images, "o": text}, 2)
+print(f"\nsum {moved / 1e6:.0f} MB, at least {moved / BANDWIDTH * 1e6:.0f} microseconds")
+
+# %% [markdown]
+# ### Exercise 13.1: bytes and flops
+#
+# ★☆☆ · 7 minutes · 3 or 4 lines. Return int [2], equation (3): bytes and flops of the forward pass,
+# with `size` bytes a number, for tokens that all have an image.
+#
+# <details><summary>Hint 1</summary>
+#
+# `tokens = B * L * H * K` numbers in q and in o, `media = B * N * R * H * K` in k and in v.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# A token attends to R keys, whatever N is. N is in the bytes, not in the flops.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def forward_work(B, L, N, R, H, K, size):  # seven ints -> int[2]
+    ...  # your code
+
+
+# %% tags=["solution"]
+def forward_work(B, L, N, R, H, K, size):  # seven ints -> int[2]
+    text_numbers, image_numbers = B * L * H * K, B * N * R * H * K
+    return np.array([size * 2 * (text_numbers + image_numbers), 4 * R * text_numbers])  # (3)
+
+
+# %%
+check("13.1", forward_work)
+
+# %% [markdown]
+# The benchmark's own count knows one thing more: a token with φ = 0 reads nothing, and an image
+# that no token looks at is not read. It counts numbers, not bytes:
+
+# %%
+from kernels import bench_entries
+
+source(bench_entries.attention_work)
+
+# %%
+import torch
+
+
+def counted(shape, backward=False):  # by the benchmark -> bytes in bf16, flops
+    sizes = ([shape[letter] for letter in letters] for letters in ("BLHK", "BNRHK"))
+    q, k = (torch.empty(size, device="meta") for size in sizes)
+    arguments = q, k, k, bench_entries.make_phi(shape)
+    numbers, flops = bench_entries.attention_work(shape, arguments, backward)
+    return 2 * numbers, flops
+
+
+shape = dict(B=B, L=L, N=N, R=R, H=H, K=K, phi="even")
+assert counted(shape) == (2 * (2 * tokens + 2 * media), 4 * R * tokens)  # equation (3)
+
+# %% [markdown]
+# ### Exercise 13.2: the floor
+#
+# ★☆☆ · 5 minutes · 1 line. Return float [n], in seconds: equation (1) for each pair of the arrays
+# `moved` (bytes) and `flops`.
+#
+# <details><summary>Hint</summary>
+#
+# `np.maximum` compares two arrays place by place; `np.max` finds the largest of one.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def floor(moved, flops, bandwidth, peak):  # [n], [n], float, float -> float[n]
+    ...  # your code
+
+
+# %% tags=["solution"]
+def floor(moved, flops, bandwidth, peak):  # [n], [n], float, float -> float[n]
+    return np.maximum(moved / bandwidth, flops / peak)  # equation (1)
+
+
+# %%
+check("13.2", floor)
+
+# %% [markdown]
+# **Predict, then run:** the 80B model has 64 heads of 128 instead of 16. How many times as long is
+# its floor? And how long do the flops of a dense mask alone take, compared with the *whole*
+# forward?
+
+# %%
+print("heads x width   forward MB    us   backward MB    us   dense, flops")
+for H_, K_ in ((16, 64), (16, 128), (32, 128), (64, 128)):
+    shape = dict(B=B, L=L, N=N, R=R, H=H_, K=K_, phi="even")
+    (forward, flops), (both, _) = counted(shape), counted(shape, backward=True)
+    parts = [forward / 1e6, forward / BANDWIDTH * 1e6]
+    parts += [(both - forward) / 1e6, (both - forward) / BANDWIDTH * 1e6, N * flops / PEAK * 1e6]
+    row = "{:>13.0f}{:>6.0f}{:>14.0f}{:>6.0f}{:>12.0f} us".format(*parts)
+    print(f"{H_:>2} x {K_:<10}{row}")
+
+# %% [markdown]
+# (Counted, at the assumed bandwidth and rate.) Four times the heads, four times everything. And the
+# dense mask's arithmetic alone takes more than five times as long as all that image-causal
+# attention has to do.
+
+# %% [markdown]
+# ## The roof of the machine in front of you
+#
+# No GPU is needed to measure a roofline. The bandwidth: a copy far larger than the cache, which
+# reads and writes. The rate: a large product of matrices. We take processor time, which a busy
+# machine disturbs less than a wall clock, and the median of several calls after two that do not
+# count.
+
+
+# %%
+def seconds(function, repeats=7):
+    taken = []
+    for _ in range(2 + repeats):
+        start = time.process_time()
+        function()
+        taken.append(time.process_time() - start)
+    return float(np.median(taken[2:]))
+
+
+# %% tags=["volatile"]
+a, b = np.ones((2, 2**25), np.float32)
+square = np.ones((768, 768), np.float32)
+bandwidth = 2 * a.nbytes / seconds(lambda: np.copyto(b, a))
+peak = 2 * 768**3 / seconds(lambda: square @ square)
+print(f"copy {bandwidth / 1e9:.1f} GB/s, product {peak / 1e9:.0f} GFLOP/s", end=", ")
+print(f"ridge {peak / bandwidth:.0f} flops a byte")
+
+
+# %% [markdown]
+# Under it we put the library's attention in NumPy, and the same by the dense mask. One shape, with
+# intensities by equation (3):
+
+
+# %%
+def dense_attention(q, k, v, phi):
+    mask = xattn.image_causal_mask(phi, *k.shape[1:3])[:, None]
+    k, v = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2) for x in (k, v))
+    return attention(q.swapaxes(1, 2), k, v, mask).swapaxes(1, 2)
+
+
+rng, small = np.random.default_rng(0), dict(B=1, L=512, N=8, R=64, H=4, K=64)
+q = rng.normal(size=(1, 512, 4, 64)).astype(np.float32)
+k, v = rng.normal(size=(2, 1, 8, 64, 4, 64)).astype(np.float32)
+phi = 1 + np.arange(512)[None] * 8 // 512
+ours = xattn.image_causal_attention(q, k, v, phi)
+assert np.allclose(ours, dense_attention(q, k, v, phi), atol=1e-5)
+
+# %% [markdown]
+# **Predict, then run:** which of the two has the higher *rate*, in flops a second? And which one is
+# faster?
+
+# %% tags=["volatile"]
+flops, moved = 4 * 64 * q.size, 2 * q.nbytes + 2 * k.nbytes
+times = {"image-causal": seconds(lambda: xattn.image_causal_attention(q, k, v, phi)),
+         "dense mask": seconds(lambda: dense_attention(q, k, v, phi))}  # fmt: skip
+points = {"image-causal": (flops, moved, times["image-causal"]),
+          "dense mask": (8 * flops, moved, times["dense mask"]),
+          "product": (2 * 768**3, 3 * square.nbytes, seconds(lambda: square @ square))}  # fmt: skip
+for name, t in times.items():
+    least = max(points[name][0] / peak, moved / bandwidth)
+    print(f"{name:<13} {t * 1e3:>6.1f} ms, {points[name][0] / t / 1e9:>5.1f} GFLOP/s", end="")
+    print(f", {100 * least / t:.0f} % of its own floor")
+
+# %% tags=["volatile"]
+show(
+    plots.plot_roof(bandwidth, peak, points, "measured here, in NumPy, on one core"),
+    alt="The roofline of this machine, measured, with three filled marks: the product on the roof, "
+    "and image-causal attention and attention under a dense mask below it. The dense mask's mark "
+    "lies further right, at eight times the intensity.",
+)
+
+# %% [markdown]
+# The dense mask may come closer to the roof and still be slower: it does eight times the work. That
+# is why a benchmark must report time against the floor *of the task*, not of the implementation.
+# And NumPy stays well below its floor, because it writes every intermediate result, scores,
+# weights, sorted copies, into memory and reads it back. These are bytes that (3) does not have. To
+# keep them on the chip is what *fusing* means.
+#
+# ## What fusing saves
+#
+# Take the gate behind a product, $y = x + \tanh(\alpha) \, a W^\top$, with a [M, I], W [D, I] and
+# x, y [M, D]. Every way reads a and W and writes y. Beyond that there are three ways:
+#
+# - **as the paper writes it**: the branch $aW^\top$ is written and read, gate · branch is written
+#   and read, x is read: 5 MD numbers;
+# - **addmm**: torch folds the gate into a copy of W (read, written: 2 DI), copies x into y (2 MD),
+#   and the product reads that once more (1 MD);
+# - **fused**: the sums are still in registers when they are scaled; only x is read: 1 MD.   (5)
+#
+# ### Exercise 13.3: three ways to shut a gate
+#
+# ★★☆ · 9 minutes · 3 to 5 lines. Return int [3]: all bytes that the three ways move, `size` bytes a
+# number, in this order.
+#
+# <details><summary>Hint 1</summary>
+#
+# In every way: `M * I + D * I + M * D`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# Add 5·M·D, or 3·M·D + 2·D·I, or M·D; then multiply by `size`.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def gate_bytes(M, D, I, size):  # four ints -> int[3]
+    ...  # your code
+
+
+# %% tags=["solution"]
+def gate_bytes(M, D, I, size):  # four ints -> int[3]
+    in_every_way = M * I + D * I + M * D
+    extra = np.array([5 * M * D, 3 * M * D + 2 * D * I, M * D])  # (5)
+    return size * (in_every_way + extra)
+
+
+# %%
+check("13.3", gate_bytes)
+
+# %% [markdown]
+# **Predict, then run:** the product gets its speed from cuBLAS, which a kernel of our own does not
+# quite reach. Saving time t on a product of time T pays as long as the kernel loses less than t /
+# T. Does that share grow or shrink with the width?
+
+# %%
+print("   I = D    product us    saved us over addmm    pays while it loses less than")
+for width in (2048, 4096, 8192):
+    product = 2 * M * width * width / PEAK
+    saved = 2 * (2 * M * width + 2 * width * width) / BANDWIDTH  # addmm - fused, in bytes, by (5)
+    print(f"{width:>8}{product * 1e6:>12.0f}{saved * 1e6:>17.0f}{saved / product:>28.0%}")
+
+# %% [markdown]
+# It shrinks: the product grows with the square of the width, the pass that is saved linearly.
+# Triton products are said to reach 92 to 97 % of cuBLAS. By this count, then, fusing pays at 2048
+# and is a wash at 8192, where the product is so large that it hides everything else. A count is a
+# reason to *measure*, not a result. Until a file of measured times says that it pays, the library
+# keeps its fused products off:
+
+# %%
+from kernels import gated_linear
+
+print("fused up to a width of", gated_linear.FUSED_UP_TO)
+
+# %% [markdown]
+# ## What compiled code tells
+#
+# Triton compiles for GPUs that are not there: `python -m kernels compile`. The binary says how many
+# registers a thread needs, and registers decide how many *warps* (32 threads each) a multiprocessor
+# (SM) can hold at a time. Many warps hide the wait for memory: while one waits, another computes.
+#
+# An SM has four schedulers. Each has 512 registers for each of a warp's 32 lanes, holds at most 16
+# warps, and gives a warp a multiple of 8. Only whole programs (of `num_warps` warps) are resident:
+#
+# $$warps = w \Big\lfloor \frac{1}{w} \min \Big( 64, \; 4 \Big\lfloor
+# \frac{512}{8 \lceil registers / 8 \rceil} \Big\rfloor \Big) \Big\rfloor,
+# \qquad w = \text{num\_warps} \qquad (6)$$
+#
+# ### Exercise 13.4: occupancy
+#
+# ★★☆ · 9 minutes · 3 lines. Return int [n]: equation (6) for an array of registers a thread.
+#
+# <details><summary>Hint 1</summary>
+#
+# Rounding up to a multiple of 8 in whole numbers: `-(-registers // 8) * 8`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `warps // num_warps * num_warps` leaves out the program that does not fit as a whole.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def resident_warps(registers, num_warps):  # int[n], int -> int[n]
+    ...  # your code
+
+
+# %% tags=["solution"]
+def resident_warps(registers, num_warps):  # int[n], int -> int[n]
+    rounded = -(-registers // 8) * 8
+    fitting = np.minimum(64, 4 * (512 // rounded))
+    return fitting // num_warps * num_warps  # equation (6)
+
+
+# %%
+check("13.4", resident_warps)
+
+# %% [markdown]
+# The library's version counts programs, and knows two more limits: how many programs an SM takes,
+# and their shared memory.
+
+# %%
+from kernels.compile import resident
+
+source(resident)
+
+# %% [markdown]
+# **Predict, then run:** what does the 65th register cost, and what the 66th?
+
+# %%
+steps = np.arange(16, 256)
+allowed = np.array([4 * resident("sm_90", int(r), shared=0, num_warps=4)[0] for r in steps])
+for r in (64, 65, 66, 72, 73):
+    print(f"{r} registers: {allowed[r - 16]} warps", end="   ")
+
+# %% tags=["target"]
+assert np.array_equal(resident_warps(steps, 4), allowed)
+show(
+    plots.plot_occupancy(steps, resident_warps(steps, 4), {}),
+    alt="Warps at a time against registers a thread, for programs of four warps: 64 warps up to 32 "
+    "registers, then a falling staircase: 32 at 64, 16 at 128, 8 at 255.",
+)
+
+# %% [markdown]
+# One register more can cost an eighth of the warps, or nothing: a staircase. What this package's
+# kernels have is in `kernels/results/compiled.json` (`forward` and `backward` are those of
+# image-causal attention). Shared memory is a second limit, and a program of eight warps fits less
+# well than one of four: such kernels lie below the staircase.
+
+# %% tags=["volatile"]
+results = Path(kernels.__file__).parent / "results"
+if (results / "compiled.json").exists():
+    compiled = json.loads((results / "compiled.json").read_text())
+    rows = [dict(zip(compiled["columns"], row)) for row in compiled["rows"]]
+    case = ("sm_90", "bf16", 128, 64)
+    chosen = [r for r in rows if (r["target"], r["dtype"], r["K"], r["R"]) == case]
+    found = {r["kernel"].strip("_"): (r["registers"], r["warps"]) for r in chosen}
+    show(
+        plots.plot_occupancy(steps, allowed, found),
+        alt="The staircase of warps against registers, and on or below it a mark for each kernel "
+        "compiled for sm_90 in bf16 at K = 128, R = 64, with its registers and its warps.",
+    )
+else:
+    print("not compiled yet: python -m kernels compile --full --json kernels/results/compiled.json")
+
+# %% [markdown]
+# ## How the benchmark measures
+#
+# `kernels/bench.py` first measures the machine's own two speeds, as we did. Every implementation is
+# then checked against a reference in float64 *before* it is timed; one that is wrong is listed with
+# the reason and gets no time. The worst *row* counts: a norm over everything would hide a few wrong
+# tokens.
+
+# %%
+from kernels import bench
+
+source(bench.worst_row)
+
+# %% [markdown]
+# And on a GPU the inputs rotate through copies that together exceed four times the cache:
+
+# %%
+source(bench.rotation)
+
+# %% [markdown]
+# Peers are what others would use: masked attention as open-flamingo writes it, torch's own under a
+# boolean mask, compiled FlexAttention, variable-length attention, and for the block a compiled
+# plain one (`kernels/peers.py`). The file has every time with its spread, its floor and its error.
+#
+# Is there one from a GPU?
+
+# %% tags=["volatile"]
+documents = [json.loads(path.read_text()) for path in sorted(results.glob("bench-*.json"))]
+measured = [document for document in documents if document["meta"]["gpu"]]
+for document in measured:
+    show(
+        plots.plot_roofline(document),
+        alt="Measured on a GPU: flops a second against flops a byte under its measured roof, one "
+        "panel a direction; this project's kernels filled dark blue, peers hollow orange.",
+    )
+if not measured:
+    print("not measured yet on a GPU. With one at hand:")
+    print("python -m kernels bench --json kernels/results/bench-NAME.json")
+
+# %% tags=["volatile"]
+name = "image_causal_attention"
+timed = [d for d in measured if any(r["entry"] == name for r in d["records"])]
+for document in timed:
+    show(
+        plots.plot_cost(document, name, "forward"),
+        alt="Measured on a GPU: microseconds of image-causal attention against the number of "
+        "images, a line for each implementation, a dotted one for the counted floor.",
+    )
+
+# %% [markdown]
+# ## Break it
+#
+# **Lie 1: the input is in the cache.** A loop that calls the same function on the same small array
+# measures the cache. **Predict, then run:** what bandwidth does a copy of 64 KB show, next to the
+# large one?
+
+
+# %%
+def copying(size, copies, calls=4096):  # bytes a second of copying arrays of `size` bytes, in turns
+    sources, targets = np.ones((2, copies, size // 4), np.float32)
+
+    def run():
+        for i in range(calls):
+            np.copyto(targets[i % copies], sources[i % copies])
+
+    return 2 * size * calls / seconds(run)
+
+
+# %% tags=["volatile"]
+for copies in (1, 2048):
+    rate = copying(2**16, copies)
+    share = f"{rate / bandwidth:.0%} of the roof"
+    print(f"64 KB, {copies:>4} arrays in turns: {rate / 1e9:>5.1f} GB/s, {share}")
+
+# %% [markdown]
+# A figure above the machine's own bandwidth is the sign. Whoever quotes 130 % of the roof has
+# measured something else.
+#
+# **Lie 2: no warm-up.** The first call pays for what comes once: memory that is mapped at first
+# touch, code that is loaded or, in Triton, compiled.
+
+# %% tags=["volatile"]
+fresh, taken = np.empty(2**23, np.float32), []
+for _ in range(4):
+    start = time.process_time()
+    np.copyto(fresh, a[: 2**23])
+    taken.append((time.process_time() - start) * 1e3)
+print("four copies of 32 MB into new memory, ms:", " ".join(f"{t:.1f}" for t in taken))
+
+# %% [markdown]
+# **Lie 3: timing the launch.** A GPU works asynchronously: a call puts work into a queue and
+# returns. The clock then shows how long it takes to *ask*. Here is a GPU in miniature, with a clock
+# of its own in microseconds, so that the experiment gives the same everywhere:
+
+# %%
+from notebooks.checks.module_13 import Device
+
+source(Device)
+
+# %%
+device = Device()
+for _ in range(4):
+    start = device.clock()
+    device.launch()
+    print(f"{device.clock() - start:.0f} us", end="  ")
+device.wait()
+print(f"\nbut all four together took {device.clock():.0f} us")
+
+# %% [markdown]
+# ### Exercise 13.5: an honest clock
+#
+# ★★☆ · 13 minutes · 6 to 9 lines. Launch `warm_up` calls that do not count. Then time `repeats`
+# calls one by one. Return float [repeats], the microseconds of each, by `device.clock()`; mind the
+# queue, before as well as after.
+#
+# <details><summary>Hint 1</summary>
+#
+# The end of a call is when `device.wait()` returns, not when `device.launch()` does.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# When the first timed call starts, the queue may still hold the warm-up. Wait before you look at
+# the clock, too.
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def measure(device, warm_up, repeats):  # Device, int, int -> float[repeats]
+    ...  # your code
+
+
+# %% tags=["solution"]
+def measure(device, warm_up, repeats):  # Device, int, int -> float[repeats]
+    for _ in range(warm_up):
+        device.launch()
+    device.wait()
+    times = []
+    for _ in range(repeats):
+        start = device.clock()
+        device.launch()
+        device.wait()
+        times.append(device.clock() - start)
+    return np.array(times)
+
+
+# %%
+check("13.5", measure)
+
+# %% [markdown]
+# Your times still hold the 5 microseconds of the launch. The benchmark's do not: CUDA events stand
+# in the queue itself, behind a pause that is longer than the host needs to fill it.
+#
+# **Lie 4: a peer that computes something else.** The fastest way to do attention is to do less of
+# it. A mask that is wrong by one image costs nothing and passes a test on the mean. **Predict, then
+# run:** one token of 512 looks at the wrong image. How large is the error over the whole tensor,
+# and how large is the worst row's?
+
+# %%
+wrong_phi = phi.copy()
+wrong_phi[0, 300] -= 1
+peer, right = (torch.from_numpy(xattn.image_causal_attention(q, k, v, p)) for p in (wrong_phi, phi))
+right = right.double()
+print(f"whole tensor {float((peer.double() - right).norm() / right.norm()):.2f}", end=", ")
+print(f"worst row {bench.worst_row(peer, right):.1f}, allowed {bench.TOLERANCE['cpu']:.0e}")
+
+# %% [markdown]
+# In bf16 rounding alone makes errors of a hundredth, and a few percent over the whole tensor would
+# pass for it. An error of the size of the row itself does not.
+#
+# ## Takeaways
+#
+# - Count before you measure: bytes over bandwidth and flops over rate give a floor that no
+#   implementation beats.
+# - Image-causal attention does 32 flops a byte, at any number of heads: memory-bound. A dense mask
+#   is compute-bound on work that is thrown away.
+# - Fusing saves bytes, never flops. What it saves grows with the width, the product beside it with
+#   its square.
+# - A time is worth something with a warm-up, a cold cache, a wait on both sides, a checked result,
+#   and the machine's own limits beside it. What was not measured is "not measured yet".
+#
+# **In the paper:** figure 7 and section 3.1.3, one image a token. The paper gives seconds a step
+# for its ablations; bytes, floors and kernels are this project's.
+#
+# **Next:** module 14, to full size: what 3, 9 and 80 billion parameters take in memory.
