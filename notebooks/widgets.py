@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from miniflamingo import plots
 from miniflamingo.functional import softmax
+from miniflamingo.plots.style import GREY, VISIBLE, styled
 from miniflamingo.prompt import IMAGE, WordTokenizer, build_batch, split_words
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import grammar, shapes
@@ -163,7 +164,7 @@ class Gates:
         return list(dict.fromkeys(int(i) for ids in both for i in ids))
 
 
-@plots.styled
+@styled
 def _words_figure(gates, shown, opening):
     frozen, opened = gates.frozen(), gates.opened(opening)
     words, y = [grammar.TOKENIZER.words[i] for i in shown], np.arange(len(shown))
@@ -171,8 +172,8 @@ def _words_figure(gates, shown, opening):
     figure = Figure((6.4, 0.42 * len(shown) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     rows = (
-        ("frozen LM", frozen, plots.GREY, -0.2),
-        ("with the picture", opened, plots.VISIBLE, 0.2),
+        ("frozen LM", frozen, GREY, -0.2),
+        ("with the picture", opened, VISIBLE, 0.2),
     )
     for name, p, colour, shift in rows:
         bars = axes.barh(y + shift, p[shown], 0.38, color=colour, label=name)
