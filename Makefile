@@ -9,8 +9,10 @@ BIN := .venv/bin
 endif
 RUN := $(BIN)/python
 READY := .venv/installed
+SITE := .venv/installed-site
 
-.PHONY: demo test compare check-compiled bench lint notebooks check-notebooks weights lab clean
+.PHONY: demo test compare check-compiled bench lint notebooks check-notebooks timings student-release \
+	slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -39,6 +41,21 @@ notebooks: $(READY)  ## render the course again from its sources
 check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
 	@$(RUN) -m notebooks.render --check $(ARGS)
 
+timings: $(READY)  ## measure the course's computing time; then `make notebooks`
+	@$(RUN) -m notebooks.timings $(ARGS)
+
+student-release: $(READY)  ## what to hand out, without solutions; ARGS=--nbgrader: its tree, too
+	@$(RUN) -m notebooks.release $(ARGS)
+
+slides: $(READY)  ## slides of the course for a browser; ARGS=06 for one module, --teacher
+	@$(RUN) -m notebooks.slides $(ARGS)
+
+site: $(SITE)  ## the course and the API reference as web pages, in out/site
+	@$(RUN) -m notebooks.site.build $(ARGS)
+
+site-test: $(SITE)  ## read the site, and run a notebook, with a browser
+	@$(RUN) -m pytest tests/course/test_site.py -rs $(ARGS)
+
 weights: $(READY)  ## train all three stages from three seeds, and replace the shipped weights
 	@for seed in $(SEEDS); do $(RUN) -m miniflamingo train lm --seed $$seed --out runs/$$seed/lm && \
 	$(RUN) -m miniflamingo train vision --seed $$seed --out runs/$$seed/vision && \
@@ -63,3 +80,9 @@ $(READY): requirements.txt pyproject.toml
 	@$(RUN) -m pip install --retries 2 -r requirements.txt -e . >.venv/install.log 2>&1 || { echo \
 	"Installing failed (is there a network?): `grep -i error .venv/install.log | tail -n 1`" >&2; exit 1; }
 	@touch $(READY)
+
+$(SITE): $(READY) notebooks/site/requirements.txt
+	@echo "Installing what the site needs into .venv, once ..."
+	@$(RUN) -m pip install --retries 2 -r notebooks/site/requirements.txt >.venv/install.log 2>&1 || { echo \
+	"Installing failed (is there a network?): `grep -i error .venv/install.log | tail -n 1`" >&2; exit 1; }
+	@touch $(SITE)

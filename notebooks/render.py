@@ -46,6 +46,7 @@ METADATA = {
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONPATH": str(HERE.parent),
+    "MINIFLAMINGO_RENDERING": "1",  # widgets show a still picture: their ids would differ
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
 SECONDS = 300  # most for one cell

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SITE = "notebooks/site/requirements.txt"
 ROOMS = sorted((ROOT / "miniflamingo").rglob("*.py"))
 
 
-def requirements():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+def requirements(file="requirements.txt"):
+    lines = (ROOT / file).read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -26,14 +27,17 @@ def test_the_package_asks_for_what_the_requirements_name():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"].items()
+    optional = project["optional-dependencies"]
+    # the site's packages have a file of their own, so that `make test` need not install them
+    assert sorted(optional.pop("site")) == sorted(requirements(SITE))
+    optional = optional.items()
     declared = project["dependencies"] + [line for _, extra in optional for line in extra]
     assert sorted(line.replace("'", '"') for line in declared) == sorted(requirements())
 
 
 def test_every_requirement_has_a_range_and_a_reason():
     readme = (ROOT / "README.md").read_text()
-    for requirement in requirements():
+    for requirement in requirements() + requirements(SITE):
         assert re.search(r"==|>=.*,<", requirement), f"{requirement} has no tested range"
         row = rf"^\| {name_of(requirement)} \|.*\w.*\|$"
         assert re.search(row, readme, re.M | re.I), f"the README gives no reason for {requirement}"

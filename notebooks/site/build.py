@@ -1,0 +1,218 @@
+"""Build the course's site into out/site/: pages to read, an API reference, figures measured.
+
+    python -m notebooks.site.build              all modules; with numbers, such as 06 08, those
+    python -m notebooks.site.build --no-lite    without JupyterLite, see lite.py
+
+Pages are first written to out/site-pages/, as Sphinx wants them: from the committed notebooks,
+which are not executed, the two READMEs and the library's docstrings. Pages ask nothing of another
+host; MathJax is copied beside them (vendor.py).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+from notebooks import render, timings
+from notebooks.site import lite as browser
+from notebooks.site import vendor
+
+HERE, ROOT = Path(__file__).resolve().parent, render.HERE.parent
+LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+DIRECTIONS = ("forward", "forward + backward")  # kernels.bench_entries has them, and torch
+NOT_MEASURED = """Not measured yet. On a machine with an NVIDIA GPU
+
+    python -m kernels bench --json kernels/results/NAME.json
+
+measures them; the next `make site` draws what it wrote.
+"""
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+def page_of(path):
+    """The page that shows a file of the repository, from the site's root, or None."""
+    if path.name == "README.md":
+        return {ROOT: "/project.md", render.HERE: "/teaching.md"}.get(path.parent)
+    if path.suffix == ".ipynb" and path.parent.name == "student":
+        return f"/course/{path.name}"
+    name = dotted(path)
+    return f"/api/{name}.md" if name and name.split(".")[0] in ("miniflamingo", "kernels") else None
+
+
+def dotted(path):
+    """The module's name of a Python file of the repository; None for anything else."""
+    if path.suffix != ".py" or not path.is_relative_to(ROOT):
+        return None
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def relink(text, folder, shown):
+    """Point the links of a Markdown text, which stood in `folder`, to the pages of the site.
+
+    A file without a page, and a module that is not among those shown, keeps its name as text.
+    """
+    names = {f"{path.stem}.ipynb" for path in shown}
+
+    def replace(found):
+        label, target = found.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return found[0]
+        name, _, anchor = target.partition("#")
+        path = (folder / name).resolve()
+        page = page_of(path) if path.suffix != ".ipynb" or path.name in names else None
+        return f"[{label}]({page}{'#' * bool(anchor)}{anchor})" if page else label
+
+    return LINK.sub(replace, text)
+
+
+# --- pages --------------------------------------------------------------------------------------
+
+
+def write_pages(folder, paths, lite=False):
+    """Write all pages, for Sphinx, anew; paths are the sources of the modules to show."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "course").mkdir(parents=True)
+    for name in ("conf.py", "static"):
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, folder / name)
+    for path in paths:
+        nbformat.write(course_page(path, paths, lite), folder / "course" / f"{path.stem}.ipynb")
+    targets = render.HERE / "student" / "targets"
+    if targets.exists():
+        shutil.copytree(targets, folder / "course" / "targets")
+    table = timings.HEAD + "".join(timings.row(timings.describe(p), timings.read()) for p in paths)
+    pages = "\n".join(f"course/{path.stem}" for path in paths)
+    front = (HERE / "index.md").read_text(encoding="utf-8")
+    front = front.replace("{modules}", relink(table, render.HERE, paths)).replace("{pages}", pages)
+    write(folder / "index.md", front + "\n")
+    for name, page in ((ROOT / "README.md", "project"), (render.HERE / "README.md", "teaching")):
+        text = relink(name.read_text(encoding="utf-8"), name.parent, paths)
+        write(folder / f"{page}.md", text.replace("# miniflamingo\n", "# The project\n", 1))
+    write_api(folder / "api")
+    write_benchmarks(folder)
+    write(folder / "browser.md", browser.page(paths if lite else ()))
+
+
+def write(file, text):
+    """Write a text file and the folder it stands in."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def course_page(path, shown, lite=False):
+    """The student's notebook as a page: links of the site, figures with their words as alt text."""
+    folder = render.HERE / "student"
+    notebook = nbformat.read(folder / f"{path.stem}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = relink(cell.source, folder, shown)
+        alts = [output.metadata["image/png"]["alt"] for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", {})]  # fmt: skip
+        if alts:
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(alts)}}
+    if lite and browser.chosen([path]):
+        link = f"<a href='../lite/lab/index.html?path={path.stem}.ipynb'>Run it in the browser</a>"
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(link, id="in-the-browser"))
+    return notebook
+
+
+def write_api(folder):
+    """A page for each module of the library, filled by autodoc, and a list of them."""
+    names = {}
+    for package in ("miniflamingo", "kernels"):
+        files = sorted((ROOT / package).rglob("*.py"))
+        names[package] = [dotted(f) for f in files if f.stem != "__main__"]
+    for name in (name for some in names.values() for name in some):
+        write(folder / f"{name}.md",
+              f"# {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
+              "   :show-inheritance:\n```\n")  # fmt: skip
+    lists = [f"```{{toctree}}\n:caption: {p}\n\n" + "\n".join(some) + "\n```\n"
+             for p, some in names.items()]  # fmt: skip
+    head = "# API reference\n\nWhat the docstrings say, module by module.\n\n"
+    write(folder / "index.md", head + "\n".join(lists))
+
+
+def write_benchmarks(folder, results=ROOT / "kernels" / "results"):
+    """The page of the measured figures, drawn from the data files of kernels/results."""
+    parts = ["# Speed of the kernels\n"]
+    for file in sorted(results.glob("*.json")):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and {"records", "limits", "meta"} <= document.keys():
+            parts.append(_benchmark(document, file.stem, folder / "figures"))
+    write(folder / "benchmarks.md", "\n".join(parts if parts[1:] else [*parts, NOT_MEASURED]))
+
+
+def _benchmark(document, name, folder):
+    """The section of one data file: what was measured on, and every figure that it holds."""
+    from miniflamingo import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = document["meta"]
+    facts = (f"- {key}: {value}" for key, value in meta.items() if isinstance(value, str | int))
+    parts = [f"## {name}\n", *facts, ""]
+    figures = {"roofline": ("Flops a second against flops a byte, under the measured roof",
+                            lambda: plots.plot_roofline(document))}  # fmt: skip
+    for way in DIRECTIONS:
+        figures[f"cost {way}"] = (
+            f"Microseconds of image-causal attention, {way}, against the number of images",
+            lambda way=way: plots.plot_cost(document, "image_causal_attention", way),
+        )
+    for title, (alt, draw) in figures.items():
+        try:
+            figure = draw()
+        except ValueError:
+            continue  # the file holds no such time
+        file = f"{name}-{title}.png".replace(" ", "-").replace("+", "and")
+        figure.savefig(folder / file)
+        parts.append(f"![{alt}; {name}.](figures/{file})\n")
+    return "\n".join(parts)
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def build(out, pages, paths, lite=True):
+    """Build the site. RuntimeError when a script cannot be had or Sphinx finds a fault."""
+    from sphinx.cmd.build import build_main
+
+    write_pages(pages, paths, lite)
+    vendor.copy_mathjax(pages / "static")
+    shutil.rmtree(out, ignore_errors=True)
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are imported, never run
+    if build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(pages) + ".cache",
+                   str(pages), str(out)]):  # fmt: skip
+        raise RuntimeError("Sphinx found faults; they stand above")
+    if lite:
+        browser.build(out / "lite", paths)
+
+
+def main(argv=None):
+    """Run the command; returns the exit code."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("notebooks.site.build", None, __doc__, formatter_class=layout)
+    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    parser.add_argument("--no-lite", action="store_true", help="without JupyterLite")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "site", help="where to")
+    arguments = parser.parse_args(argv)
+    if not (paths := timings.sources(arguments.modules)):
+        parser.error(f"no module is called {' or '.join(arguments.modules)}")
+    out = arguments.out.resolve()
+    try:
+        build(out, out.with_name(out.name + "-pages"), paths, not arguments.no_lite)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{out / 'index.html'}; to read it: python -m http.server -d {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

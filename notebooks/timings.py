@@ -1,0 +1,287 @@
+"""Measure the modules of the course, and say in the README and in their headers what was measured.
+
+    python -m notebooks.timings              all modules; `python -m notebooks.timings 06` for one
+    python -m notebooks.timings --table      write the README's table again, measure nothing
+
+Measuring runs every code cell of both renderings, one thread, and adds up the processor time of the
+kernel and its children. It writes timings.json, the sentence "Computing takes about N seconds of
+one core." in the source, and the table. Notebooks change with their source: `make notebooks` next.
+"""
+
+import argparse
+import ast
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nbformat
+
+from notebooks import render
+
+ROOT = render.HERE.parent
+FILE, README = render.HERE / "timings.json", render.HERE / "README.md"
+PROBE = "import os as _os; print(list(_os.times()))"  # processor and wall seconds so far
+STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300)
+NEAR, LEAST = 0.25, 1  # a claim stands while it is within 25 %, or a second, of the measurement
+SENTENCE = re.compile(r"(Computing[\s#]+takes[\s#]+about[\s#]+)(\d+)([\s#]+)seconds?\b")
+MARKERS = "<!-- modules: made by `python -m notebooks.timings --table` -->\n", "<!-- end -->"
+HEAD = """| module | asks | needs | computing | minutes | explains |
+|---|---|---|---|---|---|
+"""
+
+
+def sources(numbers=()):
+    """The sources of the modules whose numbers or names start so; all by default."""
+    found = sorted((render.HERE / "source").glob("[0-9]*.py"))
+    return [path for path in found if not numbers or path.stem.startswith(tuple(numbers))]
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def measure(path, kind):
+    """Run a rendering's code cells: {"processor_seconds", "wall_seconds"}; kind as in render."""
+    notebook = render.read_source(path)
+    left_out = {render.LEFT_OUT[kind]} | ({"target"} if kind == "student" else set())
+    cells = [cell for cell in notebook.cells
+             if cell.cell_type == "code" and not left_out & render.tags(cell)]  # fmt: skip
+    probes = [nbformat.v4.new_code_cell(PROBE, id=name) for name in ("before", "after")]
+    notebook.cells = [probes[0], *cells, probes[1]]
+    render.execute(notebook, render.HERE / kind)
+    before, after = (ast.literal_eval(probe.outputs[0].text) for probe in probes)
+    return {
+        "processor_seconds": round(sum(after[:4]) - sum(before[:4]), 2),
+        "wall_seconds": round(after[4] - before[4], 2),
+    }
+
+
+def machine():
+    """What was measured on: date, processor, cores, system, and the versions that matter."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("numpy", "matplotlib", "torch", "triton")},
+    }
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read():
+    """What timings.json holds: {module: {"student", "teacher", "machine"}}; {} without the file."""
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+
+
+def agrees(claim, measured):
+    """Whether "about `claim` seconds" may be said of `measured` seconds."""
+    return abs(claim - measured) <= max(LEAST, NEAR * claim)
+
+
+def rounded(measured, claim=None):
+    """Seconds to claim: the old claim while it agrees, so that it is stable, else a round step."""
+    if claim is not None and agrees(claim, measured):
+        return claim
+    return min(STEPS, key=lambda step: abs(step - measured))
+
+
+def claim_in(text):
+    """The seconds that a module's text claims. ValueError where the sentence is missing."""
+    found = SENTENCE.search(text)
+    if not found:
+        raise ValueError("no sentence `Computing takes about N seconds of one core.` in the header")
+    return int(found[2])
+
+
+def with_claim(text, measured):
+    """The text, its sentence rewritten for `measured` seconds."""
+    seconds = rounded(measured, claim_in(text))
+    noun = "second" if seconds == 1 else "seconds"
+    return SENTENCE.sub(lambda found: f"{found[1]}{seconds}{found[3]}{noun}", text, count=1)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a module's source says of itself."""
+
+    path: Path
+    title: str  # "06 φ and image-causal masking"
+    question: str
+    needs: tuple  # numbers of earlier modules
+    minutes: int
+    files: tuple  # paths of the library, from the repository's root, in the order of appearance
+
+    @property
+    def number(self):
+        """The two digits that the file's name begins with."""
+        return self.path.stem.split("_")[0]
+
+
+def describe(path):
+    """Read a source into a Module. ValueError for a header without one of its parts."""
+    cells = render.read_source(path).cells
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+    def part(what, pattern):
+        found = re.search(pattern, text, re.DOTALL | re.MULTILINE)
+        if not found:
+            raise ValueError(f"{path.name}: its header has no {what}, as in /{pattern}/")
+        return " ".join(found[1].split())
+
+    number = path.stem.split("_")[0]
+    return Module(
+        path,
+        part("title", r"\A# (\d\d [^\n]+)"),
+        part("question", r"\*\*The question: (.+?)\*\*"),
+        _numbers(part("prerequisites", r"\*\*You need:\*\* (.+?)(?:\n\n|\Z)"), number),
+        int(part("time", r"\*\*Time:\*\* about (\d+) minutes")),
+        tuple(_files(cells)),
+    )
+
+
+def _numbers(text, own):
+    """The modules before `own` that a text names, as in "module 01", "modules 02 and 04 to 06"."""
+    numbers = set()
+    for phrase in re.findall(r"modules? (\d\d(?:(?:, | and |, and | to )\d\d)*)", text):
+        for first, last in re.findall(r"(\d\d)(?: to (\d\d))?", phrase):
+            numbers |= {f"{n:02d}" for n in range(int(first), int(last or first) + 1)}
+    return tuple(sorted(n for n in numbers if n < own))
+
+
+def _files(cells):
+    """The library's files whose source the cells show, or which they name, each once."""
+    origins, seen = {}, {}
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"\b(?:miniflamingo|kernels)/[\w/]+\.py", cell.source)
+            seen |= dict.fromkeys(name for name in found if (ROOT / name).is_file())
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            origins |= _imported(node)
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "source":
+                seen |= dict.fromkeys(_shown(node.args[0], origins))
+    return seen
+
+
+def _imported(node):
+    """Name -> dotted origin, for what an import statement brings."""
+    if isinstance(node, ast.ImportFrom):
+        return {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    if isinstance(node, ast.Import):
+        return {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0]
+                for a in node.names}  # fmt: skip
+    return {}
+
+
+def _shown(expression, origins):
+    """The file of what is shown, of an expression such as `xattn.compute_phi`; none if unknown."""
+    first, *rest = ast.unparse(expression).split(".")
+    name = ".".join([origins.get(first, first), *rest])
+    if name.split(".")[0] in ("miniflamingo", "kernels"):
+        yield from filter(None, [_file(name)])
+
+
+def _file(name):
+    """The file that defines `package.module.thing`, following a package's re-exports."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        base = ROOT.joinpath(*parts[:end])
+        if base.with_suffix(".py").is_file():
+            return base.with_suffix(".py").relative_to(ROOT).as_posix()
+        if (base / "__init__.py").is_file() and end < len(parts):
+            for node in ast.parse((base / "__init__.py").read_text(encoding="utf-8")).body:
+                if parts[end] in _imported(node):
+                    return _file(_imported(node)[parts[end]])
+    return None
+
+
+def row(module, timings):
+    """A module's row of the table; timings as `read` returns them."""
+
+    def link(f):
+        return f"[{Path(f).name}](../{f})"
+
+    measured = timings.get(module.number)
+    seconds = "not measured"
+    if measured:
+        seconds = f"{claim_in(module.path.read_text(encoding='utf-8'))} s"
+    cells = [
+        f"[{module.title}](student/{module.path.stem}.ipynb)",
+        module.question.replace("|", r"\|"),
+        ", ".join(module.needs) or "–",
+        seconds,
+        str(module.minutes),
+        ", ".join(map(link, module.files)) or "–",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def table():
+    """The table of all modules, from their sources and timings.json."""
+    timings = read()
+    return HEAD + "".join(row(describe(path), timings) for path in sources())
+
+
+def with_table(readme):
+    """The README's text with the table between its markers. ValueError where they are missing."""
+    start, end = MARKERS
+    if readme.count(start) != 1 or end not in readme.split(start)[-1]:
+        raise ValueError(f"the table stands between {start.strip()} and {end}: not found")
+    before, after = readme.split(start)
+    return before + start + table() + end + after.split(end, 1)[1]
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def update(path, timings):
+    """Measure a module; writes timings.json and the sentence in the source. -> a line to print."""
+    number = path.stem.split("_")[0]
+    record = {kind: measure(path, kind) for kind in ("student", "teacher")}
+    timings[number] = record | {"machine": machine()}
+    lines = json.dumps(dict(sorted(timings.items())), indent=1, ensure_ascii=False)
+    FILE.write_text(lines + "\n", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    seconds = record["student"]["processor_seconds"]
+    if (new := with_claim(text, seconds)) != text:
+        path.write_text(new, encoding="utf-8")
+    spent = ", ".join(f"{kind} {record[kind]['processor_seconds']:.1f} s" for kind in record)
+    return f"{path.stem}: {spent}; the header says {claim_in(new)} s"
+
+
+def main(argv=None):
+    """Run the command; returns the exit code."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("notebooks.timings", None, __doc__, formatter_class=layout)
+    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    parser.add_argument("--table", action="store_true", help="write the table, measure nothing")
+    arguments = parser.parse_args(argv)
+    if not (paths := sources(arguments.modules)):
+        parser.error(f"no module is called {' or '.join(arguments.modules)}")
+    timings = read()
+    for path in () if arguments.table else paths:
+        print(update(path, timings), flush=True)
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
