@@ -124,6 +124,7 @@ class Module:
     path: Path
     title: str  # "06 φ and image-causal masking"
     question: str
+    objectives: str  # what a reader can do afterwards, parted by semicolons
     needs: tuple  # numbers of earlier modules
     minutes: int
     files: tuple  # paths of the library, from the repository's root, in the order of appearance
@@ -150,6 +151,7 @@ def describe(path):
         path,
         part("title", r"\A# (\d\d [^\n]+)"),
         part("question", r"\*\*The question: (.+?)\*\*"),
+        part("objectives", r"After this module you can\n\n- (.+?)\n\n").replace("; - ", "; "),
         _numbers(part("prerequisites", r"\*\*You need:\*\* (.+?)(?:\n\n|\Z)"), number),
         int(part("time", r"\*\*Time:\*\* about (\d+) minutes")),
         tuple(_files(cells)),
@@ -235,9 +237,11 @@ def row(module, timings):
 
 
 def table():
-    """The table of all modules, from their sources and timings.json."""
-    timings = read()
-    return HEAD + "".join(row(describe(path), timings) for path in sources())
+    """The table of all modules and their objectives, from their sources and timings.json."""
+    timings, modules = read(), [describe(path) for path in sources()]
+    objectives = "".join(f"- **{m.number}** {m.objectives}\n" for m in modules)
+    rows = "".join(row(module, timings) for module in modules)
+    return f"{HEAD}{rows}\nAfter each module you can\n\n{objectives}"
 
 
 def with_table(readme):

@@ -295,6 +295,15 @@ source(xattn.image_causal_mask)
 assert np.array_equal(mask_loop(phi, N, R), xattn.image_causal_mask(phi, N, R))
 
 # %% [markdown]
+# Move the tags of another page yourself, and watch φ and the mask follow. Where must both tags
+# stand so that no token sees image 2 but the tag itself?
+
+# %%
+from notebooks.widgets import move_image_tag
+
+move_image_tag("My puppy . <image> My cat . <image> Both sleep .")
+
+# %% [markdown]
 # ## Attention to one image
 #
 # Equation (3) with a loop over the tokens. A token with an image attends to that image's R keys and

@@ -386,6 +386,13 @@ show(
 # Not in proportion: three layers work in a row, and a softmax decides at the end. This is *one*
 # model looked at along a line; it was trained at s = 1 alone. How the gates move in training is
 # module 08.
+#
+# Turn the gates yourself, and watch the next word leave the frozen LM's:
+
+# %%
+from notebooks.widgets import turn_alpha
+
+turn_alpha("what color ?")
 
 # %% [markdown]
 # ## Tokens without an image

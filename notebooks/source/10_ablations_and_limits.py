@@ -11,8 +11,8 @@
 # - compare your findings with the paper's table without wishing for agreement;
 # - make a model hallucinate on purpose, and measure how sure it is of what is not there.
 #
-# **You need:** the resampler (module 04), φ (06), gates (07), training (08), the evaluation's
-# intervals (09).
+# **You need:** the resampler, φ, the gates, training, and the evaluation's intervals (modules 04,
+# 06, 07, 08 and 09).
 #
 # **Time:** about 43 minutes: 10 to read (2,000 words, 200 a minute) and 33 for four exercises.
 # Computing takes about 23 seconds of one core.

@@ -17,6 +17,12 @@ TINY = """# %% [markdown]
 # **The question: is a|b
 # one thing?**
 #
+# After this module you can
+#
+# - tell one;
+# - tell another
+#   thing.
+#
 # **You need:** module 01, modules 02 and 04 to 06; module 99 comes next.
 #
 # **Time:** about 35 minutes: 5 to read (1,000 words, 200 a minute) and 30 for three exercises.
@@ -77,6 +83,7 @@ def test_a_header_is_read(tiny):
     module = t.describe(tiny)
     assert (module.title, module.minutes) == ("99 A tiny module", 35)
     assert module.question == "is a|b one thing?"
+    assert module.objectives == "tell one; tell another thing."
     assert module.needs == ("01", "02", "04", "05", "06")
     # named in the text; shown; shown by way of the package's re-export; never the course's own
     expected = ("vision", "xattn", "flamingo")
@@ -95,6 +102,7 @@ def test_a_row_of_the_table(tiny):
         ("**Time:**", "no time"),
         ("**The question", "no question"),
         ("**You need:**", "no prerequisites"),
+        ("After this module you can", "no objectives"),
     ],
 )
 def test_a_header_without_one_of_its_parts_is_refused(tiny, part, message):
