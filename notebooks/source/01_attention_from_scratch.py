@@ -15,7 +15,7 @@
 # here builds on it.
 #
 # **Time:** about 52 minutes: 13 to read (2,650 words, 200 a minute) and 39 for five exercises.
-# Computing takes about 4 seconds of one core.
+# Computing takes about 3 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters

@@ -15,7 +15,7 @@
 # (module 08). This module trains nothing.
 #
 # **Time:** about 46 minutes: 12 to read (2,400 words, 200 a minute) and 34 for five exercises.
-# Computing takes about 5 seconds of one core.
+# Computing takes about 3 seconds of one core.
 
 # %% [markdown]
 # ## The picture and the letters

@@ -257,7 +257,7 @@ for row in list(rows)[1:]:
 #   three runs lie far apart. But all three lie below all three of the baseline, which chance alone
 #   does once in 20 times. And the paper says the same. The next section looks closer.
 # - **The MLP** and **one layer** lose nothing that can be told; in the paper it is 4.1 and 10.9.
-#   One object on a plain ground needs no choosing among 100 features, and three layers are few.
+#   One object on a plain ground needs no choosing among 36 features, and three layers are few.
 #   That is a finding about our small world, not about resamplers.
 # - **In text alone** every row has lost what the LM could do, the baseline too: each training page
 #   begins with a picture, so nothing teaches the gated layers what to do without one. The package's

@@ -16,7 +16,7 @@
 # the kernels' side want Linux and `pip install -e ".[course,kernels]"`; no GPU.
 #
 # **Time:** about 55 minutes: 12 to read (2,300 words, 200 a minute) and 43 for five exercises.
-# Computing takes about 6 seconds of one core.
+# Computing takes about 4 seconds of one core.
 #
 # **What is measured here, and what is not.** Every *time* below is taken live, on the processor in
 # front of you. Everything about GPUs is *counted*, or read from compiled code. This project has not
