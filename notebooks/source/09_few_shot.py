@@ -120,11 +120,9 @@ show(
 # %%
 def prompt_loop(names, this):  # int[B, k+1], int -> int[B, 1 + 4k + 2]
     rows = []
-    for row in names.tolist():
-        tokens = [BOS]
-        for name in row[:-1]:
-            tokens += [IMAGE, this, name, EOC]
-        rows.append([*tokens, IMAGE, this])  # equation (1): open, and without the answer
+    for *shots, _ in names.tolist():  # without the last, the answer
+        chunks = [token for name in shots for token in (IMAGE, this, name, EOC)]
+        rows.append([BOS, *chunks, IMAGE, this])  # equation (1), left open
     return np.array(rows)
 
 

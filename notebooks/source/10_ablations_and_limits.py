@@ -553,10 +553,10 @@ def uniform_rows(q, k, v, phi):  # the bug: the same, but for `* mask`
 
 
 def reach(attend):  # how much each token changes when an image's keys and values do, [L, N]
-    before, columns = attend(q, k, v, phi), []
+    columns, unchanged = [], attend(q, k, v, phi)
     for j in range(2):
         step = np.where(np.arange(2) == j, 1.0, 0.0)[None, :, None, None]
-        columns.append(abs(attend(q, k + step, v + step, phi) - before).max(axis=-1)[0])
+        columns.append(abs(attend(q, k + step, v + step, phi) - unchanged).max(axis=-1)[0])
     return np.stack(columns, axis=1)
 
 
