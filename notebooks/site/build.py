@@ -88,7 +88,10 @@ def write_pages(folder, paths, lite=False):
     targets = render.HERE / "student" / "targets"
     if targets.exists():
         shutil.copytree(targets, folder / "course" / "targets")
-    table = timings.HEAD + "".join(timings.row(timings.describe(p), timings.read()) for p in paths)
+    table = "| module | asks | minutes |\n|---|---|---|\n" + "".join(
+        f"| [{m.title}](student/{m.path.stem}.ipynb) | {m.question} | {m.minutes} |\n"
+        for m in map(timings.describe, paths)
+    )
     pages = "\n".join(f"course/{path.stem}" for path in paths)
     front = (HERE / "index.md").read_text(encoding="utf-8")
     front = front.replace("{modules}", relink(table, render.HERE, paths)).replace("{pages}", pages)

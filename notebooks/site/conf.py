@@ -4,7 +4,6 @@ import re
 from importlib.util import find_spec
 
 project, author, language = "miniflamingo", "the miniflamingo authors", "en"
-copyright = "MIT licence"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
 
 # the notebooks as committed: nothing is executed
@@ -19,7 +18,7 @@ html_theme = "furo"
 html_title = "miniflamingo"
 html_static_path, html_favicon = ["static"], "static/favicon.svg"
 html_css_files = ["course.css"]
-html_copy_source, html_show_sphinx = False, False
+html_copy_source, html_show_sphinx, html_show_copyright = False, False, False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 mathjax_path = "mathjax.js"  # copied there by the build; nothing is asked of another host
 mathjax3_config = {"svg": {"fontCache": "local"}, "options": {"enableMenu": False}}
