@@ -26,9 +26,9 @@ from notebooks import render, timings
 
 ROOT = render.HERE.parent
 OUT = ROOT / "out"
-COPIED = ("miniflamingo", "kernels", "notebooks/__init__.py", "notebooks/display.py",
-          "notebooks/widgets.py", "notebooks/checks", "notebooks/student", "LICENSE",
-          "requirements.txt", "pyproject.toml")  # fmt: skip
+HELPERS = ("__init__.py", "ablations.py", "display.py", "triton_cpu.py", "widgets.py")
+COPIED = ("miniflamingo", "kernels", "LICENSE", "requirements.txt", "pyproject.toml",
+          *(f"notebooks/{name}" for name in (*HELPERS, "checks", "data", "student")))  # fmt: skip
 KNOWS_ANSWERS = ("miniflamingo/", "kernels/", "notebooks/checks/")  # the library and its judges
 EXERCISE = re.compile(r"^### Exercise (\d+\.\d+): .+\n\n([★☆]{3}) ", re.MULTILINE)
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"

@@ -1,4 +1,4 @@
-"""Scripts that the pages and slides need, from the npm registry, once, at build time.
+"""Scripts that the pages and slides need, from npm, once, at build time.
 
 Each package has a pinned version and the checksum that npm must find; `npm` runs no script of it.
 They are kept in out/vendor, so that a second build needs no network.

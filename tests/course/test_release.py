@@ -3,6 +3,7 @@
 nbgrader itself is asked where it is installed (`pip install nbgrader`); without it, its schema.
 """
 
+import ast
 import csv
 import os
 import re
@@ -69,6 +70,24 @@ def test_neither_solutions_nor_tests_nor_sources_are_in_it(out):
     with zipfile.ZipFile(out / "student-release.zip") as archive:
         inside = {n.removeprefix("miniflamingo-course/") for n in archive.namelist()}
     assert inside == {n for n in names if (out / "student-release" / n).is_file()}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem[:2])
+def test_what_a_notebook_imports_is_in_it(out, path):
+    """Of the project's own; each in a Python that knows of no other copy."""
+    book = nbformat.read(out / "student-release" / "notebooks/student" / f"{path.stem}.ipynb", 4)
+    nodes = [n for c in book.cells if c.cell_type == "code" for n in ast.walk(ast.parse(c.source))]
+    imports = [ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    own = [line for line in imports if re.match(r"(from|import) (miniflamingo|kernels|note)", line)]
+    assert own
+    if not find_spec("triton"):  # modules on kernels cannot be imported here
+        own = [line for line in own if not re.search("kernels|triton", line)]
+    code = "\n".join([*own, "import notebooks", "print(notebooks.__file__)"])
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(out / "student-release")}
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(out / "student-release/notebooks/__init__.py")
 
 
 @pytest.mark.parametrize("where", ["a.py", "notebooks/student/a.ipynb", "output.ipynb"])
