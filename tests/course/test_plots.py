@@ -1,5 +1,8 @@
 """The figures show what they are given, refuse what does not fit, and leave pyplot alone."""
 
+import importlib
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pytest
@@ -30,28 +33,32 @@ def every_figure():
     yield plots.plot_lines([1, 2, 4], {"one": [1, 2, 4], "two": [1, 1, 1]}, "x", "y")
 
 
-def test_figures_can_be_saved_and_leave_no_trace(tmp_path):
-    before = dict(matplotlib.rcParams)
+# the other subjects' figures stand beside this file: every_figure of test_plots_NAME.py
+SUBJECTS = {"phi and training": every_figure} | {
+    path.stem: importlib.import_module(path.stem).every_figure
+    for path in sorted(Path(__file__).parent.glob("test_plots_*.py"))
+}
+
+
+def drawn(every_figure, folder):
+    """The bytes of a subject's figures as PNG files."""
+    files = []
     for i, figure in enumerate(every_figure()):
         assert isinstance(figure, Figure)
-        figure.savefig(tmp_path / f"{i}.png")
-        assert (tmp_path / f"{i}.png").stat().st_size > 2000
-    assert dict(matplotlib.rcParams) == before
+        figure.savefig(folder / f"{i}.png", metadata={"Software": None})
+        files.append((folder / f"{i}.png").read_bytes())
+    return files
 
 
-def test_pyplot_is_not_used():
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_figures_are_deterministic_and_leave_no_trace(subject, tmp_path):
     from matplotlib import pyplot
 
-    figures = list(every_figure())
-    assert len(figures) == 9 and pyplot.get_fignums() == []
-
-
-def test_figures_are_deterministic(tmp_path):
-    for name in "ab":
-        for i, figure in enumerate(every_figure()):
-            figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
-    for i in range(9):
-        assert (tmp_path / f"a{i}.png").read_bytes() == (tmp_path / f"b{i}.png").read_bytes()
+    every_figure = SUBJECTS[subject]
+    before = dict(matplotlib.rcParams)
+    first = drawn(every_figure, tmp_path)
+    assert first == drawn(every_figure, tmp_path) and min(map(len, first)) > 2000
+    assert dict(matplotlib.rcParams) == before and pyplot.get_fignums() == []
 
 
 def test_phi_has_a_box_a_word_and_a_number_for_every_token():

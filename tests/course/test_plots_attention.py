@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from miniflamingo import plots
@@ -34,21 +33,6 @@ def cells(figure):
     left, top = min(p.get_x() for p in squares), min(p.get_y() for p in squares)
     places = [((p.get_y() - top) / CELL, (p.get_x() - left) / CELL) for p in squares]
     return {(round(i), round(j)): p for (i, j), p in zip(places, squares)}
-
-
-def test_figures_can_be_saved_and_are_deterministic(tmp_path):
-    for i, (one, two) in enumerate(zip(every_figure(), every_figure())):
-        assert isinstance(one, Figure)
-        for name, figure in (("a", one), ("b", two)):
-            figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
-        a, b = ((tmp_path / f"{name}{i}.png").read_bytes() for name in "ab")
-        assert a == b and len(a) > 2000
-
-
-def test_pyplot_is_not_used():
-    from matplotlib import pyplot
-
-    assert len(list(every_figure())) == 5 and pyplot.get_fignums() == []
 
 
 def test_a_matrix_shows_weights_in_per_cent_and_what_is_masked():

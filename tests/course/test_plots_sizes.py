@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from miniflamingo import plots
 
@@ -20,16 +19,6 @@ def every_figure():
     yield plots.plot_roof(2e9, 8e9, POINTS, "a roof")
     yield plots.plot_occupancy([32, 64, 128], [64, 32, 16], {"one": (40, 40)})
     yield plots.plot_memory([1, 2, 4], {"a": [8e9, 4e9, 2e9], "b": [9e9, 9e9, 9e9]}, {"80": 80e9})
-
-
-def test_figures_are_deterministic(tmp_path):
-    for name in "ab":
-        for i, figure in enumerate(every_figure()):
-            assert isinstance(figure, Figure)
-            figure.savefig(tmp_path / f"{name}{i}.png", metadata={"Software": None})
-    for path in tmp_path.glob("a*.png"):
-        assert path.stat().st_size > 2000
-        assert path.read_bytes() == (tmp_path / path.name.replace("a", "b")).read_bytes()
 
 
 def words(figure):
