@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from miniflamingo.checks import check_at_least, check_range, check_types
 from miniflamingo.functional import replace_row
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module, Parameter
@@ -26,7 +27,8 @@ class FlamingoConfig:
     resampler is "perceiver", "mlp" or "transformer"; only_last=False is the paper's ablation in
     which a token attends to all previous images; skip_without_image leaves tokens with no image
     before them to the frozen LM (see GatedCrossAttentionDense); train_eoc gives the model its own,
-    trained embedding of `<EOC>`, for a frozen LM that has never seen it.
+    trained embedding of `<EOC>`, for a frozen LM that has never seen it. ValueError for a value
+    that cannot work.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -47,6 +49,13 @@ class FlamingoConfig:
     train_eoc: bool = False
     eoc_token: int = 2
     image_token: int = 3
+
+    def __post_init__(self):
+        check_types(self)
+        sizes = ("media_dim", "num_latents", "resampler_depth", "resampler_heads", "num_frames")
+        check_at_least(self, 1, *sizes, "resampler_head_dim", "xattn_heads", "xattn_head_dim")
+        check_at_least(self, 1, "xattn_every")
+        check_range(self, 0, self.lm.vocab_size - 1, "eoc_token", "image_token")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -178,7 +187,7 @@ def build_resampler(config, *, rng):
     raise ValueError(f"resampler must be perceiver, mlp or transformer, got {c.resampler!r}")
 
 
-class _ShapesOnly:
+class ShapesOnly:
     """Stands in for a random generator: arrays with a shape and no storage, to count by."""
 
     def normal(self, loc=0.0, scale=1.0, size=()):
@@ -190,7 +199,7 @@ def count_parameters(config):
 
     Builds the real model, of any size, with arrays that take no memory.
     """
-    model, counts = Flamingo(config, rng=_ShapesOnly()), {}
+    model, counts = Flamingo(config, rng=ShapesOnly()), {}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         counts[part] = counts.get(part, 0) + parameter.size

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from miniflamingo.attention import TransformerBlock
+from miniflamingo.checks import check_at_least, check_types
 from miniflamingo.functional import Embedding, Linear, RMSNorm, embedding, linear
 from miniflamingo.module import Module, Parameter
 
@@ -30,11 +31,13 @@ class LanguageConfig:
     heads: int = 4
     ffw_mult: int = 4
     positions: str = "alibi"
-    alibi_slopes: tuple | None = None
+    alibi_slopes: tuple[float, ...] | None = None
     max_positions: int = 2048
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        check_types(self)
+        check_at_least(self, 1, "vocab_size", "dim", "depth", "heads", "ffw_mult", "max_positions")
         if self.positions not in ("alibi", "learned"):
             raise ValueError(f'positions must be "alibi" or "learned", got {self.positions!r}')
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.heads:

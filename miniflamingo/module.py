@@ -5,15 +5,16 @@ A module's parameters are found by walking its attributes, so a name is a path:
 safetensors file serves both sides.
 """
 
+import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import numpy as np
-import safetensors
 from safetensors.numpy import save as to_bytes
 
 from miniflamingo.autograd import Tensor
+from miniflamingo.tensorfile import TensorFile, listed, misfits
 
 
 class Parameter(Tensor):
@@ -69,26 +70,31 @@ class Module:
     def load_state_dict(self, state):
         """Copy `state` {name: array} into the parameters, each in the parameter's own dtype.
 
-        Raises ValueError that lists every missing, unexpected and mis-shaped name and every array
-        with a NaN or an infinity; nothing is loaded then.
+        Raises ValueError that lists missing, unexpected and mis-shaped names, arrays that are not
+        floating point, and those with a NaN or an infinity (also one that only the parameter's
+        dtype makes); nothing is loaded then.
         """
         own = dict(self.named_parameters())
-        faults = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
-        faults += [f"unexpected: {name}" for name in state if name not in own]
+        shapes = ({n: np.shape(x) for n, x in values.items()} for values in (own, state))
+        faults, loaded = misfits(*shapes), {}
         for name in own.keys() & state.keys():
-            if own[name].shape != state[name].shape:
-                expected, got = list(own[name].shape), list(state[name].shape)
-                faults.append(f"mis-shaped: {name} expected {expected}, got {got}")
-            elif not np.isfinite(state[name]).all():
+            array = np.asarray(state[name])
+            if array.dtype.kind != "f":
+                faults.append(f"not floating point: {name} is {array.dtype}")
+                continue
+            with np.errstate(over="ignore"):
+                loaded[name] = np.array(array, dtype=own[name].dtype)
+            if not np.isfinite(loaded[name]).all():
                 faults.append(f"not finite: {name}")
-        if faults:
-            raise ValueError(
-                f"checkpoint does not fit the model ({len(faults)} faults):\n  "
-                + "\n  ".join(sorted(faults))
-            )
+        _refuse(faults, "checkpoint")
         for name, parameter in own.items():
-            parameter.data = np.array(state[name], dtype=parameter.dtype)
+            parameter.data = loaded[name]
         return self
+
+    def check_header(self, file):
+        """ValueError unless a TensorFile's names and shapes are this module's; reads no numbers."""
+        own = {name: parameter.shape for name, parameter in self.named_parameters()}
+        _refuse(misfits(own, file.shapes), str(file.path))
 
     def save(self, path, metadata=None):
         """Write the state_dict as safetensors, atomically; metadata is {str: str}."""
@@ -96,7 +102,15 @@ class Module:
 
     def load(self, path):
         """Load a file that `save` wrote; ValueError when it is damaged or does not fit."""
-        return self.load_state_dict(load_tensors(path)[0])
+        file = TensorFile(path)
+        self.check_header(file)
+        return self.load_state_dict(file.arrays())
+
+
+def _refuse(faults, what):
+    if faults:
+        faults = f"({len(faults)} faults):\n  " + listed(sorted(faults), "\n  ")
+        raise ValueError(f"{what} does not fit the model {faults}")
 
 
 def _walk(value, name):
@@ -117,26 +131,45 @@ def save_tensors(path, tensors, metadata=None):
 
 
 def load_tensors(path):
-    """Read a safetensors file -> ({name: array}, metadata). ValueError when it is damaged."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        size = Path(path).stat().st_size
-        raise ValueError(f"{path} is no whole safetensors file ({size} bytes): {error}") from None
+    """Read a safetensors file -> ({name: array}, metadata); ValueError as TensorFile's."""
+    file = TensorFile(path)
+    return file.arrays(), file.metadata
 
 
 def write_atomically(path, data):
-    """Write bytes to `path` through a neighbouring temporary file, so that no reader sees half."""
+    """Write bytes to `path` through a neighbouring temporary file, so that no reader sees half.
+
+    A link stays one: its target is written. A file that was there keeps its permissions, a new one
+    gets the usual ones. What is no file (/dev/stdout) is written to as it is.
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if path.exists():
+            os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # not that of the temporary file
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder):
+    """Make a new name last through a power failure, on systems where a folder can be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -15,6 +15,7 @@ import numpy as np
 
 from miniflamingo.attention import TransformerBlock
 from miniflamingo.autograd import array_of, differentiable
+from miniflamingo.checks import check_at_least, check_lengths, check_range, check_types
 from miniflamingo.functional import (
     ACTIVATIONS,
     Embedding,
@@ -133,22 +134,25 @@ def average_pool_backward(dout, x, size):
 
 # --- the Normalizer-Free ResNet -----------------------------------------------------------------
 
+# what brings the variance of activation(x), x ~ N(0, 1), back to 1
+ACTIVATION_GAIN = {"relu": 1.7139588594446636, "gelu": 1.7015043497085571}
+
 
 @dataclass(frozen=True)
 class VisionConfig:
     """A Normalizer-Free ResNet. The defaults are the mini model's; `NFNET_F6` is the paper's.
 
     bottleneck None makes a block of two 3x3 convolutions; a ratio makes one of 1x1, two grouped
-    3x3 and 1x1, the inner width being ratio * width. ValueError when the strides do not divide
-    image_size.
+    3x3 and 1x1, the inner width being ratio * width. ValueError when a value cannot work, as when
+    the strides do not divide image_size.
     """
 
     image_size: int = 24
-    stem: tuple = (24,)
-    stem_strides: tuple = (2,)
-    widths: tuple = (48, 64)
-    depths: tuple = (1, 1)
-    strides: tuple = (2, 1)
+    stem: tuple[int, ...] = (24,)
+    stem_strides: tuple[int, ...] = (2,)
+    widths: tuple[int, ...] = (48, 64)
+    depths: tuple[int, ...] = (1, 1)
+    strides: tuple[int, ...] = (2, 1)
     bottleneck: float | None = None
     group_size: int | None = None
     squeeze_excite: float | None = None
@@ -156,9 +160,29 @@ class VisionConfig:
     activation: str = "relu"
 
     def __post_init__(self):
+        check_types(self)
+        sizes = ("stem", "stem_strides", "widths", "depths", "strides")
+        check_at_least(self, 1, "image_size", "group_size", "final_width", *sizes)
+        check_lengths(self, max(1, len(self.stem)), "stem", "stem_strides")
+        check_lengths(self, max(1, len(self.widths)), "widths", "depths", "strides")
+        self._check_widths()
+        if self.activation not in ACTIVATION_GAIN:
+            known = " or ".join(ACTIVATION_GAIN)
+            raise ValueError(f"activation must be {known}, got {self.activation!r}")
         stride = prod(self.stem_strides) * prod(self.strides)
         if self.image_size % stride:
             raise ValueError(f"image_size must be a multiple of {stride}, got {self.image_size}")
+
+    def _check_widths(self):
+        """ValueError unless the inner widths are above 0 and made of whole groups."""
+        check_range(self, 1 / min(self.widths), 16, "bottleneck", "squeeze_excite")
+        ratio, size, before = self.bottleneck or 1, self.group_size, self.stem[-1]
+        for width in self.widths if size else ():
+            inner = int(width * ratio)
+            # without a bottleneck a block's first convolution is grouped too, and reads `before`
+            if inner % size or (self.bottleneck is None and before % (inner // size)):
+                raise ValueError(f"group_size must divide the inner width {inner}, got {size}")
+            before = width
 
     @property
     def out_dim(self):
@@ -176,10 +200,6 @@ NFNET_F6 = VisionConfig(
     widths=(256, 512, 1536, 1536), depths=(7, 14, 42, 21), strides=(1, 2, 2, 2),
     bottleneck=0.5, group_size=128, squeeze_excite=0.5, final_width=3072, activation="gelu",
 )  # fmt: skip
-
-# what brings the variance of activation(x), x ~ N(0, 1), back to 1
-ACTIVATION_GAIN = {"relu": 1.7139588594446636, "gelu": 1.7015043497085571}
-
 
 class Conv2d(Module):
     """A convolution with scaled weight standardisation; `same` padding for odd kernels."""
