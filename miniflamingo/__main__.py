@@ -6,14 +6,13 @@ Errors are one line and exit code 2; a training that broke down ends with exit c
 import argparse
 import json
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from miniflamingo import cards, decoding, training
+from miniflamingo import cards, decoding, runs, training
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
@@ -110,7 +109,8 @@ def train(arguments):
     )
     if not run.train():
         return False
-    cards.record_run(arguments.out, time.process_time())
+    if run.parts:  # those of the first edition's checkpoints are not known
+        cards.record_run(arguments.out, runs.seconds(run.parts), run.parts)
     return True
 
 

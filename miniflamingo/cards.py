@@ -8,6 +8,7 @@ those of the same training from other seeds.
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from datetime import date
@@ -70,11 +71,16 @@ def summary(seeds):
         yield f"| {name} | {np.median(values):.3f} | {values[0]:.3f} to {values[-1]:.3f} |"
 
 
-def record_run(out, seconds):
-    """Write run.json beside a finished run: command, processor time, versions, machine, date."""
-    words = ["python", "-m", "miniflamingo", *sys.argv[1:]]
+def record_run(out, seconds, parts=()):
+    """Write run.json beside a finished run: command, processor time, versions, machine, date.
+
+    seconds is the processor time of all parts of a run that was resumed (see runs.Costs), and the
+    command that of the first.
+    """
+    command = shlex.join(["python", "-m", "miniflamingo", *sys.argv[1:]])
     about = {
-        "command": " ".join(words),
+        "command": parts[0]["command"] if parts else command,
+        "parts": list(parts),
         "processor_seconds": round(seconds, 1),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -126,6 +132,7 @@ def card(stage, run, figures):
     config = json.loads(load_tensors(run / "checkpoint.safetensors")[1]["config"])
     last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[-50:]]
     loss = np.mean([record["loss"] for record in last])
+    parts = len(about.get("parts", ()))
     rows = {
         "command": f"`{about['command']}`",
         "data": data,
@@ -133,7 +140,7 @@ def card(stage, run, figures):
         "steps": last[-1]["step"],
         "seed": config["seed"],
         "last loss": f"{loss:.4f}, mean of {len(last)} steps",
-        "processor time": f"{about['processor_seconds']} s",
+        "processor time": f"{about['processor_seconds']} s" + f", in {parts} parts" * (parts > 1),
         "made with": f"Python {about['python']}, NumPy {about['numpy']}; {about['machine']}; "
         f"{about['date']}",
     }

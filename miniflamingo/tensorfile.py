@@ -104,8 +104,8 @@ def misfits(own, theirs):
 
 def listed(faults, separator=", "):
     """The first ten of a list of texts, and how many more there are."""
-    more = [f"... and {len(faults) - MOST_SHOWN} more"] if len(faults) > MOST_SHOWN else []
-    return separator.join([*faults[:MOST_SHOWN], *more])
+    more = f", ... and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
+    return separator.join(faults[:MOST_SHOWN]) + more
 
 
 def shown(value, most=80):

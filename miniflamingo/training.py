@@ -13,6 +13,7 @@ killed at any moment, it goes on from the last checkpoint as if nothing had happ
 
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections import namedtuple
@@ -25,14 +26,25 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from miniflamingo import runs
 from miniflamingo.autograd import Tape
+from miniflamingo.checkpoints import load_model
+from miniflamingo.checks import (
+    check_above_zero,
+    check_at_least,
+    check_lengths,
+    check_range,
+    check_types,
+    from_json,
+)
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
 from miniflamingo.functional import cross_entropy
 from miniflamingo.language import LanguageConfig, LanguageModel
-from miniflamingo.module import load_tensors, save_tensors
+from miniflamingo.module import load_tensors, save_tensors  # noqa: F401 (load_tensors: for users)
 from miniflamingo.prompt import IMAGE, PAD
+from miniflamingo.tensorfile import TensorFile, listed, misfits
 from miniflamingo.vision import ContrastiveModel, NormalizerFreeResNet, TextEncoder, VisionConfig
-from miniflamingo.worlds import datasets, grammar
+from miniflamingo.worlds import datasets, grammar, shapes
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
@@ -59,11 +71,12 @@ class OptimiserConfig:
     alpha_rate: float = 1.0
 
     def __post_init__(self):
+        check_types(self)
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f'schedule must be "cosine" or "constant", got {self.schedule!r}')
-        for name in ("steps", "rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_above_zero(self, "steps", "rate", "clip")
+        check_at_least(self, 0, "warmup", "weight_decay", "alpha_rate")
+        check_range(self, 0, 1, "beta1", "beta2", below=1)
 
 
 def scheduled_rate(config, step):
@@ -202,11 +215,13 @@ class Stage:
 class Run:
     """A stage being trained into a folder: checkpoint.safetensors, log.jsonl, model.safetensors.
 
-    ValueError when the folder cannot be written to, holds a run that is not to be resumed, or holds
-    one with another config.
+    ValueError when the folder cannot be written to, is another process's, holds a run that is not
+    to be resumed, or holds one that is damaged or has another config.
     """
 
     def __init__(self, stage, out, resume=False, checkpoint_every=100, threads=1):
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
         self.threads = threads  # of BLAS: so small products gain little from more
         self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
@@ -214,12 +229,22 @@ class Run:
         self.rng = np.random.default_rng([stage.config.seed, 1])
         self.last_gradient = None
         self.checkpoint, self.log_path = self.out / "checkpoint.safetensors", self.out / "log.jsonl"
-        prepare_folder(self.out)
-        if resume and self.checkpoint.exists():
+        self.costs, self.parts, self.saved = runs.Costs(), [], None
+        self.lock = runs.Lock(self.out)
+        try:
+            self.begin(resume)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def begin(self, resume):
+        """Take up what lies in the folder, and clear away what killed processes left there."""
+        if self.checkpoint.exists() and resume:
             self.load()
-        elif self.checkpoint.exists() or (self.log_path.exists() and not resume):
-            raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
-        truncate_log(self.log_path, self.optimiser.step)
+        else:
+            runs.check_free(self.out, resume, self.checkpoint_every)
+            runs.cut_log(self.log_path, 0)
+        runs.sweep(self.out)
 
     def train(self, progress=True):
         """Go on until the last step; returns True when that was reached, False when interrupted.
@@ -227,6 +252,14 @@ class Run:
         Writes model.safetensors at the end. FloatingPointError when the loss or the gradient is not
         finite: the last checkpoint stays.
         """
+        self.lock.acquire()
+        try:
+            finished = self._train(progress)
+        finally:
+            self.lock.release()
+        return finished
+
+    def _train(self, progress):
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
         blas = threadpool_limits(self.threads)
@@ -238,8 +271,8 @@ class Run:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}")
                 bar.update()
                 if self.optimiser.step % self.checkpoint_every == 0:
-                    self.save()
-            self.save()
+                    self.save(log)
+            self.save(log)
         if self.optimiser.step < steps:
             done = self.optimiser.step
             print(f"Interrupted after step {done}; go on with --resume --out {self.out}")
@@ -281,56 +314,81 @@ class Run:
         kept = f"the last checkpoint is in {self.out}" if self.checkpoint.exists() else "none saved"
         raise FloatingPointError(f"step {step}: {what}; largest gradient: {largest}; {kept}")
 
-    def save(self):
-        """Write the checkpoint: weights, moments, rng, step and config, whole or not at all."""
-        state = self.stage.model.state_dict() | self.optimiser.state()
+    def save(self, log):
+        """Write the checkpoint: weights, moments, rng, step and config, whole or not at all.
+
+        The lines of the open file `log` reach the disk before it. Nothing happens where this step
+        is saved already.
+        """
+        if self.saved == self.optimiser.step:
+            return
+        os.fsync(log.fileno())
+        self.parts = self.costs.parts()
         metadata = {
             "step": str(self.optimiser.step),
             "rng": json.dumps(self.rng.bit_generator.state),
             "config": json.dumps(self.stage.identity()),
+            "parts": json.dumps(self.parts),
         }
+        state = self.tensors()
+        metadata["sha256"] = _digest(state, metadata)
         save_tensors(self.checkpoint, state, metadata)
+        self.saved = self.optimiser.step
+
+    def tensors(self):
+        """{name: array} of a checkpoint: the model's, and the moments."""
+        return self.stage.model.state_dict() | self.optimiser.state()
 
     def load(self):
-        """Take up the checkpoint; ValueError that lists the differences of another config."""
-        state, metadata = load_tensors(self.checkpoint)
-        theirs, ours = json.loads(metadata["config"]), self.stage.identity()
-        if different := list(differences(theirs, json.loads(json.dumps(ours)))):
-            raise ValueError(
-                f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
-            )
+        """Take up the checkpoint; ValueError for another config and for what is not as saved.
+
+        All is looked at before any is taken up.
+        """
+        file, own = TensorFile(self.checkpoint), self.tensors()
+        about = {key: self._metadata(file, key) for key in ("config", "step", "rng", "parts")}
+        runs.check_identity(self.out, about["config"], self.stage.identity())
+        step = runs.checked_step(about["step"], self.stage.config.optimiser.steps, file.path)
+        rng = runs.checked_rng(about["rng"], file.path)
+        self._check_header(file, own)
+        state = file.arrays()
+        for name, array in state.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{file.path}: {name} is not finite")
+            if name.startswith("adamw.square.") and (array < 0).any():
+                raise ValueError(f"{file.path}: {name} has values below 0")
+        first_edition = file.metadata.keys().isdisjoint(("sha256", "parts"))
+        if not first_edition and file.metadata.get("sha256") != _digest(state, file.metadata):
+            raise ValueError(f"{file.path} is damaged: it does not hold what its sha256 stands for")
+        self.costs.load(about["parts"], file.path)
+        runs.cut_log(self.log_path, step)
         for name, parameter in self.stage.model.named_parameters():
             parameter.data[...] = state[name]
-        self.optimiser.load(state, int(metadata["step"]))
-        self.rng.bit_generator.state = json.loads(metadata["rng"])
+        self.optimiser.load(state, step)
+        self.rng.bit_generator.state = rng
+        self.saved, self.parts = step, about["parts"]
+
+    def _metadata(self, file, key):
+        if key == "parts" and "sha256" not in file.metadata:
+            return []  # as in the first edition's checkpoints
+        if key not in file.metadata:
+            raise ValueError(f"{file.path} is no checkpoint of a run: its metadata has no {key!r}")
+        return from_json(file.metadata[key], f"{file.path}: {key}")
+
+    def _check_header(self, file, own):
+        faults = misfits({name: array.shape for name, array in own.items()}, file.shapes)
+        kinds = {"float16": "F16", "float32": "F32", "float64": "F64"}
+        for name in own.keys() & file.dtypes.keys():
+            if (expected := kinds[own[name].dtype.name]) != file.dtypes[name]:
+                faults.append(f"{name} must be {expected}, got {file.dtypes[name]}")
+        if faults:
+            raise ValueError(f"{file.path} does not fit the run: {listed(sorted(faults), '; ')}")
 
 
-def prepare_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {out}: {error.strerror}") from None
-
-
-def truncate_log(path, step):
-    """Drop the lines of steps behind `step`, which will be made again, and a half-written one."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    path.write_text("".join(kept))
-
-
-def differences(theirs, ours, path=""):
-    """Yield 'optimiser.steps: 1500 there, 2000 here' for every value that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
-            yield from differences(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
-    elif theirs != ours:
-        yield f"{path}: {theirs} there, {ours} here"
+def _digest(state, metadata):
+    """sha256 of a checkpoint's numbers and metadata, which a flipped bit changes."""
+    texts = (f"{key}={metadata[key]}".encode() for key in sorted(metadata.keys() - {"sha256"}))
+    arrays = (part for n in sorted(state) for part in (n.encode(), state[n].tobytes()))
+    return runs.digest([*texts, *arrays])
 
 
 @contextmanager
@@ -380,6 +438,19 @@ class LanguageRun:
     any_keys: float = 0.33
     seed: int = 0
 
+    def __post_init__(self):
+        check_types(self)
+        check_range(self, 0, 1, "long_share", "any_keys")
+        check_at_least(self, 0, "seed")
+        check_at_least(self, 4 if self.long_share else 1, "batch")  # a long batch has a quarter
+        check_at_least(self, 5, "length")  # the shortest text that asks for a word
+
+
+def check_vocabulary(config):
+    """ValueError unless a LanguageConfig has a row for each word of the small world."""
+    if config.vocab_size < (words := len(grammar.TOKENIZER)):
+        raise ValueError(f"vocab_size must be at least {words} words, got {config.vocab_size}")
+
 
 class LanguageStage(Stage):
     """Next-word prediction (Vaswani et al., 2017)."""
@@ -387,6 +458,7 @@ class LanguageStage(Stage):
     name = "lm"
 
     def __init__(self, config):
+        check_vocabulary(config.model)
         self.config, self.weights = config, {"text": 1.0}
         self.model = LanguageModel(config.model, rng=np.random.default_rng([config.seed, 0]))
 
@@ -423,6 +495,22 @@ class VisionRun:
     joint_dim: int = 64
     label_smoothing: float = 0.0
     seed: int = 0
+
+    def __post_init__(self):
+        check_types(self)
+        check_at_least(self, 2, "batch")  # a picture is told from the others
+        check_at_least(self, 1, "text_dim", "joint_dim")
+        check_range(self, 0, 1, "label_smoothing", below=1)
+        check_at_least(self, 0, "seed")
+        if self.text_dim % 4:
+            raise ValueError(f"text_dim must be a multiple of 4 heads, got {self.text_dim}")
+        check_image_size(self.model)
+
+
+def check_image_size(config):
+    """ValueError unless a VisionConfig is made for the pictures of the small world."""
+    if config.image_size != shapes.WIDTH:
+        raise ValueError(f"image_size must be {shapes.WIDTH}, got {config.image_size}")
 
 
 class VisionStage(Stage):
@@ -468,8 +556,8 @@ class BridgeRun:
 
     optimiser: OptimiserConfig = OptimiserConfig(steps=1800, rate=3e-3, alpha_rate=10.0)
     model: FlamingoConfig = MINI_BRIDGE
-    weights: tuple = (1.0, 0.2, 0.4, 0.5)
-    batches: tuple = (32, 16, 16, 12)
+    weights: tuple[float, ...] = (1.0, 0.2, 0.4, 0.5)
+    batches: tuple[int, ...] = (32, 16, 16, 12)
     pictures: int = 5
     strategy: str = "accumulate"
     p_next: float = 0.0
@@ -484,6 +572,12 @@ class BridgeRun:
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}")
+        check_types(self)
+        check_lengths(self, len(Lambda._fields), "weights", "batches")
+        pools = ("pool_per_class", "pool_per_turned", "pool_pairs", "pool_clips")
+        check_at_least(self, 1, "batches", "pictures", *pools)
+        check_range(self, 0, 1, "p_next", "caption_noise", "wordless")
+        check_at_least(self, 0, "seed")
         check_weights(Lambda(*self.weights)._asdict())
 
 
@@ -497,9 +591,9 @@ class BridgeStage(Stage):
 
     def __init__(self, config, lm, vision, progress=False):
         paths = {"lm": Path(lm) / "model.safetensors", "vision": Path(vision) / "model.safetensors"}
-        self.frozen = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in paths.items()}
         self.config, self.strategy = config, config.strategy
         self.model = assemble(config.model, paths["lm"], paths["vision"], config.seed)
+        self.frozen = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in paths.items()}
         self.weights = Lambda(*config.weights)._asdict()
         self.batches = Lambda(*config.batches)._asdict()
         self.progress = progress
@@ -563,13 +657,13 @@ def _by_length(tokens):
 
 def assemble(config, lm, vision, seed):
     """A Flamingo around a trained LM and a trained vision encoder (files of the two stages)."""
-    weights, about = load_tensors(lm)
-    config = replace(config, lm=LanguageConfig(**_tuples(json.loads(about["lm"]))))
-    seen, about = load_tensors(vision)
-    config = replace(config, vision=VisionConfig(**_tuples(json.loads(about["vision"]))))
+    lm, vision = load_model(lm, "lm"), load_model(vision, "vision")
+    check_vocabulary(lm.config)
+    check_image_size(vision.config)
+    config = replace(config, lm=lm.config, vision=vision.config)
     model = Flamingo(config, rng=np.random.default_rng([seed, 0]))
-    model.lm.load_state_dict(weights)
-    model.vision_encoder.load_state_dict(seen)
+    model.lm.load_state_dict(lm.state_dict())
+    model.vision_encoder.load_state_dict(vision.state_dict())
     return model
 
 
@@ -579,16 +673,5 @@ def save_flamingo(path, model):
 
 
 def load_flamingo(path):
-    """The Flamingo in a file of save_flamingo; ValueError when there is none in it."""
-    state, metadata = load_tensors(path)
-    if "flamingo" not in metadata:
-        raise ValueError(f"{path} holds no Flamingo: its metadata has {sorted(metadata)}")
-    values = _tuples(json.loads(metadata["flamingo"]))
-    parts = {"lm": LanguageConfig(**_tuples(values.pop("lm")))}
-    parts["vision"] = VisionConfig(**_tuples(values.pop("vision")))
-    model = Flamingo(FlamingoConfig(**values, **parts), rng=np.random.default_rng(0))
-    return model.load_state_dict(state)
-
-
-def _tuples(values):  # JSON has lists where the configs have tuples
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    """The Flamingo in a file of save_flamingo; ValueError as load_model's."""
+    return load_model(path, "flamingo")

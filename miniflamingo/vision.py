@@ -162,7 +162,8 @@ class VisionConfig:
     def __post_init__(self):
         check_types(self)
         sizes = ("stem", "stem_strides", "widths", "depths", "strides")
-        check_at_least(self, 1, "image_size", "group_size", "final_width", *sizes)
+        check_range(self, 1, 4096, "image_size")
+        check_at_least(self, 1, "group_size", "final_width", *sizes)
         check_lengths(self, max(1, len(self.stem)), "stem", "stem_strides")
         check_lengths(self, max(1, len(self.widths)), "widths", "depths", "strides")
         self._check_widths()
@@ -200,6 +201,7 @@ NFNET_F6 = VisionConfig(
     widths=(256, 512, 1536, 1536), depths=(7, 14, 42, 21), strides=(1, 2, 2, 2),
     bottleneck=0.5, group_size=128, squeeze_excite=0.5, final_width=3072, activation="gelu",
 )  # fmt: skip
+
 
 class Conv2d(Module):
     """A convolution with scaled weight standardisation; `same` padding for odd kernels."""

@@ -1,5 +1,6 @@
 """Training: the optimiser, the mixture, what is frozen, and runs that survive."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from miniflamingo import training
+from miniflamingo import cards, runs, training
+from miniflamingo import module as module_room
 from miniflamingo.autograd import Tape
 from miniflamingo.flamingo import PRESETS
 from miniflamingo.functional import linear, log_softmax
@@ -32,6 +34,7 @@ from miniflamingo.training import (
     scheduled_rate,
     step_weights,
 )
+from miniflamingo.vision import VisionConfig
 from miniflamingo.worlds import grammar
 from miniflamingo.worlds.datasets import IGNORED
 
@@ -97,8 +100,13 @@ def test_schedule_warms_up_and_falls_or_stays():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"schedule": "linear"}, {"steps": 0}, {"rate": -1.0}, {"clip": 0.0}, {"rate": np.nan}]
-)
+    "wrong",
+    [
+        {"schedule": "linear"}, {"steps": 0}, {"rate": -1.0}, {"clip": 0.0}, {"rate": np.nan},
+        {"rate": np.inf}, {"steps": 2.5}, {"steps": True}, {"warmup": -1}, {"weight_decay": -1.0},
+        {"beta1": 1.0}, {"beta2": -0.1}, {"alpha_rate": -1.0}, {"rate": "fast"},
+    ],
+)  # fmt: skip
 def test_optimiser_refuses_what_cannot_work(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         OptimiserConfig(**wrong)
@@ -267,15 +275,191 @@ def test_a_finished_run_resumed_does_nothing_more(tmp_path):
     assert np.array_equal(again.model.w.data, before) and len(log_of(tmp_path)) == 12
 
 
+def stopped_at_7(folder):
+    """A run of 12 steps that broke down in step 8, behind its checkpoint of step 5."""
+    stage = Quadratic({"a": 1.0, "b": 1.0}, poison=(8, "b"))
+    with pytest.raises(FloatingPointError):
+        Run(stage, folder, checkpoint_every=5).train(progress=False)
+
+
+def resumed(folder, **options):
+    return Run(Quadratic({"a": 1.0, "b": 1.0}, **options), folder, resume=True)
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    run = Run(Quadratic({"a": 1.0, "b": 1.0}), tmp_path, checkpoint_every=5)
-    run.train(progress=False)
-    state, metadata = load_tensors(tmp_path / "checkpoint.safetensors")
-    training.save_tensors(tmp_path / "checkpoint.safetensors", state, metadata | {"step": "5"})
+    stopped_at_7(tmp_path)
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 13, "lo')  # killed while writing
-    Run(Quadratic({"a": 1.0, "b": 1.0}), tmp_path, resume=True)
+        log.write('{"step": 8, "lo')  # killed while writing
+    resumed(tmp_path)
     assert [record["step"] for record in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+DAMAGE = {
+    "missing": (lambda lines: None, "line 1: the log ends before it"),
+    "a lost line": (lambda lines: lines[:2] + lines[3:], "line 3: expected the record of step 3"),
+    "short": (lambda lines: lines[:3], "line 4: the log ends before it"),
+    "cut off": (lambda lines: [*lines[:4], lines[4][:-9]], "line 5: it is cut off"),
+    "zeros": (lambda lines: [*lines[:4], bytes(500)], "line 5: it is cut off"),
+    "zeros within": (lambda lines: [*lines[:3], b"\0\n", lines[4]], "line 4: it is no JSON"),
+    "no text": (lambda lines: [b"\xff" + lines[0], *lines[1:]], "line 1: .*decode"),
+    "nested": (lambda lines: [b"[" * 99_999 + b"\n", *lines[1:]], "line 1: it is no JSON"),
+    "no record": (lambda lines: [b"7\n", *lines[1:]], "line 1: expected the record of step 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_log_is_told_by_its_line_and_kept(tmp_path, damage, message):
+    stopped_at_7(tmp_path)
+    log = tmp_path / "log.jsonl"
+    lines = damage(log.read_bytes().splitlines(keepends=True))
+    log.unlink() if lines is None else log.write_bytes(b"".join(lines))
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=rf"log\.jsonl, {message}.*checkpoint is at step 5"):
+        resumed(tmp_path)
+    assert files_of(tmp_path) == before
+
+
+def forge(path, change):
+    """Save a checkpoint again with other arrays or metadata, as its own `sha256` would say."""
+    state, metadata = load_tensors(path)
+    change(state, metadata)
+    metadata["sha256"] = training._digest(state, metadata)
+    training.save_tensors(path, state, metadata)
+
+
+FORGED = {
+    "broadcast": (lambda s, m: s.update(w=np.ones(1)), r"mis-shaped: w expected \[2\], got \[1\]"),
+    "dtype": (lambda s, m: s.update(w=np.ones(2, np.float32)), "w must be F64, got F32"),
+    "none": (lambda s, m: s.pop("w"), r"missing: w \[2\]"),
+    "moment": (lambda s, m: s.pop("adamw.mean.w"), r"missing: adamw\.mean\.w"),
+    "more": (lambda s, m: s.update(v=np.ones(2)), "unexpected: v"),
+    "NaN": (lambda s, m: s.update(w=np.array([1, np.nan])), "w is not finite"),
+    "infinite moment": (lambda s, m: s["adamw.mean.w"].fill(np.inf), r"adamw\.mean\.w is not fin"),
+    "negative square": (lambda s, m: s["adamw.square.w"].fill(-1), r"square\.w has values below 0"),
+    "step beyond": (lambda s, m: m.update(step="13"), r"must be an integer in 0\.\.12, got 13"),
+    "step below": (lambda s, m: m.update(step="-1"), "step must be an integer in"),
+    "step half": (lambda s, m: m.update(step="4.5"), "step must be an integer in"),
+    "step true": (lambda s, m: m.update(step="true"), "step must be an integer in"),
+    "step text": (lambda s, m: m.update(step="five"), "step is no JSON"),
+    "step NaN": (lambda s, m: m.update(step="NaN"), "step is no JSON: NaN is no number"),
+    "step missing": (lambda s, m: m.pop("step"), "its metadata has no 'step'"),
+    "rng": (lambda s, m: m.update(rng="{}"), "rng is no state of a generator"),
+    "rng of another": (lambda s, m: m.update(rng=m["rng"].replace("P", "X")), "rng is no state"),
+    "config": (lambda s, m: m.update(config="[1]"), "has another config"),
+    "deep config": (lambda s, m: m.update(config="[" * 99_999), "config is no JSON"),
+    "parts": (lambda s, m: m.update(parts='[{"command": "x"}]'), "parts must be a list of comm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", FORGED.values(), ids=FORGED)
+def test_a_checkpoint_that_does_not_fit_is_refused_whole(tmp_path, change, message):
+    stopped_at_7(tmp_path)
+    forge(tmp_path / "checkpoint.safetensors", change)
+    before = files_of(tmp_path)
+    stage = Quadratic({"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match=message):
+        Run(stage, tmp_path, resume=True)
+    assert files_of(tmp_path) == before and stage.model.w.data.tolist() == [1, -2]
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(tmp_path):
+    stopped_at_7(tmp_path)
+    path, rng = tmp_path / "checkpoint.safetensors", np.random.default_rng()
+    whole, log = path.read_bytes(), (tmp_path / "log.jsonl").read_bytes()
+    for place in [*rng.integers(0, len(whole), 60), whole.index(b"sha256"), whole.index(b"parts")]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors|another config"):
+            resumed(tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    path.write_bytes(whole)
+    assert resumed(tmp_path).train(progress=False)
+
+
+def test_a_checkpoint_of_the_first_edition_still_loads(tmp_path):
+    stopped_at_7(tmp_path)
+    state, metadata = load_tensors(tmp_path / "checkpoint.safetensors")
+    del metadata["sha256"], metadata["parts"]
+    training.save_tensors(tmp_path / "checkpoint.safetensors", state, metadata)
+    run = resumed(tmp_path)
+    assert run.train(progress=False) and len(run.parts) == 1
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    process = train_in_a_process(tmp_path)
+    wait_for_lines(tmp_path, process, 2)
+    with pytest.raises(ValueError, match=f"another process is training in the folder {tmp_path}"):
+        Run(language_stage(steps=60), tmp_path, resume=True)
+    process.kill()  # and leaves no lock behind
+    process.communicate()
+    Run(language_stage(steps=60), tmp_path, resume=True).lock.release()
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    stopped_at_7(tmp_path)
+    left = [".checkpoint.safetensors.0123abcd", ".log.jsonl.89abcdef", ".run.json.00000000"]
+    users = [".checkpoint.safetensors.backup", ".notes.0123abcd", "checkpoint.safetensors.0123abcd"]
+    for name in left + users:
+        (tmp_path / name).write_text("half")
+    resumed(tmp_path)
+    names = set(os.listdir(tmp_path))
+    assert names.isdisjoint(left) and names >= set(users)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_a_model_but_no_run_is_left_alone(tmp_path, name, resume):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(ValueError, match=f"{name}"):
+        Run(language_stage(steps=1), tmp_path, resume=resume)
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
+def test_a_log_without_its_checkpoint_is_not_begun_again(tmp_path):
+    stopped_at_7(tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"log\.jsonl of 7 steps, but no checkpoint"):
+        Run(Quadratic({"a": 1.0}), tmp_path, resume=True, checkpoint_every=5)
+    assert len(log_of(tmp_path)) == 7
+
+
+def test_a_full_disk_is_one_error_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run, save = Run(Quadratic({"a": 1.0}), tmp_path, checkpoint_every=5), training.save_tensors
+
+    def full(path, *args):
+        if run.optimiser.step > 5:
+            monkeypatch.setattr(module_room.os, "fsync", no_space)
+        save(path, *args)
+
+    def no_space(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training, "save_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint\.safetensors"):
+        run.train(progress=False)
+    monkeypatch.undo()
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "5"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".checkpoint")]
+    assert Run(Quadratic({"a": 1.0}), tmp_path, resume=True).train(progress=False)
+
+
+def test_the_parts_of_a_run_add_up(tmp_path):
+    stopped_at_7(tmp_path)
+    first = json.loads(load_tensors(tmp_path / "checkpoint.safetensors")[1]["parts"])
+    run = resumed(tmp_path)
+    run.costs.start -= 100  # seconds of work
+    assert run.train(progress=False) and run.parts[:1] == first and len(run.parts) == 2
+    cards.record_run(tmp_path, runs.seconds(run.parts), run.parts)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["command"] == first[0]["command"] and about["parts"] == run.parts
+    assert 100 <= about["processor_seconds"] < 160
+    again = resumed(tmp_path)
+    assert again.train(progress=False) and again.parts == run.parts  # nothing more was done
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -469,11 +653,47 @@ def test_flamingo_is_saved_with_its_config(trained, tmp_path):
         ({"strategy": "all"}, "strategy must be one of"),
         ({"weights": (1.0, -0.2, 0.2, 0.5)}, "dataset weights must be"),
         ({"weights": (0.0, 0.0, 0.0, 0.0)}, "dataset weights must be"),
+        ({"weights": (1.0, 0.2)}, "weights must have 4 elements, got"),
+        ({"batches": (1, 1, 1)}, "batches must have 4 elements"),
+        ({"batches": (8, 0, 2, 2)}, "batches must be at least 1"),
+        ({"batches": (8, 2.5, 2, 2)}, r"batches must be tuple\[int, \.\.\.\], got"),
+        ({"p_next": 1.5}, r"p_next must be in 0\.\.1, got 1\.5"),
+        ({"caption_noise": np.nan}, "caption_noise must be float, got nan"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"pool_clips": 0}, "pool_clips must be at least 1"),
+        ({"pictures": 0}, "pictures must be at least 1"),
     ],
 )
 def test_bridge_refuses_what_cannot_work(wrong, message):
     with pytest.raises(ValueError, match=message):
         BridgeRun(**wrong)
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, message",
+    [
+        (LanguageRun, {"batch": 3}, "batch must be at least 4, got 3"),
+        (LanguageRun, {"batch": 0, "long_share": 0.0}, "batch must be at least 1"),
+        (LanguageRun, {"length": 4}, "length must be at least 5"),
+        (LanguageRun, {"any_keys": -0.1}, r"any_keys must be in 0\.\.1"),
+        (LanguageRun, {"model": None}, "model must be LanguageConfig, got None"),
+        (VisionRun, {"batch": 1}, "batch must be at least 2"),
+        (VisionRun, {"text_dim": 6}, "text_dim must be a multiple of 4"),
+        (VisionRun, {"label_smoothing": 1.0}, "label_smoothing must be in .* below 1"),
+        (VisionRun, {"model": VisionConfig(16)}, "image_size must be 24, got 16"),
+    ],
+)
+def test_the_other_stages_refuse_it_too(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**wrong)
+
+
+def test_a_model_of_too_few_words_is_refused_before_it_is_trained(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_size must be at least \d+ words, got 9"):
+        LanguageStage(LanguageRun(model=LanguageConfig(9)))
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        Run(language_stage(), tmp_path / "none", checkpoint_every=0)
+    assert not (tmp_path / "none").exists()
 
 
 def test_tape_and_optimiser_agree_on_the_parameters():

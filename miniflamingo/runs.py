@@ -1,0 +1,216 @@
+"""A run's folder: one process in it, what killed ones left behind, its log, what it has cost.
+
+Shared by miniflamingo.training.Run and the runs of kernels/train.py.
+"""
+
+import hashlib
+import io
+import json
+import shlex
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from miniflamingo.checks import from_json
+from miniflamingo.module import write_atomically
+from miniflamingo.tensorfile import listed, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+FILES = ("checkpoint.safetensors", "model.safetensors", "log.jsonl", "run.json")  # ours, in a run
+
+
+class Lock:
+    """Keeps two processes out of one run's folder, which is made where there is none.
+
+    A lock of the operating system on the file `.lock`: it ends with the process, however that ends.
+    ValueError when another process has it, or the folder cannot be written to.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.file = Path(folder), None
+        self.acquire()
+
+    def acquire(self):
+        """Take the lock, unless this object has it already."""
+        if self.file is not None:
+            return
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / ".lock", "a")  # noqa: SIM115 (held until release)
+        self._lock()
+        with self._writing():
+            (self.folder / ".writable").touch()
+            (self.folder / ".writable").unlink()
+
+    @contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            self.release()
+            why = error.strerror
+            raise ValueError(f"cannot write to the folder {self.folder}: {why}") from None
+
+    def _lock(self):
+        try:
+            if "fcntl" in globals():
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            self.release()
+            raise ValueError(f"another process is training in the folder {self.folder}") from None
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{self.folder} cannot be locked: {error.strerror}", stacklevel=3)
+
+    def release(self):
+        """Let others in; nothing happens where that was done before."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def sweep(folder):
+    """Remove the temporary files that killed writers left in a run's folder; call it locked."""
+    for path in Path(folder).glob(".*"):
+        name, _, end = path.name[1:].rpartition(".")
+        if name in FILES and len(end) == 8 and set(end) <= set("0123456789abcdef"):
+            path.unlink(missing_ok=True)
+
+
+def check_free(folder, resume, checkpoint_every):
+    """ValueError if a folder without a checkpoint, or one that is not to be resumed, holds a run.
+
+    Resumed, a log of a few steps will do: of a process that was killed before its first checkpoint.
+    """
+    found = [name for name in FILES if (folder / name).exists()]
+    if not resume and found:
+        raise ValueError(
+            f"{folder} already holds a run: choose another folder, or resume it (found {found[0]})"
+        )
+    log = folder / "log.jsonl"
+    steps = log.read_bytes().count(b"\n") if "log.jsonl" in found else 0
+    if set(found) - {"log.jsonl"} or steps > checkpoint_every:
+        raise ValueError(f"{folder} holds {', '.join(found)} of {steps} steps, but no checkpoint")
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+
+def cut_log(path, step):
+    """Drop the log's lines behind `step`, which will be made again, and a half-written one.
+
+    ValueError that names file and line unless steps 1..step stand there whole; nothing is dropped
+    then.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    lines = io.BytesIO(data).readlines()
+    for number in range(1, step + 1):
+        line = lines[number - 1] if number <= len(lines) else None
+        if fault := _fault(line, number):
+            raise ValueError(
+                f"{path}, line {number}: {fault}, but the checkpoint is at step {step}"
+            )
+    kept = b"".join(lines[:step])
+    if kept != data or not path.exists():
+        write_atomically(path, kept)
+
+
+def _fault(line, step):
+    """What is wrong with a line of the log that should hold the record of `step`, or None."""
+    if line is None:
+        return "the log ends before it"
+    if not line.endswith(b"\n"):
+        return "it is cut off"
+    try:
+        record = from_json(line.decode(), "it")
+    except ValueError as error:
+        return shown(error, 120)
+    found = record.get("step") if isinstance(record, dict) else None
+    if type(found) is not int or found != step:
+        return f"expected the record of step {step}, got {shown(line[:40])}"
+    return None
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def check_identity(folder, theirs, ours):
+    """ValueError that lists the differences of a run's config from the one to be resumed."""
+    if different := list(differences(theirs, json.loads(json.dumps(ours)))):
+        different = listed(different, "\n  ")
+        raise ValueError(f"the run in {folder} has another config:\n  {different}")
+
+
+def differences(theirs, ours, path=""):
+    """Yield 'optimiser.steps: 1500 there, 2000 here' for every value that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            yield from differences(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
+    elif theirs != ours:
+        yield f"{shown(path)}: {shown(theirs)} there, {shown(ours)} here"
+
+
+def digest(parts):
+    """sha256 over byte strings, each with its length."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
+        total.update(part)
+    return total.hexdigest()
+
+
+def checked_step(value, steps, where):
+    """A checkpoint's step; ValueError unless it is an int in 0..steps."""
+    if type(value) is not int or not 0 <= value <= steps:
+        raise ValueError(f"{where}: step must be an integer in 0..{steps}, got {shown(value)}")
+    return value
+
+
+def checked_rng(value, where):
+    """A checkpoint's random state, taken up once to see that it is one; ValueError if not."""
+    try:
+        np.random.default_rng(0).bit_generator.state = value
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise ValueError(f"{where}: rng is no state of a generator: {shown(error)}") from None
+    return value
+
+
+class Costs:
+    """The parts of a run: [{"command", "processor_seconds"}, ...], the last of them this one.
+
+    They lie in the checkpoints, so that what a killed process has cost counts up to its last one.
+    """
+
+    def __init__(self, package="miniflamingo"):
+        self.before, self.start = [], time.process_time()
+        self.command = shlex.join(["python", "-m", package, *sys.argv[1:]])
+
+    def parts(self):
+        """All parts, up to now."""
+        seconds = time.process_time() - self.start
+        return [*self.before, {"command": self.command, "processor_seconds": round(seconds, 3)}]
+
+    def load(self, parts, where):
+        """Take up the parts of a checkpoint; ValueError unless they are as `parts` made them."""
+        whole = isinstance(parts, list) and all(isinstance(part, dict) for part in parts)
+        for part in parts if whole else ():
+            seconds = part.get("processor_seconds")
+            number = isinstance(seconds, (int, float)) and 0 <= seconds < float("inf")
+            whole = whole and isinstance(part.get("command"), str) and number
+        if not whole:
+            raise ValueError(f"{where}: parts must be a list of commands with their seconds")
+        self.before = parts
+
+
+def seconds(parts):
+    """What the parts of a run have cost together."""
+    return sum(part["processor_seconds"] for part in parts)
