@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -50,9 +51,11 @@ from tqdm import tqdm
 
 from kernels import layers
 from miniflamingo import __main__ as command_line
-from miniflamingo import training
+from miniflamingo import cards, runs, training
+from miniflamingo.checks import from_json
 from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE, PAD
+from miniflamingo.tensorfile import listed
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
@@ -193,12 +196,36 @@ def build_optimiser(module, config):
 # --- runs -----------------------------------------------------------------------------------------
 
 
+class Agreed(ValueError):
+    """An error of one process that all of them raise; the first one says it."""
+
+
+@contextmanager
+def together():
+    """What one process raises in the `with` block, all raise behind it, so that none waits for one
+    that is gone. In the block, all or none of the processes speak to each other."""
+    fault = None
+    try:
+        yield
+    except CheckpointException as error:  # its own text is a traceback of each process
+        fault = next(iter(error.failures.values()))[0]
+    except (ValueError, OSError) as error:
+        fault = error
+    failed = torch.tensor(float(fault is not None))
+    dist.all_reduce(failed)
+    if failed > 0:
+        faults = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, None if fault is None else str(fault) or repr(fault))
+        raise Agreed(next(text for text in faults if text is not None))
+
+
 class ShardedRun:
     """miniflamingo.training.Run over the processes of a mesh: checkpoints/, log.jsonl,
     model.safetensors (the NumPy model's file).
 
-    All processes must see the folder `out`. ValueError when it cannot be written to, holds a run
-    that is not to be resumed, or one with another config; or when a batch has too few rows.
+    All processes must see the folder `out`. ValueError, in all of them, when it cannot be written
+    to, is being trained in, holds a run that is not to be resumed, or one that is damaged or has
+    another config; or when a batch has too few rows.
     """
 
     def __init__(self, stage, out, mesh, resume=False, checkpoint_every=100, precision="fp32",
@@ -209,41 +236,70 @@ class ShardedRun:
         positive = {name: w for name, w in stage.weights.items() if w != 0}
         self.weights = training.check_weights(positive)
         self.checkpoints, self.log_path = self.out / "checkpoints", self.out / "log.jsonl"
-        if not resume and (self.latest() or self.log_path.exists()):
-            raise ValueError(f"{out} already holds a run: choose another folder, or resume it")
-        module = LOSSES[stage.name](stage, mesh, backend).to(self.device)
-        self.module = shard(module, mesh, precision)
+        self.costs, self.parts, self.saved = runs.Costs("kernels"), [], None
+        self.rng, self.step, self.lock = np.random.default_rng([stage.config.seed, 1]), 0, None
+        with together():
+            self.lock = runs.Lock(self.out) if self.rank == 0 else None
+        try:
+            self.begin(resume, mesh, backend)
+        except BaseException:
+            self.release()
+            raise
+
+    def begin(self, resume, mesh, backend):
+        """Build what is trained, take up the last checkpoint, and clear away what is left over."""
+        folder = self.latest()
+        with together():
+            if folder is None or not resume:
+                beginning = ("log.jsonl", "checkpoints")
+                runs.check_free(self.out, resume, self.checkpoint_every, beginning)
+        module = LOSSES[self.stage.name](self.stage, mesh, backend).to(self.device)
+        self.module = shard(module, mesh, self.precision)
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimiser = build_optimiser(self.module, stage.config.optimiser)
-        self.rng, self.step = np.random.default_rng([stage.config.seed, 1]), 0
-        if folder := self.latest():
+        self.optimiser = build_optimiser(self.module, self.stage.config.optimiser)
+        if folder:
             self.load(folder)
-        dist.barrier()  # all have looked, before the first one writes
-        if self.rank == 0:
-            training.prepare_folder(self.checkpoints)
-            training.truncate_log(self.log_path, self.step)
+        with together():
+            if self.rank == 0:
+                runs.cut_log(self.log_path, self.step)
+                runs.sweep(self.out)
+                self.checkpoints.mkdir(exist_ok=True)
+                self.sweep(folder)
+
+    def release(self):
+        """Let other processes train in the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     def train(self, progress=True):
         """Go on until the last step; True when that was reached, False when interrupted.
 
         FloatingPointError when the loss or the gradient is not finite: the last checkpoint stays.
         """
+        try:
+            finished = self._train(progress)
+            if finished:
+                self.export()
+        finally:
+            self.release()
+        return finished
+
+    def _train(self, progress):
         steps, first, stopped = self.stage.config.optimiser.steps, self.rank == 0, False
         bar = tqdm(total=steps, initial=self.step, disable=not (progress and first))
         path = self.log_path if first else os.devnull
         with bar, open(path, "a") as log, training.asked_to_stop() as stop:
             while self.step < steps and not stopped:
                 record, stopped = self.update(stop.is_set())
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                with together():
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}")
                 bar.update()
                 if self.step % self.checkpoint_every == 0:
-                    self.save()
-            self.save()
-        if self.step == steps:
-            self.export()
-        elif first:
+                    self.save(log)
+            self.save(log)
+        if self.step < steps and first:
             print(f"Interrupted after step {self.step}; go on with --resume --out {self.out}")
         return self.step == steps
 
@@ -311,8 +367,19 @@ class ShardedRun:
 
     def latest(self):
         """The folder of the last whole checkpoint, or None."""
-        whole = [path.parent for path in self.checkpoints.glob("*/.metadata")]
+        whole = [f for f in self.folders() if all((f / name).exists() for name in MARKS)]
         return max(whole, key=lambda folder: int(folder.name), default=None)
+
+    def folders(self):
+        """The folders of checkpoints, whole or not: those with a step for a name."""
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return [path for path in found if path.name.isdecimal() and path.is_dir()]
+
+    def sweep(self, kept):
+        """Remove all checkpoints but one: earlier ones, and what killed processes left."""
+        for folder in self.folders():
+            if folder != kept:
+                shutil.rmtree(folder)
 
     def identity(self):
         """What must be the same for a run to be resumed, as JSON values."""
@@ -324,39 +391,93 @@ class ShardedRun:
         model, optimiser = get_state_dict(self.module, self.optimiser, options=options)
         return {"model": model, "optimiser": optimiser}
 
-    def save(self):
-        """Write a checkpoint, and then remove the one before. `.metadata` makes it whole, and is
-        written last."""
-        folder = self.checkpoints / f"{self.step:07d}"
-        if folder == self.latest():
+    def save(self, log):
+        """Write a checkpoint, and then remove the one before. run.json makes it whole, and is
+        written last; the lines of the open file `log` reach the disk before."""
+        if self.saved == self.step:
             return
-        if self.rank == 0:
-            folder.mkdir(exist_ok=True)
-            about = {"step": self.step, "rng": self.rng.bit_generator.state}
-            about = json.dumps(about | {"config": self.identity()}, indent=1)
-            write_atomically(folder / "run.json", about.encode())
-        dcp.save(self.state(), checkpoint_id=folder)
-        dist.barrier()
-        if self.rank == 0:
-            for other in self.checkpoints.iterdir():
-                if other != folder:
-                    shutil.rmtree(other)
+        folder = self.checkpoints / f"{self.step:07d}"
+        with together():
+            if self.rank == 0:
+                os.fsync(log.fileno())
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+        with together():
+            dcp.save(self.state(), checkpoint_id=folder)
+        seconds = self.add_up([torch.tensor(self.costs.seconds())])[0]
+        self.parts, sums = self.costs.parts(seconds), self.digests(folder)
+        with together():
+            if self.rank == 0:
+                about = {"step": self.step, "rng": self.rng.bit_generator.state,
+                         "config": self.identity(), "parts": self.parts, "files": sums}  # fmt: skip
+                text = json.dumps(about | {"sha256": _digest(about)}, indent=1)
+                write_atomically(folder / "run.json", text.encode())
+                self.sweep(folder)
+        self.saved = self.step
+
+    def digests(self, folder):
+        """{name: sha256} of a checkpoint's files, of which each process reads a share."""
+        with together():
+            files = sorted(path for path in folder.iterdir() if path.name != "run.json")
+            mine = files[self.rank :: self.world]
+            own = {path.name: runs.file_digest(path) for path in mine}
+        every = [None] * self.world
+        dist.all_gather_object(every, own)
+        return {name: sums[name] for sums in every for name in sums}
 
     def load(self, folder):
-        """Take up a checkpoint, of any number of processes; ValueError for another config."""
-        about = json.loads((folder / "run.json").read_text())
-        if different := list(training.differences(about["config"], self.identity())):
-            raise ValueError(
-                f"the run in {self.out} has another config:\n  " + "\n  ".join(different)
-            )
+        """Take up a checkpoint, of any number of processes; ValueError for another config, and for
+        what is not as it was saved."""
+        with together():
+            about = self.read_about(folder)
+        if "files" in about:  # the first edition's have none
+            sums, kept = self.digests(folder), about["files"]
+            with together():
+                wrong = sorted(n for n in kept.keys() | sums.keys() if kept.get(n) != sums.get(n))
+                if wrong:
+                    raise ValueError(f"{folder} has missing or damaged files: {listed(wrong)}")
         state = self.state()
-        dcp.load(state, checkpoint_id=folder)
+        with together():
+            self.check_stored(folder, state)
+        with together():
+            dcp.load(state, checkpoint_id=folder)
+        with together():
+            check_numbers(folder, state)
         set_state_dict(
             self.module, self.optimiser, model_state_dict=state["model"],
             optim_state_dict=state["optimiser"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )  # fmt: skip
         self.step, self.rng.bit_generator.state = about["step"], about["rng"]
+        self.saved, self.parts = self.step, self.costs.before
+
+    def read_about(self, folder):
+        """What run.json says of a checkpoint; ValueError when it is damaged or of another run."""
+        path = folder / "run.json"
+        about = from_json(path.read_bytes().decode(errors="replace"), path)
+        if missing := {"step", "rng", "config"} - set(about if isinstance(about, dict) else ()):
+            raise ValueError(f"{path} has no {listed(sorted(missing))}")
+        runs.check_identity(self.out, about["config"], self.identity())
+        runs.checked_step(about["step"], self.stage.config.optimiser.steps, path)
+        runs.checked_rng(about["rng"], path)
+        first_edition = about.keys().isdisjoint(("sha256", "parts", "files"))
+        if not first_edition and about.pop("sha256", "") != _digest(about):
+            raise ValueError(f"{path} is damaged: it does not hold what its sha256 stands for")
+        if about["step"] != int(folder.name):
+            raise ValueError(f"{path}: step must be that of its folder, got {about['step']}")
+        self.costs.load(about.get("parts", []), path)
+        return about
+
+    def check_stored(self, folder, state):
+        """ValueError unless each tensor is in the checkpoint, with its own shape and dtype."""
+        stored, faults = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata, []
+        for name, own in _tensors(state):
+            found = stored.get(name)
+            kind = (list(found.size), found.properties.dtype) if hasattr(found, "size") else None
+            if kind != (expected := (list(own.shape), own.dtype)):
+                faults.append(f"{name} expected {expected}, got {kind}")
+        if faults:
+            raise ValueError(f"{folder} does not fit the run: {listed(faults, '; ')}")
 
     def export(self):
         """Write model.safetensors, the file of the NumPy model; its frozen parts as they came."""
@@ -364,10 +485,38 @@ class ShardedRun:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(self.module, options=options)
-        if self.rank == 0:
-            trained = layers.numpy_state({n.removeprefix("model."): x for n, x in state.items()})
-            self.stage.model.load_state_dict(self.stage.model.state_dict() | trained)
-            self.stage.save(self.out / "model.safetensors")
+        with together():
+            if self.rank == 0:
+                names = {n.removeprefix("model."): x for n, x in state.items()}
+                own = self.stage.model.state_dict() | layers.numpy_state(names)
+                self.stage.model.load_state_dict(own)
+                self.stage.save(self.out / "model.safetensors")
+                if self.parts:
+                    cards.record_run(self.out, runs.seconds(self.parts), self.parts)
+
+
+MARKS = (".metadata", "run.json")  # a checkpoint that has both is whole
+
+
+def _digest(about):
+    return runs.digest([json.dumps(about, sort_keys=True).encode()])
+
+
+def _tensors(state):
+    """Yield (name, tensor) of ShardedRun.state: parameters and moments, as dcp names them."""
+    yield from ((f"model.{name}", x) for name, x in state["model"].items())
+    for name, moments in state["optimiser"]["state"].items():
+        yield from ((f"optimiser.state.{name}.{kind}", x) for kind, x in moments.items())
+
+
+def check_numbers(folder, state):
+    """ValueError unless this process's part of a state is finite, and no square below 0."""
+    for name, x in _tensors(state):
+        own = x.to_local() if isinstance(x, DTensor) else x
+        if not own.isfinite().all():
+            raise ValueError(f"{folder}: {name} is not finite")
+        if name.endswith(".exp_avg_sq") and (own < 0).any():
+            raise ValueError(f"{folder}: {name} has values below 0")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -410,12 +559,19 @@ def parser():
 def run(options):
     """Train as a list of command-line options says; returns the exit code."""
     arguments = parser().parse_args(options)
-    stage = command_line.build_stage(arguments)
+    first = not int(os.environ.get("RANK", 0))
     try:
         with processes(arguments.device) as mesh:
+            with together():
+                stage = command_line.build_stage(arguments)
             return train(stage, mesh, arguments)
+    except Agreed:
+        if first:
+            raise
+        return 2  # the first process says it
     except FloatingPointError as error:
-        print(f"kernels: error: {error}", file=sys.stderr)
+        if first:
+            print(f"kernels: error: {error}", file=sys.stderr)
         return 1
 
 
@@ -428,7 +584,10 @@ def train(stage, mesh, arguments):
     )  # fmt: skip
     if not arguments.export:
         return 0 if sharded.train() else 130  # as after Ctrl-C
-    if sharded.step == 0:
-        raise ValueError(f"there is no checkpoint in {arguments.out} to export")
-    sharded.export()
+    try:
+        if sharded.step == 0:
+            raise Agreed(f"there is no checkpoint in {arguments.out} to export")
+        sharded.export()
+    finally:
+        sharded.release()
     return 0

@@ -86,20 +86,22 @@ def sweep(folder):
             path.unlink(missing_ok=True)
 
 
-def check_free(folder, resume, checkpoint_every):
+def check_free(folder, resume, checkpoint_every, beginning=("log.jsonl",)):
     """ValueError if a folder without a checkpoint, or one that is not to be resumed, holds a run.
 
-    Resumed, a log of a few steps will do: of a process that was killed before its first checkpoint.
+    Resumed, what stands there at the `beginning` will do, with a log of a few steps: of a process
+    that was killed before its first checkpoint.
     """
-    found = [name for name in FILES if (folder / name).exists()]
+    found = [name for name in (*FILES, "checkpoints") if (folder / name).exists()]
     if not resume and found:
         raise ValueError(
             f"{folder} already holds a run: choose another folder, or resume it (found {found[0]})"
         )
     log = folder / "log.jsonl"
     steps = log.read_bytes().count(b"\n") if "log.jsonl" in found else 0
-    if set(found) - {"log.jsonl"} or steps > checkpoint_every:
-        raise ValueError(f"{folder} holds {', '.join(found)} of {steps} steps, but no checkpoint")
+    if set(found) - set(beginning) or steps > checkpoint_every:
+        found = f"{', '.join(found)} of {steps} steps"
+        raise ValueError(f"{folder} holds {found}, but no checkpoint to go on from")
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -168,6 +170,15 @@ def digest(parts):
     return total.hexdigest()
 
 
+def file_digest(path):
+    """sha256 of what a file holds."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
 def checked_step(value, steps, where):
     """A checkpoint's step; ValueError unless it is an int in 0..steps."""
     if type(value) is not int or not 0 <= value <= steps:
@@ -194,9 +205,12 @@ class Costs:
         self.before, self.start = [], time.process_time()
         self.command = shlex.join(["python", "-m", package, *sys.argv[1:]])
 
-    def parts(self):
-        """All parts, up to now."""
-        seconds = time.process_time() - self.start
+    def seconds(self):
+        """The processor time of this process since it has taken up the run."""
+        return time.process_time() - self.start
+
+    def parts(self, seconds):
+        """All parts up to now, the last one of so many seconds."""
         return [*self.before, {"command": self.command, "processor_seconds": round(seconds, 3)}]
 
     def load(self, parts, where):

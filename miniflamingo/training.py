@@ -11,7 +11,6 @@ killed at any moment, it goes on from the last checkpoint as if nothing had happ
 (with as many BLAS threads as before).
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -323,7 +322,7 @@ class Run:
         if self.saved == self.optimiser.step:
             return
         os.fsync(log.fileno())
-        self.parts = self.costs.parts()
+        self.parts = self.costs.parts(self.costs.seconds())
         metadata = {
             "step": str(self.optimiser.step),
             "rng": json.dumps(self.rng.bit_generator.state),
@@ -593,7 +592,7 @@ class BridgeStage(Stage):
         paths = {"lm": Path(lm) / "model.safetensors", "vision": Path(vision) / "model.safetensors"}
         self.config, self.strategy = config, config.strategy
         self.model = assemble(config.model, paths["lm"], paths["vision"], config.seed)
-        self.frozen = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in paths.items()}
+        self.frozen = {n: runs.file_digest(p) for n, p in paths.items()}
         self.weights = Lambda(*config.weights)._asdict()
         self.batches = Lambda(*config.batches)._asdict()
         self.progress = progress

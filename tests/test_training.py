@@ -423,7 +423,7 @@ def test_a_folder_with_a_model_but_no_run_is_left_alone(tmp_path, name, resume):
 def test_a_log_without_its_checkpoint_is_not_begun_again(tmp_path):
     stopped_at_7(tmp_path)
     (tmp_path / "checkpoint.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"log\.jsonl of 7 steps, but no checkpoint"):
+    with pytest.raises(ValueError, match=r"log\.jsonl of 7 steps, but no checkpoint to go on"):
         Run(Quadratic({"a": 1.0}), tmp_path, resume=True, checkpoint_every=5)
     assert len(log_of(tmp_path)) == 7
 
