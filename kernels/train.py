@@ -201,14 +201,14 @@ class Agreed(ValueError):
 
 
 @contextmanager
-def together():
+def together(checkpoint=None):
     """What one process raises in the `with` block, all raise behind it, so that none waits for one
     that is gone. In the block, all or none of the processes speak to each other."""
     fault = None
     try:
         yield
     except CheckpointException as error:  # its own text is a traceback of each process
-        fault = next(iter(error.failures.values()))[0]
+        fault = f"{checkpoint}: {next(iter(error.failures.values()))[0]}"
     except (ValueError, OSError) as error:
         fault = error
     failed = torch.tensor(float(fault is not None))
@@ -402,7 +402,7 @@ class ShardedRun:
                 os.fsync(log.fileno())
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
-        with together():
+        with together(folder):
             dcp.save(self.state(), checkpoint_id=folder)
         seconds = self.add_up([torch.tensor(self.costs.seconds())])[0]
         self.parts, sums = self.costs.parts(seconds), self.digests(folder)
@@ -439,7 +439,7 @@ class ShardedRun:
         state = self.state()
         with together():
             self.check_stored(folder, state)
-        with together():
+        with together(folder):
             dcp.load(state, checkpoint_id=folder)
         with together():
             check_numbers(folder, state)

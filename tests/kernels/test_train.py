@@ -1,7 +1,10 @@
 """Training on several processes: the curve of one, and runs that survive."""
 
+import errno
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +14,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+
 from kernels import __main__ as kernels_main  # noqa: E402
 from kernels import layers, train  # noqa: E402
-from miniflamingo import training  # noqa: E402
+from miniflamingo import runs, training  # noqa: E402
 from miniflamingo.language import LanguageConfig  # noqa: E402
 from miniflamingo.module import load_tensors  # noqa: E402
 from miniflamingo.vision import VisionConfig  # noqa: E402
@@ -198,9 +204,163 @@ def test_a_half_written_checkpoint_does_not_count(parts, killed):
     (half / "run.json").write_text("{}")
     with train.processes("cpu") as mesh:
         run = train.ShardedRun(train_worker.stage(*parts), killed, mesh, resume=True)
+    run.release()
     assert run.step == 7 and run.latest().name == "0000007"
-    half.joinpath("run.json").unlink()
-    half.rmdir()
+    assert not half.exists()  # it is of no use, and goes
+
+
+def small_run(out, resume=True, steps=4):
+    """(whether it was finished, the run) of a small language model on this process alone."""
+    config = LanguageConfig(len(grammar.TOKENIZER), dim=8, depth=1, heads=2)
+    optimiser = training.OptimiserConfig(steps, warmup=1)
+    stage = training.LanguageStage(training.LanguageRun(optimiser, config, batch=4))
+    with train.processes("cpu") as mesh:
+        run = train.ShardedRun(stage, out, mesh, resume, 2)
+        return run.train(progress=False), run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert small_run(out, resume=False)[0]
+    return out
+
+
+def change_about(folder, seal=True, **changes):
+    about = json.loads((folder / "run.json").read_text())
+    del about["sha256"]
+    before, about = train._digest(about), about | changes
+    about["sha256"] = train._digest(about) if seal else before
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def store(folder, change):
+    """Save the checkpoint's tensors again, changed, as its run.json would say."""
+    state = {}
+    reader = dcp.FileSystemReader(folder)
+    for name, kind in reader.read_metadata().state_dict_metadata.items():
+        is_tensor = hasattr(kind, "size")
+        state[name] = torch.empty(kind.size, dtype=kind.properties.dtype) if is_tensor else None
+    dcp.load(state, checkpoint_id=folder)
+    change(state)
+    for path in folder.glob("*.distcp"):
+        path.unlink()
+    dcp.save(state, checkpoint_id=folder)
+    files = [path for path in folder.iterdir() if path.name != "run.json"]
+    change_about(folder, files={path.name: runs.file_digest(path) for path in files})
+
+
+NORM = "model.model.norm.weight"
+DAMAGE = {
+    "a flipped bit": (lambda f: flip(f / "__0_0.distcp"), "damaged files: __0_0.distcp"),
+    "metadata": (lambda f: flip(f / ".metadata"), "damaged files: .metadata"),
+    "a part": (lambda f: (f / "__0_0.distcp").unlink(), "damaged files: __0_0.distcp"),
+    "more": (lambda f: (f / "__9_0.distcp").write_text("x"), "damaged files: __9_0.distcp"),
+    "no JSON": (lambda f: (f / "run.json").write_bytes(b"\xff\0"), "run.json is no JSON"),
+    "step": (lambda f: change_about(f, step=5), r"step must be an integer in 0\.\.4, got 5"),
+    "other step": (lambda f: change_about(f, step=3), "step must be that of its folder, got 3"),
+    "rng": (lambda f: change_about(f, rng={}), "rng is no state of a generator"),
+    "seal": (lambda f: change_about(f, seal=False, parts=[]), "run.json is damaged"),
+    "parts": (lambda f: change_about(f, parts=[1]), "parts must be a list"),
+    "shape": (lambda f: store(f, lambda s: s.update({NORM: torch.ones(1)})), f"{NORM} expected"),
+    "dtype": (lambda f: store(f, lambda s: s.update({NORM: torch.ones(8).half()})), "float16"),
+    "missing": (lambda f: store(f, lambda s: s.pop(NORM)), f"{NORM} expected .*, got None"),
+    "NaN": (lambda f: store(f, lambda s: s[NORM].fill_(torch.nan)), f"{NORM} is not finite"),
+    "square": (lambda f: store(f, lambda s: s[SQUARE].fill_(-1)), "has values below 0"),
+}  # fmt: skip
+SQUARE = "optimiser.state.model.norm.weight.exp_avg_sq"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing")
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused(finished, tmp_path, damage, message):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "0000004")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message) as error:
+        small_run(tmp_path / "run")
+    assert str(tmp_path / "run") in str(error.value)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_a_damaged_log_is_refused_and_a_lock_is_kept(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    lock = runs.Lock(tmp_path / "run")
+    with pytest.raises(ValueError, match="another process is training in the folder"):
+        small_run(tmp_path / "run")
+    lock.release()
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step": 2', b'"step": 9'))
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: expected the record of step 2"):
+        small_run(tmp_path / "run")
+
+
+def test_only_our_own_checkpoints_are_removed_and_the_parts_add_up(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    whole = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert whole["parts"][0]["command"].startswith("python -m kernels")
+    assert whole["processor_seconds"] == round(runs.seconds(whole["parts"]), 1) > 0
+    (tmp_path / "run" / "checkpoints" / "mine").mkdir()
+    (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / ".log.jsonl.0123abcd").write_text("half")
+    assert small_run(tmp_path / "run")[0]
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"mine", "notes.txt", "0000004"}
+    assert not (tmp_path / "run" / ".log.jsonl.0123abcd").exists()
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["parts"] == whole["parts"]  # nothing more was done
+
+
+def test_a_full_disk_is_one_error_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save = dcp.save
+
+    def full(state, checkpoint_id):
+        if checkpoint_id.name == "0000004":
+            error = OSError(errno.ENOSPC, "No space left on device", str(checkpoint_id))
+            raise CheckpointException("write", {0: (error, None)})
+        save(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(train.dcp, "save", full)
+    with pytest.raises(ValueError, match=r"0000004: .*No space left on device"):
+        small_run(tmp_path, resume=False)
+    monkeypatch.undo()
+    finished, run = small_run(tmp_path)
+    assert finished and run.latest().name == "0000004" and len(log_of(tmp_path)) == 4
+
+
+def two_processes(out):
+    """The command on two processes -> their exit codes and what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(HERE.parent.parent)
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, "-m", "kernels", *LM, "--out", str(out), "--resume"]
+    started = [
+        subprocess.Popen(command, cwd=root, env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    return [process.returncode for process in started], said
+
+
+def test_an_error_of_one_process_ends_both_with_one_line(tmp_path):
+    assert two_processes(tmp_path)[0] == [0, 0]
+    part = tmp_path / "checkpoints" / "0000003" / "__0_0.distcp"
+    part.unlink()
+    part.mkdir()  # only the second process reads it
+    codes, (first, second) = two_processes(tmp_path)
+    assert codes == [2, 2]
+    assert first.count("\n") == 1 and first.startswith("kernels: error: ") and str(part) in first
+    assert second == ""
 
 
 def test_a_loss_that_is_no_number_stops_the_run(parts, tmp_path, monkeypatch):
