@@ -23,12 +23,10 @@ a GPU, NCCL, several machines. Each process builds the whole model before it is 
 of the paper's size is too large: that needs building on the meta device.
 """
 
-import argparse
 import gc
 import json
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,7 +48,8 @@ from tqdm import tqdm
 
 from kernels import layers
 from miniflamingo import __main__ as command_line
-from miniflamingo import training
+from miniflamingo import outputs, training
+from miniflamingo.command import Parser, exclude
 from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.worlds.datasets import IGNORED
@@ -393,8 +392,7 @@ def processes(device="auto"):
 
 def parser():
     """The options of `python -m miniflamingo train`, and those of this file."""
-    top = argparse.ArgumentParser(prog="python -m kernels train", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    top = Parser(prog="python -m kernels train", description=__doc__)
     stages = top.add_subparsers(dest="stage", required=True)
     for name in LOSSES:
         command = stages.add_parser(name)
@@ -410,13 +408,13 @@ def parser():
 def run(options):
     """Train as a list of command-line options says; returns the exit code."""
     arguments = parser().parse_args(options)
+    exclude(arguments, ("--export", "--resume"))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a GPU that torch can use, got none")
+    outputs.check_run(arguments.out)
     stage = command_line.build_stage(arguments)
-    try:
-        with processes(arguments.device) as mesh:
-            return train(stage, mesh, arguments)
-    except FloatingPointError as error:
-        print(f"kernels: error: {error}", file=sys.stderr)
-        return 1
+    with processes(arguments.device) as mesh:
+        return train(stage, mesh, arguments)
 
 
 def train(stage, mesh, arguments):
