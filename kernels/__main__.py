@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import import_module
 
-from miniflamingo.command import Parser, exclude, path, run_command, whole
+from miniflamingo.command import Parser, a_path, exclude, run_command, whole
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -33,13 +33,13 @@ def parser():
     command.add_argument("--quick", action="store_true", help=quick)
     command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
     plots = "also draw the figures into DIR, a folder that exists"
-    command.add_argument("--plots", metavar="DIR", type=path, help=plots)
+    command.add_argument("--plots", metavar="DIR", type=a_path, help=plots)
     commands.add_parser("train", add_help=False, help="the bridge, on one process or many")
     return top
 
 
 def _add_json(command):
-    command.add_argument("--json", metavar="FILE", type=path, help="also write it as JSON")
+    command.add_argument("--json", metavar="FILE", type=a_path, help="also write it as JSON")
 
 
 def main(argv=None):

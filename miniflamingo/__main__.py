@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from miniflamingo import cards, decoding, outputs, training
-from miniflamingo.command import Parser, exclude, path, real, run_command, whole
+from miniflamingo.command import Parser, a_path, exclude, real, run_command, whole
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
@@ -225,7 +225,7 @@ def parser():
     top = Parser(prog="python -m miniflamingo", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="train the bridge live, and look at the result")
-    command.add_argument("--out", type=path, default="out", help="folder for all figures")
+    command.add_argument("--out", type=a_path, default="out", help="folder for all figures")
     command.add_argument("--steps", type=STEPS, help="of the live training; 300 by default")
     command.add_argument("--full", action="store_true", help="train all the way")
     command.add_argument("--samples", type=SAMPLES, default=300, help="episodes a figure")
@@ -237,11 +237,11 @@ def parser():
     _add_checkpoint(command)
     command.add_argument("--samples", type=SAMPLES, default=1000, help="episodes a figure")
     command.add_argument("--validation", action="store_true", help="the seed to tune on")
-    command.add_argument("--json", type=path, help="write the metrics to this file")
+    command.add_argument("--json", type=a_path, help="write the metrics to this file")
     _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
     command = commands.add_parser("ship", help="what the package carries, from finished runs")
-    command.add_argument("runs", nargs="+", type=path, help="folders with the three stages' runs")
-    command.add_argument("--to", type=path, default=training.WEIGHTS, help="the package's own")
+    command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
+    command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
     return top
@@ -263,12 +263,12 @@ def _add_generate(command):
 def _add_checkpoint(command):
     shipped = training.WEIGHTS / "flamingo"
     text = "file, or folder of a run; the shipped one by default"
-    command.add_argument("--checkpoint", type=path, default=shipped, help=text)
+    command.add_argument("--checkpoint", type=a_path, default=shipped, help=text)
 
 
 def add_training(command, stage):
     """The options of a stage's training, which those of kernels.train are, too."""
-    command.add_argument("--out", type=path, required=True, help="folder of the run")
+    command.add_argument("--out", type=a_path, required=True, help="folder of the run")
     resume = "go on with the run in --out; begin one where there is none"
     command.add_argument("--resume", action="store_true", help=resume)
     command.add_argument("--checkpoint-every", type=STEPS, default=100, help="steps")
@@ -277,9 +277,9 @@ def add_training(command, stage):
                "--clip": real(0, 1e6, above=True)}  # fmt: skip
     choices = {"--schedule": ("cosine", "constant")}
     if stage == "flamingo":
-        command.add_argument("--lm", type=path, default=training.WEIGHTS / "lm",
+        command.add_argument("--lm", type=a_path, default=training.WEIGHTS / "lm",
                              help="folder of the language model's run")  # fmt: skip
-        command.add_argument("--vision", type=path, default=training.WEIGHTS / "vision",
+        command.add_argument("--vision", type=a_path, default=training.WEIGHTS / "vision",
                              help="folder of the vision encoder's run")  # fmt: skip
         command.add_argument("--weights", type=real(0, 1e6), nargs=4, metavar="LAMBDA",
                              help=", ".join(training.Lambda._fields))  # fmt: skip

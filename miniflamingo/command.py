@@ -267,7 +267,7 @@ def _ranged(kind, expected, fits):
     return parse
 
 
-def path(text):
+def a_path(text):
     """An option's type: the path of a file or folder."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")

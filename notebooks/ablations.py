@@ -21,7 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from miniflamingo import outputs
-from miniflamingo.command import Parser, in_processes, path, run_command, whole
+from miniflamingo.command import Parser, a_path, in_processes, run_command, whole
 from miniflamingo.flamingo import PRESETS
 from miniflamingo.language import LanguageModel
 from miniflamingo.prompt import IMAGE
@@ -177,7 +177,7 @@ def parser():
     samples = "questions of each kind"
     top.add_argument("--samples", type=whole(1, 10**4), default=400, help=samples)
     top.add_argument("--jobs", type=whole(1, 61), default=1, help="processes")
-    top.add_argument("--out", type=path, default=DATA, help="a file, in a folder that exists")
+    top.add_argument("--out", type=a_path, default=DATA, help="a file, in a folder that exists")
     return top
 
 

@@ -17,11 +17,10 @@ import re
 import shutil
 import sys
 import zipfile
-from pathlib import Path
 
 import nbformat
 
-from miniflamingo.command import Failed, Parser, path, run_command, some
+from miniflamingo.command import Failed, Parser, a_path, run_command, some
 from miniflamingo.outputs import staged
 from notebooks import render, timings
 
@@ -246,7 +245,7 @@ def parser():
     """The command line's grammar."""
     top = Parser(prog="python -m notebooks.release", description=__doc__)
     top.add_argument("--nbgrader", action="store_true", help="write nbgrader's tree, too")
-    top.add_argument("--out", type=path, default=OUT, help="the folder to write into")
+    top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
     return top
 
 

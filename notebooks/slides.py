@@ -11,13 +11,12 @@ without a network: reveal.js and MathJax lie beside them, in `vendor/`.
 
 import re
 import sys
-from pathlib import Path
 
 import nbformat
 from nbconvert import SlidesExporter
 from traitlets.config import Config
 
-from miniflamingo.command import Parser, path, run_command
+from miniflamingo.command import Parser, a_path, run_command
 from miniflamingo.outputs import staged
 from notebooks import render, timings
 from notebooks.site import vendor
@@ -140,7 +139,7 @@ def parser():
     top = Parser(prog="python -m notebooks.slides", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--teacher", action="store_true", help="with the solutions")
-    top.add_argument("--out", type=path, default=OUT, help="the folder to write into")
+    top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
     return top
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from miniflamingo.command import Failed, Parser, path, require, run_command
+from miniflamingo.command import Failed, Parser, a_path, require, run_command
 from miniflamingo.outputs import staged
 from notebooks import render, timings
 from notebooks.site import lite as browser
@@ -203,7 +203,7 @@ def parser():
     top = Parser(prog="python -m notebooks.site.build", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--no-lite", action="store_true", help="without JupyterLite")
-    top.add_argument("--out", type=path, default=ROOT / "out" / "site", help="where to")
+    top.add_argument("--out", type=a_path, default=ROOT / "out" / "site", help="where to")
     return top
 
 

@@ -50,9 +50,8 @@ def fetch(name, cache=CACHE):
     folder = cache / f"{name}-{version}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=cache) as new, tarfile.open(archive) as file:
-            file.extractall(new, filter="data")
-            os.rename(new, folder)  # whole, or not there
-            os.mkdir(new)
+            file.extractall(f"{new}/whole", filter="data")
+            os.rename(f"{new}/whole", folder)
     return folder / "package"
 
 
