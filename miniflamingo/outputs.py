@@ -18,7 +18,6 @@ from pathlib import Path
 from miniflamingo.command import some
 from miniflamingo.module import write_atomically
 
-FOLDER = "folder"  # stands in a list where a file has its checksum
 NOBODYS = ("__pycache__", ".DS_Store")  # left by Python and macOS
 LARGEST = 2**28  # bytes of a file that is asked who made it
 DAY = 86400
@@ -100,20 +99,18 @@ def _listed(folder, names):
 
 
 def _tree(base):
-    """A path and everything below it; links are not followed."""
-    if not os.path.lexists(base) or base.name in NOBODYS:
-        return
-    yield base
+    """A file, or every file below a folder; links are not followed."""
     if base.is_dir() and not base.is_symlink():
         for path in sorted(base.iterdir()):
-            yield from _tree(path)
+            if path.name not in NOBODYS:
+                yield from _tree(path)
+    elif os.path.lexists(base):
+        yield base
 
 
 def _checksum(path):
-    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+    if path.is_symlink() or not path.is_file():
         return None
-    if path.is_dir():
-        return FOLDER
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -123,7 +120,6 @@ def _checksum(path):
 
 def _refuse(folder, command, names, option):
     if found := list(in_the_way(folder, command, names)):
-        found = [path for path in found if not path.is_dir()] or found
         raise ValueError(
             f"{option}: {some(found)}: in the way; `{command}` has not made it, or it was changed "
             "since, and is not overwritten: move it, or choose another folder"
