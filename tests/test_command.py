@@ -121,7 +121,6 @@ def run_without(missing, words):
         ),
         (["triton"], "kernels compare", "kernels"),
         (["triton"], "kernels compile", "kernels"),
-        (["triton"], "kernels bench", "kernels"),
         (["jupytext"], "notebooks.render 06", "course"),
         (["nbclient"], "notebooks.timings 06", "course"),
         (["nbformat"], "notebooks.release", "course"),
