@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_written_is_one_line(path, message, tmp_path, monk
 def test_a_folder_that_cannot_be_is_one_line(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    with pytest.raises(ValueError, match="^--out: expected a folder"):
+    with pytest.raises(ValueError, match=r"^--out: expected a folder"):
         outputs.check_folder(path)
 
 
