@@ -275,27 +275,31 @@ def add_training(command, stage):
     options = {"--steps": STEPS, "--rate": real(0, 1, above=True), "--warmup": whole(0, 10**7),
                "--seed": SEEDS, "--weight-decay": real(0, 1),
                "--clip": real(0, 1e6, above=True)}  # fmt: skip
-    choices = {"--schedule": ("cosine", "constant")}
-    if stage == "flamingo":
-        command.add_argument("--lm", type=a_path, default=training.WEIGHTS / "lm",
-                             help="folder of the language model's run")  # fmt: skip
-        command.add_argument("--vision", type=a_path, default=training.WEIGHTS / "vision",
-                             help="folder of the vision encoder's run")  # fmt: skip
-        command.add_argument("--weights", type=real(0, 1e6), nargs=4, metavar="LAMBDA",
-                             help=", ".join(training.Lambda._fields))  # fmt: skip
-        command.add_argument("--no-skip-without-image", dest="skip_without_image",
-                             action="store_false", default=None,
-                             help="gate text alone too, as in the paper")  # fmt: skip
-        options |= {"--alpha-rate": real(0, 1000), "--p-next": real(0, 1),
-                    "--caption-noise": real(0, 1), "--xattn-every": whole(1, 100)}  # fmt: skip
-        choices |= {"--strategy": training.STRATEGIES,
-                    "--resampler": ("perceiver", "mlp", "transformer")}  # fmt: skip
-    else:
-        options["--batch"] = whole(4, 4096)
     for option, kind in options.items():
         command.add_argument(option, type=kind)
-    for option, names in choices.items():
-        command.add_argument(option, choices=names)
+    command.add_argument("--schedule", choices=("cosine", "constant"))
+    if stage == "flamingo":
+        _add_bridge(command)
+    else:
+        command.add_argument("--batch", type=whole(4, 4096))
+
+
+def _add_bridge(command):
+    for option, what in (("lm", "language model"), ("vision", "vision encoder")):
+        text = f"folder of the {what}'s run; the shipped one by default"
+        command.add_argument(f"--{option}", type=a_path, default=training.WEIGHTS / option,
+                             help=text)  # fmt: skip
+    names = ", ".join(training.Lambda._fields)
+    command.add_argument("--weights", type=real(0, 1e6), nargs=4, metavar="LAMBDA", help=names)
+    command.add_argument("--no-skip-without-image", dest="skip_without_image",
+                         action="store_false", default=None,
+                         help="gate text alone too, as in the paper")  # fmt: skip
+    command.add_argument("--alpha-rate", type=real(0, 1000))
+    command.add_argument("--p-next", type=real(0, 1))
+    command.add_argument("--caption-noise", type=real(0, 1))
+    command.add_argument("--xattn-every", type=whole(1, 100))
+    command.add_argument("--strategy", choices=training.STRATEGIES)
+    command.add_argument("--resampler", choices=("perceiver", "mlp", "transformer"))
 
 
 EXCLUSIVE = {

@@ -48,11 +48,9 @@ def run_command(name, work):
 
     An exception that is nobody's bad input stays a traceback: it is a mistake in the code.
     """
-    with _interruptible():
+    with _Interruptible():
         try:
-            code = work()
-            sys.stdout.flush()
-            return code
+            return _flushed(work)
         except KeyboardInterrupt:
             end_children()
             return _say(name, "interrupted", 130)
@@ -62,15 +60,26 @@ def run_command(name, work):
             return 141
         except (FloatingPointError, Failed) as error:
             return _say(name, f"error: {error}", 1)
-        except MemoryError as error:
-            return _say(name, f"error: not enough memory: {error}".rstrip(": "), 2)
-        except BrokenExecutor as error:
-            end_children()
-            return _say(name, f"error: a process of this command has been killed: {error}", 2)
-        except ImportError as error:
-            return _say(name, f"error: {missing(error)}", 2)
-        except (ValueError, OSError) as error:
-            return _say(name, f"error: {error}", 2)
+        except (ValueError, OSError, ImportError, MemoryError, BrokenExecutor) as error:
+            return _say(name, f"error: {_explained(error)}", 2)
+
+
+def _flushed(work):
+    try:
+        return work()
+    finally:
+        sys.stdout.flush()
+
+
+def _explained(error):
+    if isinstance(error, ImportError):
+        return missing(error)
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}".removesuffix(": ")
+    if isinstance(error, BrokenExecutor):
+        end_children()
+        return f"a process of this command was killed, perhaps for its memory: {error}"
+    return error
 
 
 def _say(name, message, code):
@@ -134,40 +143,38 @@ def starting():
     sys.excepthook = explain
 
 
-@contextlib.contextmanager
-def _interruptible():
+class _Interruptible:
     """SIGINT and SIGTERM end all children and raise KeyboardInterrupt; the second leaves at once.
 
     A library may swallow the exception where Python ignores what is raised (in a `__del__`): the
-    process then leaves at once, as well.
+    process then leaves at once, as well. Signals reach the main thread alone.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-    owner, asked = os.getpid(), []
 
-    def ask(*_):
-        if os.getpid() != owner or asked:  # in a child that is just being made, too
-            end_children()
+    def __enter__(self):
+        self.owner, self.asked, self.before = os.getpid(), False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.ask) for s in SIGNALS}
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.swallowed
+
+    def __exit__(self, *_):
+        sys.unraisablehook = self.hook
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def ask(self, *_):
+        if os.getpid() != self.owner:  # a child that is just being made
             os._exit(130)
-        asked.append(True)
         end_children()  # first, or a pool of processes would wait for them
+        if self.asked:
+            os._exit(130)
+        self.asked = True
         raise KeyboardInterrupt
 
-    def swallowed(unraisable):
-        if asked and issubclass(unraisable.exc_type, KeyboardInterrupt):
+    def swallowed(self, unraisable):
+        if self.asked and issubclass(unraisable.exc_type, KeyboardInterrupt):
             print("interrupted", file=sys.stderr, flush=True)
             os._exit(130)
-        hook(unraisable)
-
-    before = [signal.signal(s, ask) for s in SIGNALS]
-    hook, sys.unraisablehook = sys.unraisablehook, swallowed
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for s, handler in zip(SIGNALS, before):
-            signal.signal(s, handler)
+        self.hook(unraisable)
 
 
 # --- processes ------------------------------------------------------------------------------------
