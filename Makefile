@@ -68,8 +68,11 @@ weights: $(READY)  ## train all three stages from three seeds, and replace the s
 lab: $(READY)  ## JupyterLab on the course
 	@$(RUN) -m jupyterlab notebooks/student
 
-clean:  ## remove the environment and all outputs
-	rm -rf .venv out build *.egg-info
+clean:  ## remove the environment that make has made; out/ and runs/ may hold yours, and stay
+	@if [ -e .venv/install.log ]; then rm -rf .venv; fi
+	rm -rf miniflamingo.egg-info
+	@for folder in out runs; do if [ -e $$folder ]; then echo \
+	"$$folder/ stays: delete it yourself, if nothing in it is worth keeping"; fi; done
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo \

@@ -10,6 +10,10 @@ import importlib.util
 import os
 import sys
 
+from miniflamingo import command
+
+command.starting()
+
 
 def unavailable():
     """Why the kernels cannot be used here, in one sentence; None where they can."""

@@ -42,8 +42,11 @@ import numpy as np
 import torch
 
 from kernels.bench_entries import DIRECTIONS, ENTRIES
-from miniflamingo.module import write_atomically
+from miniflamingo import outputs
+from miniflamingo.command import some
 
+COMMAND = "python -m kernels bench"
+FIGURES = ("cost_forward.png", "cost_forward_backward.png", "roofline.png")
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # of the worst row: above what rounding does to it, below what one key too many among 64 would do
 TOLERANCE = {"cuda": 0.06, "cpu": 1e-5}
@@ -437,11 +440,11 @@ def chosen(device, quick, case):
         for entry in ENTRIES
         for shape in entry.shapes[device][: 3 if quick else None]
     ]
-    some = [(entry, shape) for entry, shape in every if case in label(entry.name, shape)]
-    if not some:
-        names = "; ".join(label(entry.name, shape) for entry, shape in every)
+    found = [(entry, shape) for entry, shape in every if case in label(entry.name, shape)]
+    if not found:
+        names = some((label(entry.name, shape) for entry, shape in every), "; ")
         raise ValueError(f"--case: expected part of one of: {names}; got {case!r}")
-    return some
+    return found
 
 
 def label(name, shape):
@@ -457,8 +460,10 @@ def write_json(path, document):
             return {k: finite(v) for k, v in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    document = {**document, "records": [finite(row) for row in document["records"]]}
-    write_atomically(path, jsonlib.dumps(document, indent=1, allow_nan=False).encode())
+    rows = [finite(row) for row in document["records"]]
+    document = {"made_by": COMMAND, **document, "records": rows}
+    data = jsonlib.dumps(document, indent=1, allow_nan=False).encode()
+    outputs.write_file(path, data, COMMAND)
 
 
 def print_limits(document):
@@ -505,17 +510,20 @@ def run(device="auto", json=None, quick=False, case="", plots=None):
     """
     device = choose_device(device)
     cases = chosen(device, quick, case)
-    if json and not Path(json).absolute().parent.is_dir():
-        raise ValueError(f"--json: expected a file in an existing folder, got {json}")
+    outputs.check_file(json, COMMAND)
     if plots and not Path(plots).is_dir():
         raise ValueError(f"--plots: expected an existing folder, got {plots}")
     repeats = 10 if quick else 50
-    document = {"meta": meta(device, quick, repeats), "limits": measure_limits(device, repeats)}
-    document["records"] = []
-    print_limits(document)
-    failed = measure_all(document, cases, device, repeats, json)
-    if plots:
-        draw_figures(document, Path(plots))
+    drawn = (
+        outputs.staged(plots, "bench", FIGURES, "--plots") if plots else contextlib.nullcontext()
+    )
+    with drawn as folder:
+        document = {"meta": meta(device, quick, repeats), "limits": measure_limits(device, repeats)}
+        document["records"] = []
+        print_limits(document)
+        failed = measure_all(document, cases, device, repeats, json)
+        if folder:
+            draw_figures(document, folder)
     return 1 if failed else 0
 
 
@@ -548,7 +556,6 @@ def draw_figures(document, folder):
 
     entry = "image_causal_attention"  # the one that has a cost for each number of images
     if any(r["entry"] == entry and r["microseconds"] for r in document["records"]):
-        for direction in DIRECTIONS:
-            name = "cost_" + direction.replace(" + ", "_") + ".png"
+        for direction, name in zip(DIRECTIONS, FIGURES):
             plots.plot_cost(document, entry, direction).savefig(folder / name)
-    plots.plot_roofline(document).savefig(folder / "roofline.png")
+    plots.plot_roofline(document).savefig(folder / FIGURES[-1])

@@ -26,7 +26,6 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -35,9 +34,10 @@ from kernels.decode_attention import decode_attention
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
 from kernels.resampler_attention import resampler_attention, resampler_attention_backward
 from kernels.runtime import INTERPRET, poisoned, torch, triton
-from miniflamingo import functional, xattn
-from miniflamingo.module import write_atomically
+from miniflamingo import functional, outputs, xattn
+from miniflamingo.command import some
 
+COMMAND = "python -m kernels compare"
 BOUND = 2
 LUCK = 4  # floors of a single number's error
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -286,7 +286,7 @@ def compare_all(device, case="", kernels=None):
     kernels = KERNELS if kernels is None else kernels
     chosen = [(kernel, name) for kernel in kernels for name in kernel.cases if case in name]
     if not chosen:
-        names = ", ".join(repr(name) for kernel in kernels for name in kernel.cases)
+        names = some(repr(name) for kernel in kernels for name in kernel.cases)
         raise ValueError(f"--case: expected part of one of {names}; got {case!r}")
     for kernel, name in chosen:
         for dtype in DTYPES:
@@ -313,15 +313,15 @@ def write_json(path, records):
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in map(asdict, records)
     ]
-    document = {"meta": meta(), "records": rows}
-    write_atomically(path, jsonlib.dumps(document, indent=1, allow_nan=False).encode())
+    document = {"made_by": COMMAND, "meta": meta(), "records": rows}
+    data = jsonlib.dumps(document, indent=1, allow_nan=False).encode()
+    outputs.write_file(path, data, COMMAND)
 
 
 def run(device="auto", json=None, case=""):
     """The command: print the table, and write it to the file `json`; returns the exit code."""
     device = choose_device(device)
-    if json and not Path(json).absolute().parent.is_dir():
-        raise ValueError(f"--json: expected a file in an existing folder, got {json}")
+    outputs.check_file(json, COMMAND)
     print(f"{'case':<29}{'dtype':<6}{'direction':<10}{'error':>9}{'peer':>10}{'ratio':>7}")
     records = []
     for record in compare_all(device, case):

@@ -35,11 +35,9 @@ import platform
 import re
 import resource
 import subprocess
-import sys
 import tempfile
 import tokenize
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -53,7 +51,8 @@ from kernels import (
     squared_relu_linear,
 )
 from kernels.runtime import INTERPRET, replaced, torch, triton
-from miniflamingo.module import write_atomically
+from miniflamingo import outputs
+from miniflamingo.command import in_processes
 
 # of each kernel file: (K, dtype, R) -> None
 EXAMPLES = (
@@ -65,6 +64,7 @@ EXAMPLES = (
     layer_norm.launch_examples,
 )
 COMMITTED = Path(__file__).parent / "results" / "compiled.json"
+COMMAND = "python -m kernels compile"
 RENEW = "python -m kernels compile --full --json kernels/results/compiled.json"
 
 # --- the architectures --------------------------------------------------------------------------
@@ -271,9 +271,8 @@ def samples(cases):
 
 def compile_all(jobs):
     """Compile jobs, arguments of `compile_one`, on all cores; yields Compiled, in order."""
-    with ProcessPoolExecutor(min(os.cpu_count(), len(jobs))) as pool:
-        for results in pool.map(compile_one, *zip(*jobs)):
-            yield from results
+    for results in in_processes(min(os.cpu_count(), len(jobs)), compile_one, *zip(*jobs)):
+        yield from results
 
 
 # --- reading the code ---------------------------------------------------------------------------
@@ -371,6 +370,7 @@ def tools():
 def write_json(path, results):
     """Write {"meta": {...}, "columns": [...], "rows": [...]}, one row a line."""
     meta = {
+        "made_by": COMMAND,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -384,7 +384,7 @@ def write_json(path, results):
     rows = ",\n".join(jsonlib.dumps([*r.values()], separators=compact) for r in records)
     text = f'{{"meta": {jsonlib.dumps(meta, indent=1)},\n'
     text += f'"columns": {jsonlib.dumps([*records[0]])},\n"rows": [\n{rows}\n]}}\n'
-    write_atomically(path, text.encode())
+    outputs.write_file(path, text.encode(), COMMAND)
 
 
 def read_json(path):
@@ -438,17 +438,9 @@ def check_committed(full):
 
 def run(full=False, json=None, check=False):
     """The command: print the table, and write it to the file `json`; returns the exit code."""
-    if check and json:
-        raise ValueError("--check reads the committed file: expected no --json beside it")
-    if json and not Path(json).parent.is_dir():
-        raise ValueError(f"--json: expected a file in a folder that exists, got {json}")
-    if INTERPRET.value:  # a process compiles or interprets, never both
-        options = ["--full"] * full + ["--check"] * check + ["--json", str(json)] * bool(json)
-        command = [sys.executable, "-m", "kernels", "compile", *options]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
+    outputs.check_file(json, COMMAND)
     if missing():
-        print(f"kernels: error: {missing()}", file=sys.stderr)
-        return 2
+        raise ValueError(missing())
     return check_committed(full) if check else print_table(FULL if full else USUAL, json)
 
 

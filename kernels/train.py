@@ -23,12 +23,10 @@ a GPU, NCCL, several machines. Each process builds the whole model before it is 
 of the paper's size is too large: that needs building on the meta device.
 """
 
-import argparse
 import gc
 import json
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,8 +49,9 @@ from tqdm import tqdm
 
 from kernels import layers
 from miniflamingo import __main__ as command_line
-from miniflamingo import cards, runs, training
+from miniflamingo import cards, outputs, runs, training
 from miniflamingo.checks import from_json
+from miniflamingo.command import Parser, exclude
 from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.tensorfile import listed
@@ -542,8 +541,7 @@ def processes(device="auto"):
 
 def parser():
     """The options of `python -m miniflamingo train`, and those of this file."""
-    top = argparse.ArgumentParser(prog="python -m kernels train", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    top = Parser(prog="python -m kernels train", description=__doc__)
     stages = top.add_subparsers(dest="stage", required=True)
     for name in LOSSES:
         command = stages.add_parser(name)
@@ -559,19 +557,23 @@ def parser():
 def run(options):
     """Train as a list of command-line options says; returns the exit code."""
     arguments = parser().parse_args(options)
+    exclude(arguments, ("--export", "--resume"))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a GPU that torch can use, got none")
     first = not int(os.environ.get("RANK", 0))
     try:
         with processes(arguments.device) as mesh:
             with together():
+                outputs.check_run(arguments.out)
                 stage = command_line.build_stage(arguments)
             return train(stage, mesh, arguments)
     except Agreed:
         if first:
             raise
         return 2  # the first process says it
-    except FloatingPointError as error:
+    except FloatingPointError:
         if first:
-            print(f"kernels: error: {error}", file=sys.stderr)
+            raise
         return 1
 
 

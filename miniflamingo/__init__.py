@@ -3,6 +3,10 @@
 Start reading at `xattn.py`; `flamingo.py` is the whole model on a page.
 """
 
+from miniflamingo import command
+
+command.starting()
+
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
 from miniflamingo.prompt import WordTokenizer, build_batch
 from miniflamingo.xattn import GatedCrossAttentionDense, image_causal_attention

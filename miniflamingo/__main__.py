@@ -4,19 +4,20 @@ Errors are one line and exit code 2; a training that broke down ends with exit c
 """
 
 import argparse
+import hashlib
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from miniflamingo import cards, decoding, runs, training
+from miniflamingo import cards, decoding, outputs, runs, training
+from miniflamingo.command import Parser, a_path, exclude, real, run_command, whole
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
-from miniflamingo.module import write_atomically
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
 from miniflamingo.worlds.video import read_clip
@@ -91,6 +92,25 @@ CONFIGS = {
 }
 
 
+# the fields of a run's config that options set, and those of its .optimiser and its .model; an
+# option that names files (--lm) is none of them: a run is identified by what its files hold
+RUN_FIELDS = ("seed", "batch", "weights", "strategy", "p_next", "caption_noise")
+OPTIMISER_FIELDS = ("steps", "rate", "warmup", "schedule", "weight_decay", "clip", "alpha_rate")
+MODEL_FIELDS = ("resampler", "xattn_every", "skip_without_image")
+
+
+def configured(config, arguments):
+    """A run's config with the fields that the command line gives."""
+
+    def given(fields):
+        values = {name: getattr(arguments, name, None) for name in fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+    optimiser = replace(config.optimiser, **given(OPTIMISER_FIELDS))
+    model = replace(config.model, **given(MODEL_FIELDS))
+    return replace(config, optimiser=optimiser, model=model, **given(RUN_FIELDS))
+
+
 def build_stage(arguments):
     """The stage of training that parsed options describe."""
     config = configured(CONFIGS[arguments.stage], arguments)
@@ -98,32 +118,29 @@ def build_stage(arguments):
         return training.LanguageStage(config)
     if arguments.stage == "vision":
         return training.VisionStage(config)
-    config = replace(config, model=configured(config.model, arguments))
+    for option in ("lm", "vision"):
+        folder = Path(getattr(arguments, option))
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(
+                f"--{option}: expected a run's folder with its model.safetensors, got {folder}"
+            )
     return training.BridgeStage(config, arguments.lm, arguments.vision, progress=True)
 
 
 def train(arguments):
     """Train one of the three stages; returns whether it reached its last step."""
-    run = training.Run(
-        build_stage(arguments), arguments.out, arguments.resume, arguments.checkpoint_every
-    )
+    out = outputs.check_run(arguments.out)
+    run = training.Run(build_stage(arguments), out, arguments.resume, arguments.checkpoint_every)
     if not run.train():
         return False
     if run.parts:  # those of the first edition's checkpoints are not known
-        cards.record_run(arguments.out, runs.seconds(run.parts), run.parts)
+        cards.record_run(out, runs.seconds(run.parts), run.parts)
     return True
 
 
-def configured(config, arguments):
-    """A config dataclass with the fields that the command line gives, those of .optimiser too."""
-    if hasattr(config, "optimiser"):
-        config = replace(config, optimiser=configured(config.optimiser, arguments))
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    own = {f.name for f in fields(config)} - {"optimiser", "model"}
-    return replace(config, **{name: given[name] for name in own & given.keys()})
-
-
 # --- evaluate -----------------------------------------------------------------------------------
+
+EVALUATE = "python -m miniflamingo evaluate"
 
 
 def checkpoint_file(path):
@@ -137,13 +154,17 @@ def checkpoint_file(path):
 
 def evaluate(arguments):
     """Ask a checkpoint everything, print the table, write the JSON where that is asked for."""
-    model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
+    outputs.check_file(arguments.json, EVALUATE)
+    checkpoint = checkpoint_file(arguments.checkpoint)
+    model = training.load_flamingo(checkpoint)
     seed = VALIDATION_SEED if arguments.validation else TEST_SEED
     bar = lambda work: tqdm(work, desc="pictures")  # noqa: E731
     metrics = Evaluation(model, arguments.samples, seed, progress=bar).run()
     print("\n".join(table(metrics)))
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(metrics, indent=1).encode())
+        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        document = {"made_by": EVALUATE, "checkpoint": digest, **metrics}
+        outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), EVALUATE)
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -196,85 +217,106 @@ def _chooser(arguments):
 
 # --- arguments ----------------------------------------------------------------------------------
 
+STEPS, SAMPLES, SEEDS = whole(1, 10**7), whole(1, 10**4), whole(0, 2**32 - 1)
+
 
 def parser():
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m miniflamingo", description=__doc__)
+    top = Parser(prog="python -m miniflamingo", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="train the bridge live, and look at the result")
-    command.add_argument("--out", default="out", help="folder for all figures and index.html")
-    command.add_argument("--steps", type=int, default=300, help="of the live training")
+    command.add_argument("--out", type=a_path, default="out", help="folder for all figures")
+    command.add_argument("--steps", type=STEPS, help="of the live training; 300 by default")
     command.add_argument("--full", action="store_true", help="train all the way")
-    command.add_argument("--samples", type=int, default=300, help="episodes a figure")
+    command.add_argument("--samples", type=SAMPLES, default=300, help="episodes a figure")
     command = commands.add_parser("train", help="one of the three stages")
     stages = command.add_subparsers(dest="stage", required=True)
     for name in CONFIGS:
         add_training(stages.add_parser(name), name)
     command = commands.add_parser("evaluate", help="few-shot curves, captions, questions, motion")
     _add_checkpoint(command)
-    command.add_argument("--samples", type=int, default=1000, help="episodes a figure")
+    command.add_argument("--samples", type=SAMPLES, default=1000, help="episodes a figure")
     command.add_argument("--validation", action="store_true", help="the seed to tune on")
-    command.add_argument("--json", help="write the metrics to this file")
-    command = commands.add_parser("generate", help="answer a prompt of texts, images and videos")
-    _add_checkpoint(command)
-    for kind in ("--text", "--image", "--video"):
-        command.add_argument(kind, action=Part, dest="parts", help="in the order of the prompt")
-    command.add_argument("--max-new-tokens", type=int, default=20)
-    command.add_argument("--beam", type=int, help="beam search of this width")
-    command.add_argument("--temperature", type=float, help="sample; greedy by default")
-    command.add_argument("--top-k", type=int, help="sample among the k likeliest")
-    command.add_argument("--top-p", type=float, help="nucleus sampling")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", type=a_path, help="write the metrics to this file")
+    _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
     command = commands.add_parser("ship", help="what the package carries, from finished runs")
-    command.add_argument("runs", nargs="+", help="folders with the runs lm, vision and flamingo")
-    command.add_argument("--to", default=training.WEIGHTS, help="the package's own by default")
+    command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
+    command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
     return top
 
 
+def _add_generate(command):
+    _add_checkpoint(command)
+    for kind in ("--text", "--image", "--video"):
+        command.add_argument(kind, action=Part, dest="parts", help="in the order of the prompt")
+    command.add_argument("--max-new-tokens", type=whole(1, 10**4), default=20)
+    command.add_argument("--beam", type=whole(1, 100), help="beam search of this width")
+    temperature, p = real(0.01, 100), real(0, 1, above=True)
+    command.add_argument("--temperature", type=temperature, help="sample; greedy by default")
+    command.add_argument("--top-k", type=whole(1, 1000), help="sample among the k likeliest")
+    command.add_argument("--top-p", type=p, help="nucleus sampling")
+    command.add_argument("--seed", type=SEEDS, default=0, help="of the sampling")
+
+
 def _add_checkpoint(command):
     shipped = training.WEIGHTS / "flamingo"
-    command.add_argument("--checkpoint", default=shipped, help="file or folder of a run; shipped")
+    text = "file, or folder of a run; the shipped one by default"
+    command.add_argument("--checkpoint", type=a_path, default=shipped, help=text)
 
 
 def add_training(command, stage):
-    command.add_argument("--out", required=True, help="folder of the run")
-    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    command.add_argument("--checkpoint-every", type=int, default=100, help="steps")
-    options = {"--steps": int, "--rate": float, "--warmup": int, "--schedule": str, "--seed": int,
-               "--weight-decay": float, "--clip": float}  # fmt: skip
-    if stage == "flamingo":
-        command.add_argument("--lm", default=training.WEIGHTS / "lm", help="run of the LM")
-        command.add_argument("--vision", default=training.WEIGHTS / "vision", help="its run")
-        command.add_argument("--weights", type=float, nargs=4, metavar="LAMBDA",
-                             help=", ".join(training.Lambda._fields))  # fmt: skip
-        command.add_argument("--no-skip-without-image", dest="skip_without_image",
-                             action="store_false", default=None,
-                             help="gate text alone too, as in the paper")  # fmt: skip
-        options |= {"--alpha-rate": float, "--strategy": str, "--p-next": float,
-                    "--caption-noise": float, "--resampler": str, "--xattn-every": int}  # fmt: skip
-    else:
-        options["--batch"] = int
+    """The options of a stage's training, which those of kernels.train are, too."""
+    command.add_argument("--out", type=a_path, required=True, help="folder of the run")
+    resume = "go on with the run in --out; begin one where there is none"
+    command.add_argument("--resume", action="store_true", help=resume)
+    command.add_argument("--checkpoint-every", type=STEPS, default=100, help="steps")
+    options = {"--steps": STEPS, "--rate": real(0, 1, above=True), "--warmup": whole(0, 10**7),
+               "--seed": SEEDS, "--weight-decay": real(0, 1),
+               "--clip": real(0, 1e6, above=True)}  # fmt: skip
     for option, kind in options.items():
         command.add_argument(option, type=kind)
+    command.add_argument("--schedule", choices=("cosine", "constant"))
+    if stage == "flamingo":
+        _add_bridge(command)
+    else:
+        command.add_argument("--batch", type=whole(4, 4096))
+
+
+def _add_bridge(command):
+    for option, what in (("lm", "language model"), ("vision", "vision encoder")):
+        text = f"folder of the {what}'s run; the shipped one by default"
+        command.add_argument(f"--{option}", type=a_path, default=training.WEIGHTS / option,
+                             help=text)  # fmt: skip
+    names = ", ".join(training.Lambda._fields)
+    command.add_argument("--weights", type=real(0, 1e6), nargs=4, metavar="LAMBDA", help=names)
+    command.add_argument("--no-skip-without-image", dest="skip_without_image",
+                         action="store_false", default=None,
+                         help="gate text alone too, as in the paper")  # fmt: skip
+    command.add_argument("--alpha-rate", type=real(0, 1000))
+    command.add_argument("--p-next", type=real(0, 1))
+    command.add_argument("--caption-noise", type=real(0, 1))
+    command.add_argument("--xattn-every", type=whole(1, 100))
+    command.add_argument("--strategy", choices=training.STRATEGIES)
+    command.add_argument("--resampler", choices=("perceiver", "mlp", "transformer"))
+
+
+EXCLUSIVE = {
+    "demo": [("--full", "--steps")],
+    "generate": [("--beam", "--temperature"), ("--beam", "--top-k"), ("--beam", "--top-p"),
+                 ("--top-k", "--top-p")],
+}  # fmt: skip
 
 
 def main(argv=None):
     """Run a command; returns the exit code."""
-    arguments = parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except FloatingPointError as error:
-        print(f"miniflamingo: error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"miniflamingo: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("miniflamingo", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):
     """Run a parsed command; returns the exit code."""
+    exclude(arguments, *EXCLUSIVE.get(arguments.command, ()))
     if arguments.command == "sizes":
         sizes(arguments.presets or list(PRESETS))
     elif arguments.command == "train":
@@ -286,10 +328,8 @@ def run(arguments):
     elif arguments.command == "ship":
         cards.ship(arguments.runs, arguments.to)
     else:
-        steps = training.BridgeRun().optimiser.steps if arguments.full else arguments.steps
+        steps = training.BridgeRun().optimiser.steps if arguments.full else arguments.steps or 300
         report = demo(arguments.out, steps, arguments.samples)
-        if report is None:
-            return 130
         print("\n" + "\n".join(describe(report)))
         print(f"\nFigures and numbers: {Path(arguments.out) / 'index.html'}")
     return 0

@@ -5,6 +5,7 @@ its weights and a card.md, and for the bridged model also the history of its gat
 those of the same training from other seeds.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from miniflamingo import outputs
+from miniflamingo.command import some
 from miniflamingo.demo import read_alphas
 from miniflamingo.evaluation import TEST_SEED, probe, table
 from miniflamingo.module import load_tensors, write_atomically
-from miniflamingo.training import load_flamingo
+from miniflamingo.training import differences, load_flamingo
 
 ABOUT = {
     "lm": (
@@ -94,34 +97,149 @@ def ship(runs, to):
     """Copy the models of the first folder of `runs` to the folder `to`, with their cards.
 
     runs: folders of one training from several seeds, each with the runs lm, vision and flamingo,
-    the last one with the metrics.json of its evaluation. ValueError when one is not finished.
+    the last one with the metrics.json of its evaluation. The set in `to` is replaced as a whole,
+    see outputs.staged. ValueError when a run is not finished or damaged, does not belong to the
+    others, or has the metrics of another checkpoint; or when `to` holds anything that `ship` has
+    not put there.
     """
-    runs, to = [Path(run) for run in runs], Path(to)
-    needed = [Path(stage) / name for stage in ABOUT for name in
-              ("model.safetensors", "checkpoint.safetensors", "run.json", "log.jsonl")]  # fmt: skip
-    needed.append(Path("flamingo") / "metrics.json")
-    paths = [run / path for run in runs for path in needed]
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise ValueError(f"these files of the runs are missing: {', '.join(missing)}")
-    metrics = [json.loads((run / "flamingo" / "metrics.json").read_text()) for run in runs]
-    model = load_flamingo(runs[0] / "flamingo" / "model.safetensors")
+    runs, to = [Path(run) for run in runs], Path(os.path.abspath(to))
+    check_names(runs)
+    metrics = [check_run(run) for run in runs]
+    check_together(runs, metrics)
+    with outputs.staged(to.parent, "ship", [to.name], "--to") as new:
+        try:
+            write_set(runs, metrics, new / to.name)
+        except KeyError as error:
+            raise ValueError(f"{runs[0]}: a file of the runs lacks {error}") from None
+
+
+def write_set(runs, metrics, folder):
+    """Write what `ship` ships into a new folder, and read its model once."""
+    for stage in ABOUT:
+        (folder / stage).mkdir(parents=True)
+        shutil.copyfile(runs[0] / stage / MODEL, folder / stage / MODEL)
+    model = load_flamingo(folder / "flamingo" / MODEL)
     figures = {
         "lm": [_text_only(metrics[0], "lm")],
         "vision": _probed(probe(model.vision_encoder)),
         "flamingo": [*table(metrics[0]), _gates(metrics[0]["alpha"])],
     }
-    for stage in ABOUT:
-        own = to / stage
-        own.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(runs[0] / stage / "model.safetensors", own / "model.safetensors")
-        write_atomically(own / "card.md", card(stage, runs[0] / stage, figures[stage]).encode())
+    for stage, lines in figures.items():
+        text = card(stage, runs[0] / stage, lines)
+        (folder / stage / "card.md").write_text(text, encoding="utf-8")
     history = {
         "alphas.json": read_alphas(runs[0] / "flamingo" / "log.jsonl"),
         "metrics.json": metrics[0],
         "seeds.json": {run.name: headlines(m) for run, m in zip(runs, metrics)},
     }
     for name, values in history.items():
-        write_atomically(to / "flamingo" / name, json.dumps(values).encode())
+        (folder / "flamingo" / name).write_text(json.dumps(values))
+
+
+# --- what may be shipped --------------------------------------------------------------------------
+
+MODEL = "model.safetensors"
+
+
+def check_names(runs):
+    """ValueError when a file is missing, or two folders have one name."""
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected runs in folders of different names, got twice: {some(twice)}")
+    needed = [Path(stage) / name for stage in ABOUT for name in
+              (MODEL, "checkpoint.safetensors", "run.json", "log.jsonl")]  # fmt: skip
+    needed.append(Path("flamingo") / "metrics.json")
+    paths = [run / path for run in runs for path in needed]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"these files of the runs are missing: {some(missing)}")
+
+
+def check_run(run):
+    """Look through one folder of runs -> the metrics of its bridged model; ValueError, see ship."""
+    for stage in ABOUT:
+        check_finished(stage, run / stage)
+    frozen = read_config(run / "flamingo").get("frozen", {})
+    for part, checksum in frozen.items():
+        if checksum != _sha256(run / part / MODEL):
+            raise ValueError(f"{run}: the bridge was not trained on the {part} beside it")
+    model, path = load_flamingo(run / "flamingo" / MODEL), run / "flamingo" / "metrics.json"
+    metrics = read_json(path.read_text(), path)
+    try:
+        headlines(metrics)
+        own = metrics["alpha"] == model.alphas()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected what evaluate writes, got no {error}") from None
+    checksum = _sha256(run / "flamingo" / MODEL)
+    if not own or metrics.get("checkpoint", checksum) != checksum:
+        raise ValueError(f"{path} is of another checkpoint: evaluate this one again")
+    return metrics
+
+
+def check_finished(stage, run):
+    """ValueError unless the folder holds a finished run of this stage, undamaged."""
+    config, path = read_config(run), run / "log.jsonl"
+    if config.get("stage") != stage:
+        raise ValueError(f"{run}: expected a run of the stage {stage}, got {config.get('stage')}")
+    read_json((run / "run.json").read_text(), run / "run.json")
+    state, about = load_tensors(run / "checkpoint.safetensors")
+    last = read_json((path.read_text().splitlines() or ["null"])[-1], path).get("step")
+    for step in (int(about["step"]), last):
+        if step != config["optimiser"]["steps"]:
+            raise ValueError(
+                f"{run}: the run is not finished: step {step} of {config['optimiser']['steps']}"
+            )
+    for name, tensor in load_tensors(run / MODEL)[0].items():
+        inside = "vision_encoder." * (stage == "vision") + name
+        if inside not in state or not np.array_equal(state[inside], tensor):
+            raise ValueError(f"{run / MODEL} is not of the checkpoint beside it: {name} differs")
+
+
+def check_together(runs, metrics):
+    """ValueError unless the runs differ in their seeds alone, and were asked the same."""
+    for stage in ABOUT:
+        configs = [read_config(run / stage) for run in runs]
+        for config in configs:
+            config.pop("frozen", None)
+        seeds = [config.pop("seed") for config in configs]
+        for run, config in zip(runs, configs):
+            if different := list(differences(config, configs[0])):
+                raise ValueError(
+                    f"{run / stage} has another config than {runs[0] / stage}: "
+                    + some(different, "; ")
+                )
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"expected {stage} runs of different seeds, got the seeds {seeds}")
+    for run, own in zip(runs, metrics):
+        for name in ("samples", "seed"):
+            if own.get(name) != metrics[0].get(name):
+                raise ValueError(f"{run}: its evaluation has another {name} than the first run's")
+
+
+def read_config(run):
+    """The config in a run's checkpoint, a dict."""
+    path = run / "checkpoint.safetensors"
+    config = read_json(load_tensors(path)[1].get("config", "null"), path)
+    if missing := {"stage", "seed", "optimiser"} - config.keys():
+        raise ValueError(f"{path}: its config lacks {some(sorted(missing))}")
+    return config
+
+
+def read_json(text, path):
+    """A JSON object -> dict; ValueError that names the file."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {text[:40]!r}")
+    return values
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- a card ---------------------------------------------------------------------------------------
 
 
 def card(stage, run, figures):

@@ -8,9 +8,10 @@ Everything lands in one folder: the figures, their numbers as JSON, and index.ht
 """
 
 import base64
+import contextlib
 import html
+import io
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,11 @@ from matplotlib import cbook
 from PIL import Image
 from tqdm import tqdm
 
-from miniflamingo import plots
+from miniflamingo import outputs, plots
 from miniflamingo.decoding import beam_search
 from miniflamingo.evaluation import TASKS, TEST_SEED, Evaluation, coverage
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
 from miniflamingo.language import LanguageConfig
-from miniflamingo.module import write_atomically
 from miniflamingo.prompt import WordTokenizer, build_batch
 from miniflamingo.training import WEIGHTS, BridgeRun, BridgeStage, Run, load_flamingo
 from miniflamingo.worlds import grammar, shapes
@@ -124,11 +124,17 @@ def describe_photograph(report):
 
 
 def train_live(folder, steps, progress=True):
-    """Train a new bridge between the shipped frozen parts; the Flamingo, or None if interrupted."""
+    """Train a new bridge between the shipped frozen parts -> the Flamingo.
+
+    KeyboardInterrupt when it was asked to stop.
+    """
     config = BridgeRun()
     config = replace(config, optimiser=replace(config.optimiser, steps=steps))
     stage = BridgeStage(config, WEIGHTS / "lm", WEIGHTS / "vision", progress)
-    return stage.model if Run(stage, folder).train(progress) else None
+    with contextlib.redirect_stdout(io.StringIO()):  # the folder cannot be resumed: it goes away
+        if not Run(stage, folder).train(progress):
+            raise KeyboardInterrupt
+    return stage.model
 
 
 def read_alphas(log, most=200):
@@ -215,30 +221,32 @@ def latent_maps(model, picture):
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def demo(out, steps=300, samples=300, progress=True):
-    """Run all parts; returns the report, or None when the training was interrupted.
+MADE = ("phi.png", "mask.png", "live", "shipped", "metrics.json", "index.html")
 
-    ValueError when the folder cannot be written to, or steps or samples are not above 0.
+
+def demo(out, steps=300, samples=300, progress=True):
+    """Run all parts; returns the report. What an earlier demo put into `out` is replaced at the
+    end, and nothing else (see outputs.staged).
+
+    ValueError when the folder cannot be written to or holds something else under these names, or
+    steps or samples are not above 0. KeyboardInterrupt when the training was asked to stop.
     """
     if samples < 1:
         raise ValueError(f"samples must be above 0, got {samples}")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "live", ignore_errors=True)
-    report = {"photograph": show_photograph(out)}
-    if (live := train_live(out / "live", steps, progress)) is None:
-        return None
-    shipped = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
-    models = {
-        "live": (live, read_alphas(out / "live" / "log.jsonl")),
-        "shipped": (shipped, json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text())),
-    }
-    for name, (model, alphas) in tqdm(models.items(), desc="questions", disable=not progress):
-        report[name] = examine(model, alphas, out / name, samples)
-    # the shipped model's curves come first: they are the project's figures
-    metrics = report["shipped"] | {"live": report["live"], "photograph": report["photograph"]}
-    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
-    write_atomically(out / "index.html", page(out, report).encode())
+    with outputs.staged(out, "demo", MADE) as new:
+        report = {"photograph": show_photograph(new)}
+        live = train_live(new / "live", steps, progress)
+        shipped = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
+        models = {
+            "live": (live, read_alphas(new / "live" / "log.jsonl")),
+            "shipped": (shipped, json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text())),
+        }
+        for name, (model, alphas) in tqdm(models.items(), desc="questions", disable=not progress):
+            report[name] = examine(model, alphas, new / name, samples)
+        # the shipped model's curves come first: they are the project's figures
+        metrics = report["shipped"] | {"live": report["live"], "photograph": report["photograph"]}
+        (new / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (new / "index.html").write_text(page(new, report), encoding="utf-8")
     return report
 
 

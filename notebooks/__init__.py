@@ -3,6 +3,10 @@
 A notebook starts with `from notebooks import check, show, source` and holds no set-up code.
 """
 
+from miniflamingo import command
+
+command.starting()
+
 from notebooks.checks import check
 from notebooks.display import show, source
 

@@ -8,13 +8,11 @@ small weight, on binding documents of five. (With a larger weight neither is lea
 Every row starts from the same frozen parts, reads the same pictures, and is asked the same.
 """
 
-import argparse
 import json
 import platform
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -22,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from miniflamingo import outputs
+from miniflamingo.command import Parser, a_path, in_processes, run_command, whole
 from miniflamingo.flamingo import PRESETS
 from miniflamingo.language import LanguageModel
-from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE
 from miniflamingo.training import WEIGHTS, BridgeRun, BridgeStage, OptimiserConfig, Run
 from miniflamingo.worlds import datasets, grammar
@@ -157,41 +156,52 @@ def measure(seeds, steps, samples=400, jobs=1):
     """Every row with every seed, `jobs` at a time -> {row: [result of each seed]}."""
     tasks = [(seed, row, steps, samples) for seed in range(seeds) for row in CONFIGS]
     rows = {row: [] for row in CONFIGS}
-    run = map if jobs == 1 else ProcessPoolExecutor(jobs).map
-    for (seed, row, *_), result in zip(tasks, run(run_one, *zip(*tasks))):
+    columns = zip(*tasks)
+    results = map(run_one, *columns) if jobs == 1 else in_processes(jobs, run_one, *columns)
+    for (seed, row, *_), result in zip(tasks, results):
         rows[row].append(result)
         print(f"seed {seed}  {row:<20} caption {result['caption']:.2f}, 4-way after 16 shots "
               f"{result['4-way, 16 shots']:.2f}", flush=True)  # fmt: skip
     return rows
 
 
+COMMAND = "python -m notebooks.ablations"
+
+
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog=COMMAND, description=__doc__)
+    runs = "runs of each row, seeds 0, 1, ..."
+    top.add_argument("--seeds", type=whole(1, 1000), default=3, help=runs)
+    top.add_argument("--steps", type=whole(1, 10**6), default=300)
+    samples = "questions of each kind"
+    top.add_argument("--samples", type=whole(1, 10**4), default=400, help=samples)
+    top.add_argument("--jobs", type=whole(1, 61), default=1, help="processes")
+    top.add_argument("--out", type=a_path, default=DATA, help="a file, in a folder that exists")
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="notebooks.ablations", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, seeds 0, 1, ...")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=400, help="questions of each kind")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--out", type=Path, default=DATA)
-    given = parser.parse_args(argv)
-    if min(given.seeds, given.steps, given.samples, given.jobs) < 1:
-        parser.error("seeds, steps, samples and jobs must be at least 1")
+    return run_command("notebooks.ablations", lambda: run(parser().parse_args(argv)))
+
+
+def run(given):
+    """Run the parsed command; returns the exit code."""
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    outputs.check_file(given.out, COMMAND, "--out")
     rows = measure(given.seeds, given.steps, given.samples, given.jobs)
     config = asdict(Ablation("baseline", steps=given.steps).config)
     about = {
-        "command": f"python -m notebooks.ablations --seeds {given.seeds} --steps {given.steps} "
+        "command": f"{COMMAND} --seeds {given.seeds} --steps {given.steps} "
                    f"--samples {given.samples}",
         "date": date.today().isoformat(), "samples": given.samples, "steps": given.steps,
         "python": platform.python_version(), "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
         "config": {k: config[k] for k in ("optimiser", "weights", "batches", "pool_per_class")},
     }  # fmt: skip
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"about": about, "rows": rows}, indent=1)
-    write_atomically(given.out, text.encode())
+    outputs.write_file(given.out, text.encode(), COMMAND, "--out")
     return 0
 
 

@@ -12,16 +12,16 @@ is an autograded `grade` cell, locked, worth a point for each star of its exerci
 fail is a hidden test, so that the student's "Run all" does not stop there.
 """
 
-import argparse
 import ast
 import re
 import shutil
 import sys
 import zipfile
-from pathlib import Path
 
 import nbformat
 
+from miniflamingo.command import Failed, Parser, a_path, run_command, some
+from miniflamingo.outputs import staged
 from notebooks import render, timings
 
 ROOT = render.HERE.parent
@@ -45,8 +45,7 @@ c.ExecutePreprocessor.timeout = {render.SECONDS}
 
 
 def write_release(folder):
-    """Write the student's folder, anew. ValueError where a solution would be handed out."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the student's folder, a new one. Failed where a solution would be handed out."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
     for name in COPIED:
         target = folder / name
@@ -58,7 +57,7 @@ def write_release(folder):
     readme = (render.HERE / "README_students.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(readme.replace("{modules}\n", _modules()), encoding="utf-8")
     if found := list(leaks(folder)):
-        raise ValueError("solutions in the release:\n" + "\n".join(found))
+        raise Failed(f"solutions in the release: {some(found, '; ')}")
 
 
 def _modules():
@@ -128,9 +127,7 @@ def pack(folder, file):
 
 
 def write_nbgrader(folder):
-    """Write nbgrader's course folder: source/NN, release/NN and nbgrader_config.py."""
-    for kind in ("source", "release"):
-        shutil.rmtree(folder / kind, ignore_errors=True)
+    """Write nbgrader's course folder, a new one: source/NN, release/NN and nbgrader_config.py."""
     for path in timings.sources():
         number = path.stem.split("_")[0]
         notebook = gradable(path)
@@ -244,24 +241,31 @@ def released(notebook):
 # --- command line -------------------------------------------------------------------------------
 
 
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m notebooks.release", description=__doc__)
+    top.add_argument("--nbgrader", action="store_true", help="write nbgrader's tree, too")
+    top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("notebooks.release", None, __doc__, formatter_class=layout)
-    parser.add_argument("--nbgrader", action="store_true", help="write nbgrader's tree, too")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write into")
-    arguments = parser.parse_args(argv)
-    folder = arguments.out / "student-release"
-    try:
-        write_release(folder)
-        pack(folder, arguments.out / "student-release.zip")
-        print(f"{folder} and student-release.zip beside it")
-        if arguments.nbgrader:
-            write_nbgrader(arguments.out / "nbgrader")
-            print(f"{arguments.out / 'nbgrader'}: source/, release/, nbgrader_config.py")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return run_command("notebooks.release", lambda: run(parser().parse_args(argv)))
+
+
+def run(arguments):
+    """Run the parsed command; returns the exit code. Failed where a solution would be given out."""
+    names = ("student-release", "student-release.zip")
+    with staged(arguments.out, "release", names) as new:
+        write_release(new / names[0])
+        pack(new / names[0], new / names[1])
+    print(f"{arguments.out / names[0]} and {names[1]} beside it")
+    if arguments.nbgrader:
+        tree = arguments.out / "nbgrader"
+        with staged(tree, "release", ("source", "release", "nbgrader_config.py")) as new:
+            write_nbgrader(new)
+        print(f"{tree}: source/, release/, nbgrader_config.py")
     return 0
 
 

@@ -15,7 +15,6 @@ source/NN_name.py is py:percent. Tags of a cell decide where it goes:
 A cell must not write to stderr (no warning reaches a reader) and must not print a memory address.
 """
 
-import argparse
 import base64
 import copy
 import io
@@ -23,9 +22,7 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
 import jupytext
@@ -34,6 +31,8 @@ import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
+
+from miniflamingo.command import Parser, exclude, in_processes, run_command, whole
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = {"teacher": "exercise", "student": "solution"}  # rendering -> the tag it leaves out
@@ -250,29 +249,34 @@ def check(path, notebooks, pictures, folder=HERE):
 # --- command line -------------------------------------------------------------------------------
 
 
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m notebooks.render", description=__doc__)
+    top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    top.add_argument("--check", action="store_true", help="compare, write nothing")
+    top.add_argument("--fresh", action="store_true", help="run volatile cells anew, too")
+    jobs = "how many modules at a time; one for each processor by default"
+    top.add_argument("--jobs", type=whole(1, 61), default=min(os.cpu_count(), 61), help=jobs)
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code, 1 when a notebook differs or fails."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="notebooks.render", description=__doc__, formatter_class=layout
-    )
-    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--fresh", action="store_true", help="run volatile cells anew, too")
-    jobs = "how many modules at a time; one for each processor by default"
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help=jobs)
-    arguments = parser.parse_args(argv)
-    paths = [p for p in sorted((HERE / "source").glob("[0-9]*.py"))
-             if not arguments.modules or p.stem.startswith(tuple(arguments.modules))]  # fmt: skip
-    if not paths:
-        parser.error(f"no module is called {' or '.join(arguments.modules)}")
+    return run_command("notebooks.render", lambda: run(parser().parse_args(argv)))
+
+
+def run(arguments):
+    """Run the parsed command; returns the exit code."""
+    from notebooks import timings  # which imports this file
+
+    exclude(arguments, ("--check", "--fresh"))
+    paths, failed = timings.chosen(arguments.modules), False
     options = repeat(arguments.check), repeat(arguments.fresh)
-    failed = False
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        for path, (faults, seconds) in zip(paths, pool.map(_process, paths, *options)):
-            print(f"{path.stem}: {'differs' if faults else 'ok'}, {seconds:.0f} s")
-            print("".join(f"  {fault}\n" for fault in faults), end="", flush=True)
-            failed |= bool(faults)
+    done = in_processes(arguments.jobs, _process, paths, *options, method="spawn")
+    for path, (faults, seconds) in zip(paths, done):
+        print(f"{path.stem}: {'differs' if faults else 'ok'}, {seconds:.0f} s")
+        print("".join(f"  {fault}\n" for fault in faults), end="", flush=True)
+        failed |= bool(faults)
     return int(failed)
 
 

@@ -9,15 +9,15 @@ would run over the edge. Long code comes as a fragment, at a key. Hints go to th
 without a network: reveal.js and MathJax lie beside them, in `vendor/`.
 """
 
-import argparse
 import re
 import sys
-from pathlib import Path
 
 import nbformat
 from nbconvert import SlidesExporter
 from traitlets.config import Config
 
+from miniflamingo.command import Parser, a_path, run_command
+from miniflamingo.outputs import staged
 from notebooks import render, timings
 from notebooks.site import vendor
 
@@ -105,9 +105,13 @@ def deck(notebook):
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 
 
+def file_name(path, kind):
+    """06.slides.html, 06.teacher.slides.html"""
+    return path.stem.split("_")[0] + (".teacher" if kind == "teacher" else "") + ".slides.html"
+
+
 def export(path, kind, out=OUT):
     """Write the slides of a module; kind is "student" or "teacher". -> the file."""
-    name = path.stem.split("_")[0] + (".teacher" if kind == "teacher" else "")
     notebook = nbformat.read(render.HERE / kind / f"{path.stem}.ipynb", as_version=4)
     config = Config(
         TagRemovePreprocessor={"remove_input_tags": {HIDDEN}},
@@ -125,29 +129,35 @@ def export(path, kind, out=OUT):
                               "path": str(render.HERE / kind)}}  # fmt: skip
     html, _ = SlidesExporter(config=config).from_notebook_node(deck(notebook), resources)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{name}.slides.html"
+    file = out / file_name(path, kind)
     file.write_text(html, encoding="utf-8")
     return file
 
 
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m notebooks.slides", description=__doc__)
+    top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    top.add_argument("--teacher", action="store_true", help="with the solutions")
+    top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("notebooks.slides", None, __doc__, formatter_class=layout)
-    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
-    parser.add_argument("--teacher", action="store_true", help="with the solutions")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write into")
-    arguments = parser.parse_args(argv)
-    if not (paths := timings.sources(arguments.modules)):
-        parser.error(f"no module is called {' or '.join(arguments.modules)}")
-    try:
-        vendor.copy_mathjax(arguments.out / "vendor")
-        vendor.copy_reveal(arguments.out / "vendor")
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for path in paths:
-        print(export(path, "teacher" if arguments.teacher else "student", arguments.out))
+    return run_command("notebooks.slides", lambda: run(parser().parse_args(argv)))
+
+
+def run(arguments):
+    """Run the parsed command; returns the exit code. Failed when a script cannot be had."""
+    paths, kind = timings.chosen(arguments.modules), "teacher" if arguments.teacher else "student"
+    names = [file_name(source, kind) for source in paths]
+    with staged(arguments.out, "slides", ["vendor", *names]) as new:
+        vendor.copy_mathjax(new / "vendor")
+        vendor.copy_reveal(new / "vendor")
+        for source in paths:
+            export(source, kind, new)
+    print("\n".join(str(arguments.out / name) for name in names))
     return 0
 
 

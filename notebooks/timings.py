@@ -8,7 +8,6 @@ kernel and its children. It writes timings.json, the sentence "Computing takes a
 one core." in the source, and the table. Notebooks change with their source: `make notebooks` next.
 """
 
-import argparse
 import ast
 import datetime
 import json
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import nbformat
 
+from miniflamingo.command import Parser, run_command
+from miniflamingo.module import write_atomically
 from notebooks import render
 
 ROOT = render.HERE.parent
@@ -40,6 +41,13 @@ def sources(numbers=()):
     """The sources of the modules whose numbers or names start so; all by default."""
     found = sorted((render.HERE / "source").glob("[0-9]*.py"))
     return [path for path in found if not numbers or path.stem.startswith(tuple(numbers))]
+
+
+def chosen(numbers=()):
+    """The same; ValueError for a number or name that is no module's."""
+    if unknown := [number for number in numbers if not sources([number])]:
+        raise ValueError(f"no module is called {' or '.join(unknown)}")
+    return sources(numbers)
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -262,28 +270,37 @@ def update(path, timings):
     record = {kind: measure(path, kind) for kind in ("student", "teacher")}
     timings[number] = record | {"machine": machine()}
     lines = json.dumps(dict(sorted(timings.items())), indent=1, ensure_ascii=False)
-    FILE.write_text(lines + "\n", encoding="utf-8")
+    write_atomically(FILE, f"{lines}\n".encode())
     text = path.read_text(encoding="utf-8")
     seconds = record["student"]["processor_seconds"]
     if (new := with_claim(text, seconds)) != text:
-        path.write_text(new, encoding="utf-8")
+        write_atomically(path, new.encode())
     spent = ", ".join(f"{kind} {record[kind]['processor_seconds']:.1f} s" for kind in record)
     return f"{path.stem}: {spent}; the header says {claim_in(new)} s"
 
 
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m notebooks.timings", description=__doc__)
+    top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    top.add_argument("--table", action="store_true", help="write the table, measure nothing")
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("notebooks.timings", None, __doc__, formatter_class=layout)
-    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
-    parser.add_argument("--table", action="store_true", help="write the table, measure nothing")
-    arguments = parser.parse_args(argv)
-    if not (paths := sources(arguments.modules)):
-        parser.error(f"no module is called {' or '.join(arguments.modules)}")
-    timings = read()
+    return run_command("notebooks.timings", lambda: run(parser().parse_args(argv)))
+
+
+def run(arguments):
+    """Run the parsed command; returns the exit code."""
+    if arguments.table and arguments.modules:
+        raise ValueError("--table measures nothing: expected no module beside it, got "
+                         + " ".join(arguments.modules))  # fmt: skip
+    paths, timings = chosen(arguments.modules), read()
     for path in () if arguments.table else paths:
         print(update(path, timings), flush=True)
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    write_atomically(README, with_table(README.read_text(encoding="utf-8")).encode())
     return 0
 
 

@@ -1,11 +1,13 @@
 """Model cards: three tiny runs are shipped; a run that is not finished is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from miniflamingo import cards, training
+from miniflamingo import cards, outputs, training
+from miniflamingo.__main__ import main
 from miniflamingo.evaluation import Evaluation
 
 
@@ -49,6 +51,113 @@ def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
     seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text())
     assert list(seeds) == [runs.name]
     assert list(seeds[runs.name]) == list(cards.HEADLINES)
+
+
+def tree(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_set_is_replaced_whole_and_by_its_own_maker_alone(runs, tmp_path):
+    to = tmp_path / "set"
+    cards.ship([runs], to)
+    first = tree(to)
+    cards.ship([runs], to)
+    assert tree(to) == first and {p.name for p in tmp_path.iterdir()} == {
+        "set", ".made-by-ship.json"}  # fmt: skip
+    for name in ("notes.txt", "lm/model.safetensors"):
+        (to / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"^--to: .*{name}: in the way"):
+            cards.ship([runs], to)
+        assert (to / name).read_text() == "mine"
+
+
+def test_the_package_s_own_set_can_be_replaced():
+    package = training.WEIGHTS.parent
+    renew = "outputs.record(training.WEIGHTS.parent, 'ship', ['weights']) renews the list"
+    assert not list(outputs.in_the_way(package, "ship", ["weights"])), renew
+
+
+def edit(path, change):
+    """Rewrite a JSON file, or the metadata of a checkpoint."""
+    if path.suffix == ".json":
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+        return
+    tensors, about = training.load_tensors(path)
+    config = json.loads(about["config"])
+    change(config)
+    training.save_tensors(path, tensors, about | {"config": json.dumps(config)})
+
+
+def more_steps(config):
+    config["optimiser"]["steps"] = 3
+
+
+def perturb(path):
+    tensors, about = training.load_tensors(path)
+    name = sorted(tensors)[0]
+    training.save_tensors(path, tensors | {name: tensors[name] + 1}, about)
+
+
+WRONG = {
+    "unfinished": (lambda r: edit(r / "lm/checkpoint.safetensors", more_steps),
+                   "lm: the run is not finished: step 2 of 3"),
+    "another stage": (lambda r: shutil.copytree(r / "lm", r / "vision", dirs_exist_ok=True),
+                      "expected a run of the stage vision, got lm"),
+    "a model of another run": (lambda r: perturb(r / "lm/model.safetensors"),
+                               "is not of the checkpoint beside it"),
+    "another frozen part": (
+        lambda r: edit(r / "flamingo/checkpoint.safetensors",
+                       lambda c: c["frozen"].update(lm="0" * 64)),
+        "was not trained on the lm beside it"),
+    "gates of another checkpoint": (
+        lambda r: edit(r / "flamingo/metrics.json", lambda m: m["alpha"]["alpha_xattn"].pop()),
+        "is of another checkpoint"),
+    "metrics of another checkpoint": (
+        lambda r: edit(r / "flamingo/metrics.json", lambda m: m.update(checkpoint="0")),
+        "is of another checkpoint"),
+    "metrics without a figure": (
+        lambda r: edit(r / "flamingo/metrics.json", lambda m: m.pop("captions")),
+        "expected what evaluate writes, got no 'captions'"),
+    "metrics that are a list": (
+        lambda r: (r / "flamingo/metrics.json").write_text("[]"), "expected a JSON object"),
+    "a damaged run.json": (lambda r: (r / "vision/run.json").write_text('{"comm'),
+                           "vision/run.json is damaged"),
+    "a run.json without a field": (
+        lambda r: edit(r / "vision/run.json", lambda v: v.pop("python")), "lacks 'python'"),
+    "a damaged log": (lambda r: (r / "lm/log.jsonl").write_text('{"step": 2, "lo'),
+                      "lm/log.jsonl is damaged"),
+    "an empty log": (lambda r: (r / "lm/log.jsonl").write_text(""), "expected a JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_does_not_belong_together_is_refused_in_a_line(kind, runs, tmp_path, capsys):
+    damage, message = WRONG[kind]
+    copy, to = tmp_path / "runs", tmp_path / "to"
+    shutil.copytree(runs, copy)
+    damage(copy)
+    assert main(["ship", str(copy), "--to", str(to)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not to.exists() and not list(tmp_path.glob(".*unfinished"))
+
+
+def test_runs_of_several_seeds_differ_in_nothing_else(runs, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(runs, other)
+    to = ["--to", str(tmp_path / "to")]
+    assert main(["ship", str(runs), str(runs), *to]) == 2
+    assert "got twice" in capsys.readouterr().err
+    assert main(["ship", str(runs), str(other), *to]) == 2
+    assert "different seeds" in capsys.readouterr().err
+    for stage in cards.ABOUT:
+        edit(other / stage / "checkpoint.safetensors", lambda config: config.update(seed=1))
+    assert main(["ship", str(runs), str(other), *to]) == 0
+    edit(other / "vision/checkpoint.safetensors", lambda config: config.update(batch=1))
+    assert main(["ship", str(runs), str(other), *to]) == 2
+    assert "batch: 1 there, 12 here" in capsys.readouterr().err
 
 
 def test_a_summary_is_the_median_and_the_range_over_the_seeds():

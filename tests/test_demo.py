@@ -63,6 +63,20 @@ def test_the_metrics_hold_the_figures_numbers(shown):
 def test_a_second_demo_replaces_the_first(shown, small_demo):
     out, _ = shown
     assert small_demo(out, steps=1)["live"]["alpha"]["steps"] == [1]
+    assert json.loads((out / "metrics.json").read_text())["live"]["alpha"]["steps"] == [1]
+    made = {path.name for path in out.iterdir()}
+    assert made == {*demo.MADE, ".made-by-demo.json"}
+
+
+@pytest.mark.parametrize("name", ["live/notes.txt", "metrics.json", "phi.png", "shipped/a.png"])
+def test_a_demo_deletes_and_overwrites_nothing_that_it_has_not_made(name, tmp_path, monkeypatch):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(demo, "show_photograph", None)  # it is refused before the work
+    with pytest.raises(ValueError, match=f"^--out: .*{name}: in the way"):
+        demo.demo(tmp_path, steps=1, progress=False)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [name.split("/")[-1]]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_long_log_is_thinned_and_keeps_its_last_step(tmp_path):

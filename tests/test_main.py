@@ -1,12 +1,21 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
+import argparse
+import functools
+import importlib
+import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from miniflamingo.__main__ import CONFIGS, configured, main, parser, short
+from miniflamingo import __main__ as main_module
+from miniflamingo import training
+from miniflamingo.__main__ import CONFIGS, build_stage, configured, main, parser, short
 from miniflamingo.flamingo import PRESETS, count_parameters
 from miniflamingo.worlds import shapes
 
@@ -73,10 +82,11 @@ def test_generate_samples_from_a_seed(picture, capsys):
         ([], "a prompt needs at least one --text, --image or --video"),
         (["--image", "nowhere.png"], "no image or video at nowhere.png"),
         (["--text", "a mauve circle"], "not in the vocabulary of .* words: ['mauve']"),
-        (["--text", "a", "--top-p", "2"], "nucleus sampling needs 0 < p <= 1, got 2.0"),
         (["--text", "a", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
-        (["--text", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--text", "a", "--beam", "0"], "beam search needs width >= 1, got 0"),
+        (["--text", "a", "--beam", "2", "--top-k", "3"], "--beam and --top-k exclude each other"),
+        (["--beam", "2", "--temperature", "1"], "--beam and --temperature exclude each other"),
+        (["--beam", "2", "--top-p", "0.5"], "--beam and --top-p exclude each other"),
+        (["--top-k", "2", "--top-p", "0.5"], "--top-k and --top-p exclude each other"),
     ],
 )
 def test_generate_refuses_in_one_line(arguments, message, capsys):
@@ -89,7 +99,144 @@ def test_generate_refuses_in_one_line(arguments, message, capsys):
 @pytest.mark.parametrize("option, skips", [([], True), (["--no-skip-without-image"], False)])
 def test_text_alone_is_left_to_the_lm_unless_asked_otherwise(option, skips):
     arguments = parser().parse_args(["train", "flamingo", "--out", "x", *option])
-    assert configured(CONFIGS["flamingo"].model, arguments).skip_without_image is skips
+    assert configured(CONFIGS["flamingo"], arguments).model.skip_without_image is skips
+
+
+ABSURD = {
+    "train lm --out x": {
+        "--steps": "0 -1 10000000000000 1.5 nan x", "--rate": "0 -1 nan inf 1e300",
+        "--warmup": "-1 1e3", "--schedule": "foo", "--weight-decay": "-1 nan",
+        "--clip": "0 nan inf", "--seed": f"-1 {10**30} x", "--batch": "0 -1 1000000000",
+        "--checkpoint-every": "0 -1",
+    },
+    "train vision --out x": {"--batch": "0 1"},
+    "train flamingo --out x": {
+        "--xattn-every": "0 -1", "--alpha-rate": "-1 nan inf", "--p-next": "2 -0.1 nan",
+        "--caption-noise": "-1 nan", "--weights": "nan -1 inf", "--strategy": "foo",
+        "--resampler": "foo", "--checkpoint-every": "0",
+    },
+    "generate --text a": {
+        "--beam": "0 -1 1000000", "--temperature": "1e300 nan inf 0 -1 1e-300", "--top-k": "0 -3",
+        "--top-p": "nan 0 2 -1", "--seed": f"-1 {10**30}", "--max-new-tokens": f"0 -1 {10**9}",
+    },
+    "evaluate": {"--samples": f"0 -1 {10**9} 2.5"},
+    "demo": {"--samples": f"0 {10**9}", "--steps": f"0 -1 {10**12}"},
+}  # fmt: skip
+REFUSED = [(command, option, value) for command, options in ABSURD.items()
+           for option, values in options.items() for value in values.split()]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, option, value", REFUSED)
+def test_an_absurd_value_names_the_option_and_what_was_expected(command, option, value, capsys):
+    values = [value] * (4 if option == "--weights" else 1)
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), option, *values])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"miniflamingo: error: argument {option}: ") and error.count("\n") == 1
+    assert re.search("expected .* got|invalid choice: .*choose from|expected one arg", error), error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["demo --out", "evaluate --json", "evaluate --checkpoint", "ship runs --to", "ship",
+     "train lm --out", "train flamingo --out x --lm", "train flamingo --out x --vision"],
+)  # fmt: skip
+def test_an_empty_path_names_the_option(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments.split(), ""])
+    assert "expected a path, got ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["demo --sample 3", "train lm --ou x", "evaluate --valid"])
+def test_options_are_not_abbreviated(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_demo_takes_all_steps_or_some(capsys):
+    assert main(["demo", "--full", "--steps", "3"]) == 2
+    assert "--full and --steps exclude each other" in capsys.readouterr().err
+
+
+# --- what a run is --------------------------------------------------------------------------------
+
+
+def small_pool(monkeypatch):
+    draw = training.datasets.Pool.draw
+
+    def few(encoder, seed, split, *sizes):
+        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1)
+
+    monkeypatch.setattr(training.datasets.Pool, "draw", few)
+
+
+@pytest.mark.parametrize("command", ["miniflamingo", "kernels"])
+def test_a_run_is_what_its_files_hold_wherever_they_lie(command, tmp_path, monkeypatch, capsys):
+    """The frozen parts by default, as copies elsewhere, as a link, relative; then others."""
+    if command == "kernels":
+        pytest.importorskip("triton")
+    run = importlib.import_module(f"{command}.__main__").main
+    small_pool(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "flamingo", "--out", "run", "--steps", "2"]
+    assert run(train) == 0
+    shutil.copytree(training.WEIGHTS / "lm", "copy")
+    Path("link").symlink_to(training.WEIGHTS / "vision")
+    assert run([*train, "--resume", "--lm", "copy", "--vision", "link"]) == 0
+    assert run([*train, "--resume", "--lm", str(tmp_path / "copy")]) == 0
+    capsys.readouterr()
+    training.LanguageStage(training.LanguageRun(seed=3)).save(Path("copy", "model.safetensors"))
+    assert run([*train, "--resume", "--lm", "copy"]) == 2
+    assert "frozen.lm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_paths_of_the_frozen_parts_are_in_no_config(kind):
+    arguments = parser().parse_args(["train", "flamingo", "--out", "x"])
+    arguments.lm, arguments.vision = (kind(training.WEIGHTS / part) for part in ("lm", "vision"))
+    stage = build_stage(arguments)
+    assert stage.config == CONFIGS["flamingo"]
+    assert str(training.WEIGHTS) not in json.dumps(stage.identity())
+
+
+@pytest.mark.parametrize("stage", ["lm", "vision", "flamingo"])
+def test_every_option_of_a_training_sets_a_field_or_is_known_not_to(stage):
+    top = argparse.ArgumentParser()
+    main_module.add_training(top, stage)
+    elsewhere = {"help", "out", "resume", "checkpoint_every", "lm", "vision"}
+    options = {action.dest for action in top._actions} - elsewhere
+    config = CONFIGS[stage]
+    for fields, owner in (
+        (main_module.RUN_FIELDS, config),
+        (main_module.OPTIMISER_FIELDS, config.optimiser),
+        (main_module.MODEL_FIELDS, config.model),
+    ):
+        assert all(hasattr(owner, name) for name in options & set(fields))
+        options -= set(fields)
+    assert not options
+
+
+@pytest.mark.parametrize("option", ["--lm", "--vision"])
+def test_a_folder_without_a_model_names_the_option(option, tmp_path, capsys):
+    assert main(["train", "flamingo", "--out", str(tmp_path / "run"), option, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"miniflamingo: error: {option}: expected a run's folder")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_replaces_its_own_file_alone(tmp_path, capsys, monkeypatch):
+    small = functools.partial(main_module.Evaluation, per_class=2)
+    monkeypatch.setattr(main_module, "Evaluation", small)
+    file = tmp_path / "metrics.json"
+    ask = ["evaluate", "--samples", "4", "--json", str(file)]
+    assert main(ask) == main(ask) == 0
+    assert json.loads(file.read_text())["made_by"] == "python -m miniflamingo evaluate"
+    file.write_text("mine")
+    monkeypatch.setattr(main_module, "Evaluation", None)  # it is refused before the work
+    assert main(ask) == 2
+    assert file.read_text() == "mine" and f"{file}: in the way" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):

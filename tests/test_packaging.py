@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +65,19 @@ def test_what_the_readme_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"`make ([\w-]+)", readme):
         assert target in targets, f"README.md names `make {target}`, which does not exist"
+
+
+def test_make_clean_removes_what_make_has_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("out", "runs", ".venv", "build"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine").write_text("mine")
+    for _ in range(2):
+        subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+        assert all((tmp_path / f / "mine").exists() for f in ("out", "runs", "build"))
+        if (tmp_path / ".venv" / "mine").exists():
+            (tmp_path / ".venv" / "install.log").touch()
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_the_readme_s_python_runs(capsys):

@@ -3,21 +3,23 @@
     python -m notebooks.site.build              all modules; with numbers, such as 06 08, those
     python -m notebooks.site.build --no-lite    without JupyterLite, see lite.py
 
-Pages are first written to out/site-pages/, as Sphinx wants them: from the committed notebooks,
-which are not executed, the two READMEs and the library's docstrings. Pages ask nothing of another
+Pages are first written aside, as Sphinx wants them: from the committed notebooks, which are not
+executed, the two READMEs and the library's docstrings. Pages ask nothing of another
 host; MathJax is copied beside them (vendor.py).
 """
 
-import argparse
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 
+from miniflamingo.command import Failed, Parser, a_path, require, run_command
+from miniflamingo.outputs import staged
 from notebooks import render, timings
 from notebooks.site import lite as browser
 from notebooks.site import vendor
@@ -77,8 +79,7 @@ def relink(text, folder, shown):
 
 
 def write_pages(folder, paths, lite=False):
-    """Write all pages, for Sphinx, anew; paths are the sources of the modules to show."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write all pages, for Sphinx, into a new folder; paths are the modules' sources."""
     (folder / "course").mkdir(parents=True)
     for name in ("conf.py", "static"):
         copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
@@ -183,36 +184,44 @@ def _benchmark(document, name, folder):
 
 
 def build(out, pages, paths, lite=True):
-    """Build the site. RuntimeError when a script cannot be had or Sphinx finds a fault."""
+    """Build the site in two new folders. Failed when a script cannot be had, or Sphinx finds a
+    fault."""
     from sphinx.cmd.build import build_main
 
     write_pages(pages, paths, lite)
     vendor.copy_mathjax(pages / "static")
-    shutil.rmtree(out, ignore_errors=True)
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are imported, never run
     if build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(pages) + ".cache",
                    str(pages), str(out)]):  # fmt: skip
-        raise RuntimeError("Sphinx found faults; they stand above")
+        raise Failed("Sphinx found faults; they stand above")
     if lite:
         browser.build(out / "lite", paths)
 
 
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m notebooks.site.build", description=__doc__)
+    top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
+    top.add_argument("--no-lite", action="store_true", help="without JupyterLite")
+    top.add_argument("--out", type=a_path, default=ROOT / "out" / "site", help="where to")
+    return top
+
+
 def main(argv=None):
     """Run the command; returns the exit code."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("notebooks.site.build", None, __doc__, formatter_class=layout)
-    parser.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
-    parser.add_argument("--no-lite", action="store_true", help="without JupyterLite")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "site", help="where to")
-    arguments = parser.parse_args(argv)
-    if not (paths := timings.sources(arguments.modules)):
-        parser.error(f"no module is called {' or '.join(arguments.modules)}")
-    out = arguments.out.resolve()
-    try:
-        build(out, out.with_name(out.name + "-pages"), paths, not arguments.no_lite)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return run_command("notebooks.site.build", lambda: run(parser().parse_args(argv)))
+
+
+def run(arguments):
+    """Run the parsed command; returns the exit code. Failed where `build` fails."""
+    paths, lite = timings.chosen(arguments.modules), not arguments.no_lite
+    require("sphinx", "myst_nb", "furo")
+    if lite:
+        require("jupyterlite_core", "jupyterlite_pyodide_kernel")
+    out = arguments.out.absolute()
+    aside = tempfile.TemporaryDirectory()
+    with staged(out.parent, "site", [out.name]) as new, aside as pages:
+        build(new / out.name, Path(pages) / "pages", paths, lite)
     print(f"{out / 'index.html'}; to read it: python -m http.server -d {out}")
     return 0
 

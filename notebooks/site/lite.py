@@ -24,6 +24,7 @@ from pathlib import Path
 
 import nbformat
 
+from miniflamingo.command import Failed
 from notebooks import release, render
 from notebooks.site import vendor
 
@@ -57,7 +58,7 @@ def chosen(paths):
 
 
 def build(out, paths, cache=vendor.CACHE):
-    """Build JupyterLite into `out`. RuntimeError when its command fails."""
+    """Build JupyterLite into `out`. Failed when its command fails."""
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
         write_contents(stage / "files", chosen(paths))
@@ -68,11 +69,10 @@ def build(out, paths, cache=vendor.CACHE):
                         "no_sourcemaps": True, "ignore_sys_prefix": False},
                     "PipliteAddon": {"piplite_urls": [str(wheel) for wheel in wheels]}}  # fmt: skip
         (stage / "jupyter_lite_config.json").write_text(json.dumps(settings))
-        shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "jupyterlite_core", "build", "--lite-dir", "."]
         done = subprocess.run(command, cwd=stage, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"jupyter lite build fails:\n{(done.stdout + done.stderr)[-3000:]}")
+            raise Failed(f"jupyter lite build fails:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
 def write_contents(folder, paths):
@@ -103,7 +103,7 @@ def make_wheel(stage):
     done = subprocess.run(command, cwd=stage / "release", capture_output=True, text=True)
     wheels = list(stage.glob("miniflamingo-*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise RuntimeError(f"no wheel could be made: {done.stderr[-1000:]}")
+        raise Failed(f"no wheel could be made: {done.stderr[-1000:]}")
     return wheels[0]
 
 

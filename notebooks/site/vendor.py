@@ -6,10 +6,14 @@ They are kept in out/vendor, so that a second build needs no network.
 
 import base64
 import hashlib
+import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
+
+from miniflamingo.command import Failed
 
 CACHE = Path(__file__).resolve().parents[2] / "out" / "vendor"
 PACKAGES = {  # name: version, sha512 of its archive
@@ -29,34 +33,37 @@ PACKAGES = {  # name: version, sha512 of its archive
 
 
 def fetch(name, cache=CACHE):
-    """The folder that a package was unpacked to. RuntimeError when it is not to be had, or other.
+    """The folder that a package was unpacked to. Failed when it is not to be had, or is another.
 
-    A download is not trusted: an archive with another checksum is deleted.
+    A download is not trusted: one with another checksum is deleted, and an archive that was there
+    before is refused.
     """
     version, checksum = PACKAGES[name]
     archive = cache / f"{name}-{version}.tgz"
-    if not archive.exists():
+    if is_new := not archive.exists():
         _download(name, version, archive)
     found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != checksum:
-        archive.unlink()
-        raise RuntimeError(f"{name} {version}: sha512 {checksum} is expected, got {found}")
+        if is_new:
+            archive.unlink()
+        raise Failed(f"{archive}: sha512 {checksum} is expected, got {found}")
     folder = cache / f"{name}-{version}"
     if not folder.exists():
-        with tarfile.open(archive) as file:
-            file.extractall(folder, filter="data")
+        with tempfile.TemporaryDirectory(dir=cache) as new, tarfile.open(archive) as file:
+            file.extractall(f"{new}/whole", filter="data")
+            os.rename(f"{new}/whole", folder)
     return folder / "package"
 
 
 def _download(name, version, archive):
     npm = shutil.which("npm")
     if not npm:
-        raise RuntimeError(f"npm, which comes with Node.js, is needed once, to get {name}")
+        raise Failed(f"npm, which comes with Node.js, is needed once, to get {name}")
     archive.parent.mkdir(parents=True, exist_ok=True)
     command = [npm, "pack", "--silent", f"{name}@{version}"]
     done = subprocess.run(command, cwd=archive.parent, capture_output=True, text=True)
     if done.returncode or not archive.exists():
-        raise RuntimeError(f"npm cannot get {name} {version}: {done.stderr.strip()[-500:]}")
+        raise Failed(f"npm cannot get {name} {version}: {done.stderr.strip()[-500:]}")
 
 
 def copy_mathjax(folder):

@@ -75,8 +75,11 @@ def test_the_command_writes_every_row(tmp_path, monkeypatch):
     data = json.loads(out.read_text())
     assert data["about"]["command"].endswith("--seeds 2 --steps 7 --samples 400")
     assert [r["seed"] for r in data["rows"]["MLP resampler"]] == [0, 1]
+    assert ablations.main(["--seeds", "2", "--steps", "7", "--out", str(out)]) == 0
     with pytest.raises(SystemExit):
         ablations.main(["--seeds", "0"])
+    out.write_text("mine")
+    assert ablations.main(["--out", str(out)]) == 2 and out.read_text() == "mine"
 
 
 def fake(seed, row, steps, samples):

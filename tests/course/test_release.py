@@ -111,6 +111,25 @@ def test_a_release_with_a_solution_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "student-release.zip").exists()
 
 
+@pytest.mark.parametrize("name", ["student-release/notes.txt", "student-release.zip",
+                                  "nbgrader/source/06/mine.ipynb"])  # fmt: skip
+def test_a_release_deletes_nothing_of_a_teachers(name, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert rel.main(["--nbgrader", "--out", str(tmp_path)]) == 2
+    assert f"{name}: in the way" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "nbgrader" / "release").exists()
+
+
+def test_a_release_replaces_the_one_before(tmp_path):
+    assert rel.main(["--nbgrader", "--out", str(tmp_path)]) == 0
+    submitted = tmp_path / "nbgrader/submitted/a/00"
+    shutil.copytree(tmp_path / "nbgrader/release/00", submitted)
+    assert rel.main(["--nbgrader", "--out", str(tmp_path)]) == 0
+    assert submitted.exists()
+
+
 def test_the_students_readme_names_every_module(out):
     readme = (out / "student-release/README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", readme):

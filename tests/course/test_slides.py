@@ -93,11 +93,29 @@ def test_a_package_is_unpacked_once_its_checksum_is_right(tmp_path, monkeypatch)
     assert (vendor.fetch("tiny", tmp_path) / "a.js").exists()
 
 
-def test_a_package_with_another_checksum_is_deleted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("downloaded", [True, False])
+def test_a_package_with_another_checksum_is_refused(downloaded, tmp_path, monkeypatch):
+    """And deleted, if it was downloaded just now; what was there before stays."""
     file = archive(tmp_path, monkeypatch, right=False)
+    data = file.read_bytes()
+    if downloaded:
+        file.unlink()
+        monkeypatch.setattr(vendor, "_download", lambda *args: file.write_bytes(data))
     with pytest.raises(RuntimeError, match="sha512 other is expected, got"):
         vendor.fetch("tiny", tmp_path)
-    assert not file.exists() and not (tmp_path / "tiny-1").exists()
+    assert file.exists() is not downloaded and not (tmp_path / "tiny-1").exists()
+
+
+def test_slides_replace_their_own_alone(tmp_path, monkeypatch, capsys):
+    for name in ("copy_mathjax", "copy_reveal"):
+        monkeypatch.setattr(vendor, name, lambda folder: folder.mkdir(exist_ok=True))
+    for number in ("00", "00", "01"):
+        assert slides.main([number, "--out", str(tmp_path)]) == 0
+    (tmp_path / "00.slides.html").write_text("mine")
+    assert slides.main(["01", "--out", str(tmp_path)]) == 0
+    assert slides.main(["00", "--out", str(tmp_path)]) == 2
+    assert "00.slides.html: in the way" in capsys.readouterr().err
+    assert (tmp_path / "00.slides.html").read_text() == "mine"
 
 
 def test_without_npm_one_line_says_what_is_needed(tmp_path, monkeypatch, capsys):
@@ -109,6 +127,5 @@ def test_without_npm_one_line_says_what_is_needed(tmp_path, monkeypatch, capsys)
 
 
 def test_an_unknown_module_is_an_error_of_the_command_line(capsys):
-    with pytest.raises(SystemExit):
-        slides.main(["97"])
+    assert slides.main(["97"]) == 2
     assert "no module is called 97" in capsys.readouterr().err

@@ -447,7 +447,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys):
         assert not (r["is_kernel"] and r["microseconds"])
     assert {r["entry"] for r in document["records"]} == set(ENTRIES)
     assert any(r["implementation"] == "NumPy" and r["microseconds"] for r in document["records"])
-    names = {"cost_forward.png", "cost_forward_backward.png", "roofline.png", "bench.json"}
+    names = {*bench.FIGURES, "bench.json", ".made-by-bench.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
 
 
@@ -458,6 +458,11 @@ def test_case_chooses(tmp_path, capsys):
     records = json.loads(path.read_text())["records"]
     assert {r["entry"] for r in records} == {"decode_attention"}
     assert not (tmp_path / "cost_forward.png").exists()  # there is nothing to draw
+    (tmp_path / "roofline.png").write_text("mine")
+    again = ["bench", "--device", "cpu", "--quick", "--plots", str(tmp_path)]
+    assert command_line.main(again) == 2
+    assert "roofline.png: in the way" in capsys.readouterr().err
+    assert (tmp_path / "roofline.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

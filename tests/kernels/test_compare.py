@@ -157,6 +157,11 @@ def test_a_failure_exits_with_1(tmp_path, monkeypatch, capsys):
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--json", str(path)]) == 1
     assert "FAILED" in capsys.readouterr().out
+    path.write_text('{"records": "mine"}')
+    assert command_line.main(["compare", "--json", str(path)]) == 2
+    assert "in the way" in capsys.readouterr().err and "mine" in path.read_text()
+    path.unlink()
+    assert command_line.main(["compare", "--json", str(path)]) == 1
     failed = [r for r in json.loads(path.read_text())["records"] if not r["ok"]]
     assert failed and all(r["direction"] == "backward" and r["ratio"] is None for r in failed)
 

@@ -395,7 +395,7 @@ def test_the_table_can_be_written_and_read(tmp_path, committed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--check", "--json", "t.json"], "expected no --json beside it"),
+        (["--check", "--json", "t.json"], "--check and --json exclude each other"),
         (["--json", "no/such/folder/t.json"], "expected a file in a folder that exists"),
     ],
 )

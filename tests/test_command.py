@@ -1,0 +1,211 @@
+"""How commands end: errors in a line, signals at any moment, nothing left running."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miniflamingo import command
+from tests.processes import (
+    ROOT,
+    Command,
+    assert_interrupted,
+    has_child,
+    later,
+    minds_signals,
+    printed,
+)
+
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+def needs(words):
+    """Skips where a command's packages are not installed."""
+    package = {"kernels": "triton", "notebooks": "nbclient"}.get(words.split(".")[0].split()[0])
+    if package and not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("a\n  b\n  c"), 2, "x: error: a b; c"),
+        (OSError(2, "No such file", "f"), 2, "x: error: [Errno 2] No such file: 'f'"),
+        (FloatingPointError("nan"), 1, "x: error: nan"),
+        (command.Failed("it differs"), 1, "x: error: it differs"),
+        (MemoryError(), 2, "x: error: not enough memory"),
+        (KeyboardInterrupt(), 130, "x: interrupted"),
+        (ModuleNotFoundError("no", name="torch.nn"), 2, 'pip install "miniflamingo[kernels]"'),
+        (ModuleNotFoundError("no", name="numpy"), 2, 'pip install "numpy"'),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(error, code, line, capsys):
+    def work():
+        raise error
+
+    assert command.run_command("x", work) == code
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+
+
+def test_a_mistake_in_the_code_stays_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command.run_command("x", lambda: 1 / 0)
+
+
+def test_a_long_list_shows_ten_names():
+    lines = command.one_line("30 faults:\n" + "\n".join(f"  {i}" for i in range(30)))
+    assert lines == "30 faults: 0; 1; 2; 3; 4; 5; 6; 7; 8; 9; and 20 more"
+    assert command.some(range(3)) == "0, 1, 2"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    words = f"{sys.executable} -m miniflamingo sizes | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 141) and not done.stderr
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["0", "6", "-1", "nan", "inf", "1e3", "", "2.5", "9" * 5000])
+def test_a_whole_number_outside_its_range_is_refused(text):
+    with pytest.raises(command.argparse.ArgumentTypeError, match="whole number from 1 to 5, got"):
+        command.whole(1, 5)(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1.01", "-1", "nan", "inf", "1e300", "x", "-0.0"])
+def test_a_number_outside_its_range_is_refused(text):
+    with pytest.raises(command.argparse.ArgumentTypeError, match="above 0 and up to 1, got"):
+        command.real(0, 1, above=True)(text)
+
+
+# --- what is missing ------------------------------------------------------------------------------
+
+BLOCKED = """
+import importlib.util, runpy, sys
+find_spec, missing = importlib.util.find_spec, {missing!r}
+importlib.util.find_spec = lambda name, *a: None if name in missing else find_spec(name, *a)
+sys.modules.update(dict.fromkeys(missing))
+sys.argv, sys.orig_argv = ["-m", *{options!r}], ["python", "-m", {module!r}]
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+
+
+def run_without(missing, words):
+    """A command where some packages are not installed -> (exit code, stdout, stderr)."""
+    module, *options = words.split()
+    code = BLOCKED.format(missing=missing, module=module, options=options)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "missing, words, extra",
+    [
+        *(
+            (["torch", "triton"], f"kernels {words}", "kernels")
+            for words in ("compare", "compile", "step", "bench", "train lm --out x", "train --help")
+        ),
+        (["triton"], "kernels compare", "kernels"),
+        (["triton"], "kernels compile", "kernels"),
+        (["jupytext"], "notebooks.render 06", "course"),
+        (["nbclient"], "notebooks.timings 06", "course"),
+        (["nbformat"], "notebooks.release", "course"),
+        (["nbconvert"], "notebooks.slides 06", "course"),
+        (["sphinx"], "notebooks.site.build", "site"),
+        (["IPython"], "notebooks.ablations", "course"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_way_to_get_it(missing, words, extra, tmp_path):
+    needs(words)
+    code, _, err = run_without(missing, words)
+    assert code == 2 and err.count("\n") == 1, err
+    assert missing[0] in err and f'pip install "miniflamingo[{extra}]"' in err
+
+
+def test_help_needs_neither_torch_nor_triton():
+    code, out, _ = run_without(["torch", "triton"], "kernels --help")
+    assert code == 0 and "compare" in out
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@needs_proc
+@pytest.mark.parametrize("which", [INT, TERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize("wait", [0, 0.1, 0.3])
+@pytest.mark.parametrize("words", ["miniflamingo evaluate", "kernels step", "notebooks.slides 06"])
+def test_a_signal_while_a_command_is_being_imported(words, wait, which, tmp_path):
+    needs(words)
+    started = Command(*words.split(), cwd=tmp_path)
+    assert_interrupted(started, later(minds_signals, wait), which)
+
+
+MOMENTS = {
+    "evaluate, pictures": ("miniflamingo evaluate", printed("pictures"), INT),
+    "evaluate, questions": ("miniflamingo evaluate --samples 200",
+                            later(printed("100%"), 1), TERM),
+    "demo, photograph": ("miniflamingo demo --out o --steps 1", minds_signals, TERM),
+    "demo, training": ("miniflamingo demo --out o", printed("loss="), INT),
+    "demo, questions": ("miniflamingo demo --out o --steps 1", later(printed("questions"), 1), INT),
+    "generate": ("miniflamingo generate --text a --temperature 100 --max-new-tokens 10000",
+                 later(minds_signals, 2), TERM),
+    "compare": ("kernels compare", printed("fp32"), INT),
+    "step": ("kernels step --steps 1000", later(minds_signals, 6), TERM),
+    "bench": ("kernels bench --device cpu", printed("no GPU"), INT),
+    "compile, Ctrl-C": ("kernels compile", printed("sm_80"), INT),
+    "compile, TERM": ("kernels compile", printed("sm_80"), TERM),
+    "compile, at once": ("kernels compile", has_child("compile"), INT),
+    "render": ("notebooks.render --check 08", has_child("ipykernel"), INT),
+    "timings": ("notebooks.timings 08", has_child("ipykernel"), TERM),
+    "ablations": ("notebooks.ablations --jobs 2 --out a.json", has_child("ablations"), INT),
+}  # fmt: skip
+
+
+@needs_proc
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_is_one_line_and_nothing_is_left(moment, tmp_path):
+    words, happened, which = MOMENTS[moment]
+    needs(words)
+    cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    started = Command(*words.split(), cwd=tmp_path, **cache)
+    assert_interrupted(started, happened, which)
+    assert not list(tmp_path.glob("o/*")) and not (tmp_path / "a.json").exists()
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "words, happened",
+    [("kernels compile", printed("sm_80")),
+     ("notebooks.render --check 08", has_child("ipykernel"))],
+)  # fmt: skip
+def test_processes_end_when_their_parent_is_killed(words, happened, tmp_path):
+    needs(words)
+    started = Command(*words.split(), cwd=tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    started.wait_for(happened)
+    assert len(started.family()) > 1
+    started.send(KILL)
+    started.end()
+    assert not started.left(20)
+
+
+@needs_proc
+def test_a_training_that_is_interrupted_says_how_to_go_on_and_does(tmp_path):
+    words = ["miniflamingo", "train", "lm", "--out", "run", "--steps", "40", "--batch", "8"]
+    line = "Interrupted after step"
+    assert_interrupted(Command(*words, cwd=tmp_path), printed("loss="), INT, line)
+    assert Command(*words, "--resume", cwd=tmp_path).end()[0] == 0
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 40
