@@ -227,6 +227,10 @@ def _unpacked(file):
     return opener(file) if opener else nullcontext(file)
 
 
+def _archive(content):
+    return tarfile.open(fileobj=content, mode="r|", tarinfo=_StrictHeader, ignore_zeros=True)
+
+
 def read_samples(path):
     """Yield the Samples of a tar shard; where it is damaged, what came before and a Damaged.
 
@@ -262,10 +266,7 @@ def _members(path):
 
     Raises whatever tarfile does on damage, and for an end without its mark.
     """
-    with ExitStack() as stack:
-        content = stack.enter_context(_unpacked(stack.enter_context(path.open("rb"))))
-        options = dict(mode="r|", tarinfo=_StrictHeader, ignore_zeros=True)
-        shard = stack.enter_context(tarfile.open(fileobj=content, **options))
+    with path.open("rb") as file, _unpacked(file) as content, _archive(content) as shard:
         end = 0
         for member in shard:
             if member.offset > end:

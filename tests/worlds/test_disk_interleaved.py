@@ -120,9 +120,9 @@ BAD_IMAGES = {  # of a page with one more
 def test_an_image_without_a_name_or_a_place_does_not_lose_its_page(name, folder):
     page, reason, says = BAD_IMAGES[name]
     if "image_info" in page:
-        page = page | {"image_info": [*page["image_info"], *mmc4([], ("1.png", 0))["image_info"]]}
+        page = {**page, "image_info": page["image_info"] + mmc4([], ("1.png", 0))["image_info"]}
     data = read(folder, page, tokenizer=TOKENIZER)
-    assert [sorted(plain(prompt), key=str) for prompt in data][0][:2] == [1, "a"]
+    assert next(sorted(plain(prompt), key=str) for prompt in data)[:2] == [1, "a"]
     assert (data.report.skipped, data.report.dropped) == ({}, {reason: 1})
     assert says in data.report.messages[0]
     with pytest.raises(ValueError, match=r"pages.jsonl:1: "):
