@@ -18,6 +18,7 @@ from miniflamingo.command import Parser, a_path, exclude, real, run_command, who
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
+from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
 from miniflamingo.worlds.video import read_clip
@@ -178,12 +179,24 @@ class Part(argparse.Action):
 
 
 def read_part(option, value, num_frames):
-    """A text as it is; an image's Path; a video as a list of images, spread over its length."""
+    """A text as it is; one picture; a video as a list of pictures, spread over its length."""
     if option == "--text":
         return value
     if not Path(value).exists():
         raise ValueError(f"no image or video at {value}")
-    return Path(value) if option == "--image" else read_clip(value, num_frames)
+    if option == "--video":
+        return read_clip(value, num_frames, warn)
+    try:
+        return read_picture(Path(value), still=True)
+    except BadRecord as error:
+        if error.reason == "animation":
+            raise ValueError(f"{error}; --video reads it") from None
+        raise
+
+
+def warn(text):
+    """One line on stderr, and on it goes."""
+    print(f"miniflamingo: warning: {text}", file=sys.stderr)
 
 
 def generate(arguments):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import cbook
-from PIL import Image
 from tqdm import tqdm
 
 from miniflamingo import outputs, plots
@@ -25,6 +24,7 @@ from miniflamingo.decoding import beam_search
 from miniflamingo.evaluation import TASKS, TEST_SEED, Evaluation, coverage
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
 from miniflamingo.language import LanguageConfig
+from miniflamingo.pictures import read_picture
 from miniflamingo.prompt import WordTokenizer, build_batch
 from miniflamingo.training import WEIGHTS, BridgeRun, BridgeStage, Run, load_flamingo
 from miniflamingo.worlds import grammar, shapes
@@ -41,8 +41,7 @@ TEXTS = (
 
 def photographs():
     """The portrait of Grace Hopper that Matplotlib bundles (public domain), and two details."""
-    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
-        photo = photo.convert("RGB")
+    photo = read_picture(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     width, height = photo.size
     boxes = ((0, 0.1, 1, 0.95), (0.28, 0.1, 0.72, 0.47), (0, 0, 0.35, 0.3))
     return [

@@ -8,12 +8,14 @@
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 
+from miniflamingo.pictures import MAX_CLIP_PIXELS, check_size, iterate_frames, open_picture, to_rgb
 from miniflamingo.vision import check_pixels
 from miniflamingo.xattn import compute_phi
 
@@ -82,12 +84,14 @@ class Batch:
 def build_batch(prompts, tokenizer, image_size, close=True, use_next=False):
     """Turn B prompts into a Batch. A prompt is a list of texts, images and videos in their order.
 
-    Text is a str; an image is a PIL image, a pathlib.Path or an array [height, width, 3]; a video
-    is a list of images, an array [T, height, width, 3] or the Path of an animated GIF. PIL images
-    and files are cropped to a square and scaled to image_size; arrays must have that size already,
-    and hold uint8 or floating point values in [0, 1]. close=False leaves out the last `<EOC>`, for
-    a prompt that the model is to go on with. use_next (bool or bool[B]): see compute_phi.
-    ValueError for an unknown word, an `<image>` in a text, or an image that does not fit.
+    Text is a str; an image is a PIL image, a pathlib.Path (or bytes, or an open file) or an array
+    [height, width, 3]; a video is a list of images, an array [T, height, width, 3] or the Path of
+    an animation (GIF, WebP, APNG), with all its frames. PIL images and files become RGB as
+    `pictures` says, are cropped to a square and scaled to image_size; arrays must have that size
+    already, and hold uint8 or floating point values in [0, 1]. close=False leaves out the last
+    `<EOC>`, for a prompt that the model is to go on with. use_next (bool or bool[B]): see
+    compute_phi. ValueError for an unknown word, an `<image>` in a text, or an image that does not
+    fit or cannot be read; a warning for an animation that is cut off.
     """
     rows = [_sequence(prompt, tokenizer, image_size, close) for prompt in prompts]
     B, L = len(rows), max((len(tokens) for tokens, _ in rows), default=0)
@@ -125,11 +129,8 @@ def _sequence(prompt, tokenizer, image_size, close):
 
 def read_frames(source, image_size):
     """An image or a video (see build_batch) -> float32 [T, image_size, image_size, 3] in [0, 1]."""
-    if isinstance(source, Path):
-        with Image.open(source) as image:
-            frames = [_fit(frame, image_size) for frame in ImageSequence.Iterator(image)]
-    elif isinstance(source, Image.Image):
-        frames = [_fit(source, image_size)]
+    if isinstance(source, (Path, bytes, Image.Image)) or hasattr(source, "read"):
+        frames = _read_pictures(source, image_size)
     elif isinstance(source, (list, tuple)):
         frames = [frame for item in source for frame in read_frames(item, image_size)]
     else:
@@ -145,7 +146,20 @@ def read_frames(source, image_size):
     return frames.astype(np.float32)
 
 
-def _fit(image, size):  # PIL image -> [size, size, 3] in [0, 1]
+def _read_pictures(source, size):
+    """A file, or the frame that a PIL image stands at -> a list of [size, size, 3] in [0, 1]."""
+    frames, said = [], []
+    with open_picture(source) as image:
+        single = [(image, None)] if image is source else iterate_frames(image, said.append)
+        for frame, _ in single:
+            check_size((size, size * (len(frames) + 1)), MAX_CLIP_PIXELS, "clip")
+            frames.append(_fit(to_rgb(frame), size))
+    for text in said:
+        warnings.warn(f"{source}: {text}", stacklevel=4)
+    return frames
+
+
+def _fit(image, size):  # RGB -> [size, size, 3] in [0, 1]
     """The largest central square, scaled."""
-    square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(square, np.float32) / 255

@@ -14,10 +14,18 @@ Image and caption pairs, `read_pairs`, prompt [image, caption]:
                     0001.jpg  0001.txt  0002.png  0002.json               {"caption": "a cat"}
 Interleaved documents: `interleaved.read_documents`. Videos: `video.read_videos`.
 
+Pictures come in as `pictures` says; of an animation, the first frame. JSON and texts are UTF-8,
+with a byte-order mark or without. What an operating system added is passed over: names that begin
+with a dot (the "._0001.jpg" of macOS), __MACOSX/, Thumbs.db, desktop.ini. Shards that were joined
+(`cat`) are read to the end of the last.
+
 A record that cannot be used is skipped and counted in `report.skipped` under one of these reasons:
     invalid JSON, missing key, bad field, missing image (video, text), unreadable image (video),
-    image too large, path outside the folder, empty text, unknown words, special token,
-    no usable image, no frames, damaged file (the rest of a shard is lost)
+    image too large (more than 89 million pixels), path outside the folder, empty text,
+    unknown words, refused text (by the tokenizer), special token, no usable image, no frames,
+    line too long (32 MiB), sample too large (512 MiB), damaged file (the rest of a shard is lost)
+so that read = yielded + skipped. What was used all the same is counted in `report.remarks`:
+    clip cut off, joined archives, zeros at the end
 With strict=True the first of them is a ValueError instead. Data that yields nothing is always one.
 """
 
@@ -30,8 +38,10 @@ import numpy as np
 from miniflamingo.worlds.records import (
     BadRecord,
     Damaged,
+    Remark,
     Report,
     check_text,
+    is_of_the_system,
     load_image,
     read_lines,
     read_samples,
@@ -46,21 +56,28 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 def find_files(source, suffixes):
     """A file, folder, glob, or a list of them -> Paths, sorted by name; ValueError if none.
 
-    Of a folder, every file with one of the suffixes is taken.
+    Of a folder, every file with one of the suffixes is taken, in capitals too; of a folder and a
+    glob, none that an operating system added ("._x.tar").
     """
     if isinstance(source, (list, tuple)):
         found = [path for item in source for path in find_files(item, suffixes)]
     elif Path(source).is_dir():
-        found = sorted(path for path in Path(source).iterdir() if path.name.endswith(suffixes))
+        found = [path for path in Path(source).iterdir() if _ends(path, suffixes)]
+        found = sorted(path for path in found if not is_of_the_system(path.name))
     elif Path(source).is_file():
         found = [Path(source)]
     else:
-        found = sorted(map(Path, glob.glob(str(source), recursive=True)))
-    other = [str(path) for path in found if not path.name.endswith(suffixes)]
+        found = map(Path, glob.glob(str(source), recursive=True))
+        found = sorted(path for path in found if not is_of_the_system(path.name))
+    other = [str(path) for path in found if not _ends(path, suffixes)]
     if other or not found:
         wanted = f"expected files that end in {' or '.join(suffixes)}"
         raise ValueError(f"{wanted}, got {other[:5]}" if other else f"{wanted}, found no {source}")
     return found
+
+
+def _ends(path, suffixes):
+    return path.name.lower().endswith(suffixes)
 
 
 class Dataset:
@@ -104,15 +121,19 @@ class Dataset:
         return shuffle_records((r for i in order for r in self._read(self.files[i])), shuffle, rng)
 
     def _read(self, path):
-        if not path.name.endswith(LINES):
+        if not _ends(path, LINES):
             yield from read_samples(path)
             return
         try:
             yield from read_lines(path, self.root)
+        except BadRecord as error:
+            yield Damaged(str(path), error)
         except OSError as error:
             yield Damaged(str(path), BadRecord("damaged file", str(error)))
 
     def _prompt(self, record, rng, report):
+        if isinstance(record, Remark):
+            return report.remark(*record)
         report.read += 1
         try:
             if isinstance(record, Damaged):

@@ -21,7 +21,14 @@ import numpy as np
 
 from miniflamingo.prompt import split_words
 from miniflamingo.worlds.disk import LINES, Dataset
-from miniflamingo.worlds.records import BadRecord, check_text, find_inside, load_image
+from miniflamingo.worlds.records import (
+    BadRecord,
+    check_text,
+    encode,
+    find_inside,
+    load_image,
+    quote,
+)
 
 TAG = 2  # an image's tokens: <EOC><image>
 
@@ -46,7 +53,7 @@ def read_documents(source, root=None, tokenizer=None, length=256, max_images=5, 
 
 
 def _document(record, rng, report, tokenizer, length, max_images):
-    parts = read_parts(record.fields())
+    parts = read_parts(record.fields(), partial(report.drop, record.where))
     parts = [p if isinstance(p, Picture) else check_text(p, tokenizer) for p in parts]
     pictures = [part for part in parts if isinstance(part, Picture)]
     if len(pictures) == len(parts):
@@ -80,52 +87,75 @@ def _load(run, record, report, max_images, bad):
 # --- the two shapes of a page -------------------------------------------------------------------
 
 
-def read_parts(fields):
-    """A page's fields -> its texts (str, none of them blank) and Pictures in order; BadRecord."""
+def read_parts(fields, drop=None):
+    """A page's fields -> its texts (str, none of them blank) and Pictures in order; BadRecord.
+
+    drop(BadRecord) is told of each image that has no name or no place; without it, that is raised.
+    """
+    drop = drop or _refuse
     if {"text_list", "image_info"} <= fields.keys():
-        parts = _mmc4(*(_list_of(fields, key) for key in ("text_list", "image_info")))
+        parts = _mmc4(*(_list_of(fields, key) for key in ("text_list", "image_info")), drop)
     elif {"images", "texts"} <= fields.keys():
-        parts = _obelics(*(_list_of(fields, key) for key in ("images", "texts")))
+        parts = _obelics(*(_list_of(fields, key) for key in ("images", "texts")), drop)
     else:
         shapes = '"text_list" and "image_info" (MMC4), or "images" and "texts" (OBELICS)'
-        raise BadRecord("missing key", f"expected {shapes}, got {list(fields)}")
+        raise BadRecord("missing key", f"expected {shapes}, got {quote([*fields])}")
     return [part for part in parts if not isinstance(part, str) or part.strip()]
+
+
+def _refuse(error):
+    raise error
 
 
 def _list_of(fields, key):
     if not isinstance(fields[key], list):
-        raise BadRecord("bad field", f'"{key}" must be a list, got {fields[key]!r}')
+        raise BadRecord("bad field", f'"{key}" must be a list, got {quote(fields[key])}')
     return fields[key]
 
 
-def _mmc4(texts, infos):
+def _mmc4(texts, infos, drop):
     before = [[] for _ in texts]
     for info in infos:
-        if not isinstance(info, dict) or not {"image_name", "matched_text_index"} <= info.keys():
-            wanted = '"image_name" and "matched_text_index"'
-            raise BadRecord("missing key", f"an image's info needs {wanted}, got {info!r}")
-        index = info["matched_text_index"]
-        if type(index) is not int or not 0 <= index < len(texts):
-            expected = f"matched_text_index must be one of the {len(texts)} texts, from 0"
-            raise BadRecord("bad field", f"{expected}, got {index!r}")
-        before[index].append(_picture(info["image_name"]))
+        try:
+            index, picture = _placed(info, len(texts))
+            before[index].append(picture)
+        except BadRecord as error:
+            drop(error)
     return [part for pictures, text in zip(before, texts) for part in (*pictures, text)]
 
 
-def _obelics(images, texts):
+def _placed(info, count):
+    """An image's info -> the text that it stands in front of, and its Picture; BadRecord."""
+    if not isinstance(info, dict) or not {"image_name", "matched_text_index"} <= info.keys():
+        wanted = '"image_name" and "matched_text_index"'
+        raise BadRecord("missing key", f"an image's info needs {wanted}, got {quote(info)}")
+    index = info["matched_text_index"]
+    whole = type(index) is int or (type(index) is float and index.is_integer())
+    if not whole or not 0 <= index < count:
+        expected = f"matched_text_index must be one of the {count} texts, from 0"
+        raise BadRecord("bad field", f"{expected}, got {quote(index)}")
+    return int(index), _picture(info["image_name"])
+
+
+def _obelics(images, texts, drop):
     if len(images) != len(texts):
         lengths = f"{len(images)} and {len(texts)}"
         raise BadRecord("bad field", f"images and texts must be equally long, got {lengths}")
+    parts = []
     for i, (image, text) in enumerate(zip(images, texts)):
-        if (image is None) == (text is None):
-            got = f"{image!r} and {text!r}"
+        if image is not None and text is not None:
+            got = f"{quote(image)} and {quote(text)}"
             raise BadRecord("bad field", f"place {i} must hold an image or a text, got {got}")
-    return [_picture(image) if text is None else text for image, text in zip(images, texts)]
+        try:
+            parts.append(_picture(image) if text is None else text)
+        except BadRecord as error:
+            drop(error)
+    return parts
 
 
 def _picture(name):
     if not isinstance(name, str):
-        raise BadRecord("bad field", f"the image must be a file name, got {name!r}")
+        raise BadRecord("bad field", f"the image must be a file name, got {quote(name)}")
     return Picture(name)
 
 
@@ -138,10 +168,10 @@ def draw_run(parts, length, rng, tokenizer=None):
     A Picture counts as two tokens and is not cut; a text at an edge is. Every run that holds a
     Picture is equally likely. Needs a Picture and length >= 2.
     """
-    encode, decode = (split_words, " ".join)
+    split, join = (split_words, " ".join)
     if tokenizer is not None:
-        encode, decode = tokenizer.encode, tokenizer.decode
-    tokens = [[None] * TAG if isinstance(part, Picture) else encode(part) for part in parts]
+        split, join = partial(encode, tokenizer=tokenizer), tokenizer.decode
+    tokens = [[None] * TAG if isinstance(part, Picture) else split(part) for part in parts]
     begins = np.cumsum([0, *map(len, tokens)]).tolist()
     start = _draw_start(parts, begins, length, rng)
     run = []
@@ -150,7 +180,7 @@ def draw_run(parts, length, rng, tokenizer=None):
         if len(cut) == len(own):
             run.append(part)
         elif cut and not isinstance(part, Picture):
-            run.append(decode(cut))
+            run.append(join(cut))
     return run
 
 

@@ -4,41 +4,43 @@ A record is a `Line` of a JSONL file or a `Sample` of a tar shard; `disk` says w
 Whatever is wrong with one is a BadRecord, and a Report counts it.
 """
 
+import bz2
+import gzip
 import json
+import lzma
+import reprlib
 import tarfile
-import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
+from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import SPECIAL_TOKENS
 
 MAX_MESSAGES, MAX_LENGTH = 10, 300
+MAX_LINE = 2**25  # bytes of a JSON object, 32 MiB
+MAX_SAMPLE = 2**29  # bytes of a sample's files together, 512 MiB
+MAX_HEADER = 2**20  # bytes of what a tar says about one file
+MAX_END = 10752  # zeros at a tar's end: two blocks, and what fills it up to a multiple of 10240
+# what macOS, Windows and network drives add; names with a dot in front are theirs, too
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir"}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how a file in it, or in UTF-32, begins
 
 # --- what went wrong ----------------------------------------------------------------------------
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used: `reason` is what a Report counts it under."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass
 class Report:
     """What became of the records: read = yielded + those skipped, by reason.
 
-    `dropped` counts, by reason, unusable images of pages; the rest of such a page is used. The
-    first messages name the file and the line, or the shard and the sample. With strict, whatever
-    would be counted is a ValueError.
+    `dropped` counts, by reason, unusable images of pages; the rest of such a page is used.
+    `remarks` counts, by reason, what was used all the same: a "clip cut off" (the frames that can
+    be read), "joined archives" (all of them), "zeros at the end" of an archive. The first messages
+    name the file and the line, or the shard and the sample. With strict, whatever would be counted
+    is a ValueError.
     """
 
     strict: bool = False
@@ -46,35 +48,61 @@ class Report:
     yielded: int = 0
     skipped: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
+    remarks: Counter = field(default_factory=Counter)
     messages: list = field(default_factory=list)
+    told: int = 0  # how many messages there would be
 
     def skip(self, where, error):
         """Count a record as skipped."""
-        self._count(self.skipped, where, error)
+        self._tell(where, error)
+        self.skipped[error.reason] += 1
 
     def drop(self, where, error):
         """Count an image as left out of its page."""
-        self._count(self.dropped, where, error)
+        self._tell(where, error)
+        self.dropped[error.reason] += 1
 
-    def _count(self, counter, where, error):
+    def remark(self, where, error):
+        """Count something that was used all the same."""
+        self._tell(where, error)
+        self.remarks[error.reason] += 1
+
+    def _tell(self, where, error):
         if self.strict:
-            raise ValueError(f"{where}: {error}") from error
-        counter[error.reason] += 1
+            raise ValueError(one_line(f"{where}: {error}")) from None
+        self.told += 1
         if len(self.messages) < MAX_MESSAGES:
             text = str(error)
             text = text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} ..."
-            self.messages.append(f"{where}: {text}")
+            self.messages.append(one_line(f"{where}: {text}"))
 
     def __str__(self):
         counts = f"{self.read} read, {self.yielded} yielded, {_total(self.skipped, 'skipped')}"
         counts += f"; {_total(self.dropped, 'images dropped')}" if self.dropped else ""
-        more = sum(self.skipped.values()) + sum(self.dropped.values()) - len(self.messages)
+        counts += f"; {_total(self.remarks, 'remarks')}" if self.remarks else ""
+        more = self.told - len(self.messages)
         return "\n  ".join([counts, *self.messages, *([f"... and {more} more"] * (more > 0))])
+
+
+def one_line(text):
+    """A text that can be printed: no end of a line, no lone surrogate (as in a name of a file)."""
+    return "\\n".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 def _total(counter, what):  # Counter(a=2, b=1), "skipped" -> "3 skipped: 2 a, 1 b"
     by_reason = ", ".join(f"{count} {reason}" for reason, count in counter.most_common())
     return f"{sum(counter.values())} {what}" + f": {by_reason}" * bool(counter)
+
+
+_quoting = reprlib.Repr()
+_quoting.maxstring = _quoting.maxother = 120
+_quoting.maxlist = _quoting.maxdict = 20
+_quoting.maxlevel = 3
+
+
+def quote(value):
+    """repr of what a stranger's file holds, however long or deep."""
+    return _quoting.repr(value)
 
 
 # --- records ------------------------------------------------------------------------------------
@@ -99,7 +127,7 @@ class Line(NamedTuple):
         """kind "image" or "video" -> (name, Path); BadRecord unless it is a file within root."""
         fields = self.fields()
         if kind not in fields:
-            raise BadRecord("missing key", f'expected a key "{kind}", got {list(fields)}')
+            raise BadRecord("missing key", f'expected a key "{kind}", got {quote([*fields])}')
         return fields[kind], find_inside(self.root, fields[kind], kind)
 
 
@@ -113,7 +141,7 @@ class Sample(NamedTuple):
         """The caption in the .txt or the .json; BadRecord."""
         if "txt" in self.files:
             try:
-                return self.files["txt"].decode()
+                return self.files["txt"].decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise BadRecord("bad field", f"the .txt is not UTF-8: {error}") from None
         return _caption(parse_object(self._find(("json",), "text", "txt or .json")))
@@ -133,19 +161,44 @@ class Sample(NamedTuple):
 
 
 class Damaged(NamedTuple):
-    """A file that could not be read, or not to its end."""
+    """In place of a record: a file or a part of it that could not be read."""
 
     where: str
     error: BadRecord
 
 
+class Remark(NamedTuple):
+    """Beside the records: what a file has that is odd, though it can be read."""
+
+    where: str
+    error: BadRecord
+
+
+def is_of_the_system(name):
+    """Whether a file's name, folders included, is one that an operating system added."""
+    parts = [part.lower() for part in name.split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part in SYSTEM_NAMES for part in parts)
+
+
 def read_lines(path, root=None):
-    """Yield the Lines of a JSONL file that are not blank. File names start from root."""
+    """Yield the Lines of a JSONL file that are not blank; a Damaged for one above MAX_LINE."""
     root = path.parent if root is None else Path(root)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield Line(f"{path}:{number}", root, line)
+        if file.read(2) in UTF_16:
+            raise BadRecord("damaged file", "it is in UTF-16, expected UTF-8")
+        file.seek(0)
+        number = 0
+        while line := file.readline(MAX_LINE):
+            number, length = number + 1, len(line)
+            while len(line) == MAX_LINE and line[-1:] != b"\n":
+                line = file.readline(MAX_LINE)
+                length += len(line)
+            where = f"{path}:{number}"
+            if length > MAX_LINE:
+                says = f"a line of {length} bytes, more than {MAX_LINE}"
+                yield Damaged(where, BadRecord("line too long", says))
+            elif line.strip():
+                yield Line(where, root, line)
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -154,39 +207,94 @@ class _StrictHeader(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # the zeros at the end
+            member = super().frombuf(buf, encoding, errors)
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # zeros; the end of the file
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error}, before the archive's end") from None
+        if member.size < 0 or (not member.isfile() and member.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header of {member.size} bytes: {member.name!r}")
+        return member
+
+
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+
+
+def _unpacked(file):
+    """A binary file -> its content; compressed, it is checked to the end, and may be joined."""
+    opener = OPENERS.get(file.read(2))
+    file.seek(0)
+    return opener(file) if opener else nullcontext(file)
+
+
+def _archive(content):
+    return tarfile.open(fileobj=content, mode="r|", tarinfo=_StrictHeader, ignore_zeros=True)
 
 
 def read_samples(path):
-    """Yield the Samples of a tar shard; where it is damaged, what came before and a Damaged."""
-    key, files, damaged = None, {}, []
+    """Yield the Samples of a tar shard; where it is damaged, what came before and a Damaged.
+
+    Archives that were joined are read to the last one's end, with a Remark. What an operating
+    system added is passed over. A sample of more than MAX_SAMPLE bytes is a Damaged, and not read.
+    """
+    key, files, size, damaged = None, {}, 0, []
     try:
-        with tarfile.open(path, "r|*", tarinfo=_StrictHeader) as shard:
-            for member in shard:
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if (folder + slash + stem, suffix.lower() in files) != (key, False):
-                    if files:
-                        yield Sample(f"{path}:{key}", files)
-                    key, files = folder + slash + stem, {}
-                files[suffix.lower()] = shard.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+        for member, content in _members(path):
+            if isinstance(member, Remark):
+                yield member
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if (folder + slash + stem, suffix.lower() in files) != (key, False):
+                if key is not None:
+                    yield _sample(path, key, files, size)
+                key, files, size = folder + slash + stem, {}, 0
+            size += member.size
+            if size > MAX_SAMPLE:
+                files = dict.fromkeys(files)
+            elif content:
+                files[suffix.lower()] = content.read()
+    except Exception as error:  # as Pillow: on damaged bytes almost anything
         damaged = [Damaged(str(path), BadRecord("damaged file", f"{error} (after {key!r})"))]
-    if files:
-        yield Sample(f"{path}:{key}", files)
+    if key is not None:
+        yield _sample(path, key, files, size)
     yield from damaged
+
+
+def _members(path):
+    """Yield (TarInfo, its file; None for a link) of the archives in a file, and Remarks.
+
+    Raises whatever tarfile does on damage, and for an end without its mark.
+    """
+    with path.open("rb") as file, _unpacked(file) as content, _archive(content) as shard:
+        end = 0
+        for member in shard:
+            if member.offset > end:
+                says = f"read on behind the end mark at byte {end}"
+                yield Remark(str(path), BadRecord("joined archives", says)), None
+            end = shard.offset
+            if not member.isdir() and not is_of_the_system(member.name):
+                yield member, shard.extractfile(member) if member.isfile() else None
+        zeros = shard.offset - end
+    if not zeros:
+        raise tarfile.ReadError("no end mark: it is cut off")
+    if zeros > MAX_END:
+        says = f"{zeros} bytes of zeros: was all of it written?"
+        yield Remark(str(path), BadRecord("zeros at the end", says)), None
+
+
+def _sample(path, key, files, size):
+    where = f"{path}:{key}"
+    if size > MAX_SAMPLE:
+        says = f"a sample of {size} bytes, more than {MAX_SAMPLE}"
+        return Damaged(where, BadRecord("sample too large", says))
+    return Sample(where, files)
 
 
 def parse_object(content):
     """Bytes -> the JSON object that they hold, as a dict; BadRecord."""
     try:
-        fields = json.loads(content)
+        fields = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise BadRecord("invalid JSON", f"{error} in {content[:80]!r}") from None
     if not isinstance(fields, dict):
@@ -194,11 +302,18 @@ def parse_object(content):
     return fields
 
 
+def _without_doubles(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key that comes twice in {quote([key for key, _ in pairs])}")
+    return fields
+
+
 def _caption(fields):
     for key in ("text", "caption"):
         if key in fields:
             return fields[key]
-    raise BadRecord("missing key", f'expected a key "text" or "caption", got {list(fields)}')
+    raise BadRecord("missing key", f'expected a key "text" or "caption", got {quote([*fields])}')
 
 
 # --- texts, paths, images: checked one by one ---------------------------------------------------
@@ -207,18 +322,28 @@ def _caption(fields):
 def check_text(text, tokenizer=None):
     """Return the text, stripped; BadRecord when it is empty, or what build_batch would refuse."""
     if not isinstance(text, str):
-        raise BadRecord("bad field", f"a text must be a str, got {text!r}")
+        raise BadRecord("bad field", f"a text must be a str, got {quote(text)}")
     special = [token for token in SPECIAL_TOKENS if token in text]
     if special:
-        raise BadRecord("special token", f"a text must not hold {special}: {text!r}")
+        raise BadRecord("special token", f"a text must not hold {special}: {quote(text)}")
     try:
-        if not text.strip() or (tokenizer is not None and not len(tokenizer.encode(text))):
-            raise BadRecord("empty text", f"expected some text, got {text!r}")
-    except BadRecord:
-        raise
+        text.encode()
+    except UnicodeEncodeError as error:  # tokenizers refuse it, each in a way of its own
+        raise BadRecord("bad field", f"half a character: {error} in {quote(text)}") from None
+    if not text.strip() or (tokenizer is not None and not len(encode(text, tokenizer))):
+        raise BadRecord("empty text", f"expected some text, got {quote(text)}")
+    return text.strip()
+
+
+def encode(text, tokenizer):
+    """The tokenizer's ids; BadRecord for whatever it raises."""
+    try:
+        return tokenizer.encode(text)
     except ValueError as error:
         raise BadRecord("unknown words", str(error)) from None
-    return text.strip()
+    except Exception as error:
+        message = f"the tokenizer refuses {quote(text)}: {type(error).__name__}: {error}"
+        raise BadRecord("refused text", message) from None
 
 
 def find_inside(root, name, kind="image"):
@@ -228,7 +353,7 @@ def find_inside(root, name, kind="image"):
     leads out of the folder are refused.
     """
     if not isinstance(name, str):
-        raise BadRecord("bad field", f"the {kind} must be a file name, got {name!r}")
+        raise BadRecord("bad field", f"the {kind} must be a file name, got {quote(name)}")
     if "://" in name:
         raise BadRecord(f"missing {kind}", f"{name!r} is an address, not a file: download it first")
     path = root / name
@@ -245,36 +370,12 @@ def find_inside(root, name, kind="image"):
     return path
 
 
-@contextmanager
-def open_image(name, source):
-    """Pillow's image, to be used in a `with`; whatever goes wrong inside is a BadRecord."""
-    too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                yield image
-    except BadRecord:
-        raise
-    except too_large as error:
-        raise BadRecord("image too large", f"{name}: {error}") from None
-    except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
-        message = f"{name}: {type(error).__name__}: {error}"
-        raise BadRecord("unreadable image", message) from None
-
-
-def to_rgb(image):
-    """A PIL image -> RGB, upright, 8 bits a channel, its pixels loaded; ValueError for floats."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating point pixels, whose range is not known")
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
-        grey = np.clip(np.asarray(image) >> 8, 0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
-
-
 def load_image(name, source):
-    """A Path or BytesIO -> a PIL image in RGB, wholly read; BadRecord that quotes the name."""
-    with open_image(name, source) as image:
-        return to_rgb(image)
+    """A Path or BytesIO -> a PIL image in RGB, wholly read; BadRecord that quotes the name.
+
+    Of an animation, the first frame.
+    """
+    try:
+        return read_picture(source, name)
+    except FileNotFoundError as error:
+        raise BadRecord("missing image", f"{name}: {error.strerror}") from None

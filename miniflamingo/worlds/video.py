@@ -4,32 +4,36 @@
     x.tar       0001.mp4  0001.txt  0002.gif  0002.json
 
 Frames are taken at 1 a second, 8 of them, as in the paper's training; they are PIL images. A longer
-clip is entered at a random whole second, a choice; a shorter one gives fewer frames, and so does a
-file that was cut off but can be read up to there. Animated GIFs and WebPs are read by Pillow, with
-the time that each of their frames is shown; everything else by PyAV, an optional extra:
+clip is entered at a random whole second, a choice; a shorter one gives fewer frames. A frame is on
+show until the next begins, and the clip lasts from the first frame to the end of the last, whatever
+its sound or its container say. Of a file that was cut off or damaged, the frames that can be read
+are used, and `report.remarks` counts it. Animations (GIF, WebP, APNG) are read by Pillow, with the
+time that browsers show each of their frames; everything else by PyAV, an optional extra:
 pip install "miniflamingo[video]".
 """
 
-from bisect import bisect_right
+import warnings
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
+from itertools import pairwise
 from math import floor
 from pathlib import Path
 
-from PIL import Image, ImageSequence
+from PIL import Image
 
+from miniflamingo.pictures import BadRecord, check_size, iterate_frames, keep, open_picture, to_rgb
 from miniflamingo.worlds.disk import Dataset
-from miniflamingo.worlds.records import BadRecord, check_text, open_image, to_rgb
+from miniflamingo.worlds.records import check_text
 
-ANIMATIONS = ("gif", "webp")
+ANIMATIONS = ("gif", "webp", "png", "apng")
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", *ANIMATIONS)
 # not playlists: they name other files and addresses, which would be read
 PYAV_OPTIONS = {
     "format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg",
     "protocol_whitelist": "file",
 }
-NO_DURATION = 100  # milliseconds for a frame that gives none, as browsers do
+COVER = 0x400  # the disposition of a picture that is attached to a film
+NO_RATE = Fraction(1, 25)  # a choice, for a file of one frame that gives none
 
 
 def read_videos(source, root=None, tokenizer=None, fps=1, max_frames=8, strict=False):
@@ -47,21 +51,21 @@ def read_videos(source, root=None, tokenizer=None, fps=1, max_frames=8, strict=F
 def _clip(record, rng, report, tokenizer, fps, max_frames):
     caption = check_text(record.text(), tokenizer)
     draw = partial(draw_times, fps=fps, count=max_frames, rng=rng)
-    return [_read(*record.media("video", VIDEO_SUFFIXES), draw), caption]
+
+    def say(text):
+        report.remark(record.where, BadRecord("clip cut off", text))
+
+    return [_read(*record.media("video", VIDEO_SUFFIXES), draw, say), caption]
 
 
-def _read(name, source, draw):
-    read = _read_animation if name.lower().endswith(ANIMATIONS) else _read_video
-    return read(name, source, draw)
-
-
-def read_clip(path, num_frames=8):
+def read_clip(path, num_frames=8, say=None):
     """One file -> num_frames PIL images, spread evenly over its whole length.
 
-    What read_videos samples once a second, for a clip of any length. ValueError (a BadRecord) for a
-    file without frames or that cannot be read, and for PyAV not being installed where it is needed.
+    What read_videos samples once a second, for a clip of any length. A clip that is cut off is
+    told by say(message), by default a warning. ValueError (a BadRecord) for a file without frames
+    or that cannot be read, and for PyAV not being installed where it is needed.
     """
-    return _read(str(path), Path(path), partial(spread_times, count=num_frames))
+    return _read(str(path), Path(path), partial(spread_times, count=num_frames), say)
 
 
 def spread_times(duration, count):
@@ -80,78 +84,171 @@ def draw_times(duration, fps, count, rng):
     return [start + k / fps for k in range(count) if start + k / fps < duration] or [Fraction(0)]
 
 
+def _read(name, source, draw, say=None):
+    """A Path or BytesIO -> RGB images, those on show at the times that draw(duration) gives."""
+    read = _read_animation if _is_animation(name, source) else _read_video
+    frames, faults = read(name, source, draw)
+    for fault in faults:
+        (say or partial(warnings.warn, stacklevel=3))(f"{name}: {fault}")
+    return frames
+
+
+def _is_animation(name, source):
+    """By what the file holds; by its name, where that is neither."""
+    try:
+        head = source.open("rb").read(12) if isinstance(source, Path) else source.getvalue()[:12]
+    except OSError:
+        head = b""
+    known = head[:4] in (b"GIF8", b"\x89PNG") or head[8:] == b"WEBP"
+    return known or (head[4:8] != b"ftyp" and name.lower().endswith(ANIMATIONS))
+
+
+def _frames_at(timed, times, to_picture):
+    """(begin, end, frame) in the order of showing -> the pictures on show at some times.
+
+    Times behind the last frame's end have none, but there is always one picture.
+    """
+    shown, frame = [], None
+    for begin, end, frame in timed:
+        due = sum(begin <= time < end for time in times)
+        picture = to_picture(frame) if due else None
+        for _ in range(due):
+            keep(shown, picture)
+        if times[-1] < end:
+            break
+    return shown if shown or frame is None else [to_picture(frame)]
+
+
+# --- animations, by Pillow ----------------------------------------------------------------------
+
+
 def _read_animation(name, source, draw):
-    """A GIF or WebP -> the frames that are shown at the drawn times."""
-    with open_image(name, source) as image:
-        shown = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
-        begins = [0, *accumulate(shown)]
-        frames = []
-        for time in draw(Fraction(begins[-1], 1000)):
-            image.seek(bisect_right(begins, time * 1000) - 1)
-            frames.append(to_rgb(image))
-        return frames
+    """-> the pictures on show at the drawn times, and what is wrong with the file."""
+    faults = []
+    with open_picture(source, name) as image:
+        begins = [0]
+        for _, milliseconds in iterate_frames(image, faults.append):
+            begins.append(begins[-1] + milliseconds)
+        seconds = [Fraction(begin, 1000) for begin in begins]
+        frames = (frame for frame, _ in iterate_frames(image, lambda fault: None))
+        timed = zip(seconds, seconds[1:], frames)
+        return _frames_at(timed, draw(seconds[-1]), to_rgb), faults
 
 
-def _milliseconds(frame):
-    frame.load()  # a WebP knows only then
-    return round(frame.info.get("duration", 0)) or NO_DURATION
+# --- videos, by PyAV ----------------------------------------------------------------------------
 
 
 def _read_video(name, source, draw):
-    """Any other file -> the frames that are shown at the drawn times, by PyAV."""
+    """-> the pictures on show at the drawn times, and what is wrong with the file."""
     try:
         import av
     except ImportError:
         extra = 'pip install "miniflamingo[video]"'
         raise ValueError(f"reading {name} needs PyAV, an optional extra: {extra}") from None
-    source = str(source) if isinstance(source, Path) else source
     try:
-        with av.open(source, options=PYAV_OPTIONS) as container:
-            if not container.streams.video:
-                raise BadRecord("no frames", f"{name} has no video stream")
-            frames = _frames_at(container, draw(_duration(container)))
-            if not frames:
-                raise BadRecord("no frames", f"not one frame in {name}")
-            # a camera held upright notes the turn: degrees, counter-clockwise
-            return [frame.to_image().rotate(frame.rotation, expand=True) for frame in frames]
-    except BadRecord:
-        raise
+        with _open_video(av, source) as container:
+            duration, step, faults = _measure(container)
+        with _open_video(av, source) as container:
+            timed = _timed_frames(container, duration, step, faults)
+            frames = _frames_at(timed, draw(duration), _to_picture)
+        if not frames:
+            raise BadRecord("no frames", "; ".join(["not one frame", *faults]))
+        return frames, faults
+    except BadRecord as error:
+        raise BadRecord(error.reason, f"{name}: {error}") from None
     except Exception as error:  # as Pillow: on damaged bytes almost anything
         message = f"{name}: {type(error).__name__}: {error}"
         raise BadRecord("unreadable video", message) from None
 
 
-def _duration(container):
-    """In seconds, by the file's own account; None without one."""
-    stream = container.streams.video[0]
+def _open_video(av, source):
+    if not isinstance(source, Path):
+        source.seek(0)
+    return av.open(str(source) if isinstance(source, Path) else source, options=PYAV_OPTIONS)
+
+
+def _stream(container):
+    """The first video stream that is not the file's cover, within the limit of pixels."""
+    streams = [s for s in container.streams.video if not getattr(s, "disposition", 0) & COVER]
+    if not streams:
+        raise BadRecord("no frames", "there is no video stream")
+    context = streams[0].codec_context
+    if context is None:
+        raise BadRecord("unreadable video", "there is no decoder for its video stream")
+    if context.width:
+        check_size((context.width, context.height), what="frame")
+    return streams[0]
+
+
+def _measure(container):
+    """The picture's length and its shortest frame in seconds, by its packets' times; faults.
+
+    A frame lasts until the next begins; only of the last one, its own duration counts.
+    """
+    stream, spans, latest = _stream(container), [], Fraction(0)
+    for packet in container.demux():
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or packet.is_corrupt or packet.is_discard:  # the latter by an edit list
+            continue
+        begin = time * packet.time_base
+        span = begin, begin + (packet.duration or 0) * packet.time_base
+        latest = max(latest, *span)
+        if packet.stream.index == stream.index:
+            spans.append(span)
+    if not spans:
+        return None, NO_RATE, []
+    spans.sort()
+    step = min((b - a for (a, _), (b, _) in pairwise(spans) if b > a), default=NO_RATE)
+    (first, _), (begin, end) = spans[0], spans[-1]
+    duration = (end if end > begin else begin + step) - first
+    missing = _promised(container, stream, latest - duration) - duration
+    cut = f"cut off after {float(duration):.2f} s, {float(missing):.2f} s are missing"
+    return duration, step, [cut] * (missing > max(step, NO_RATE) * 9 / 10)
+
+
+def _promised(container, stream, outside):
+    """How long the picture is by the file's own account; `outside`: its clock before the picture
+    begins and after it ends, a sound's."""
     if stream.duration:
         return stream.duration * stream.time_base
-    return Fraction(container.duration, 1_000_000) if container.duration else None
+    if container.duration and container.format.name.startswith("matroska"):
+        return Fraction(container.duration, 1_000_000) - outside
+    return 0
 
 
-def _frames_at(container, times):
-    """The frame last shown at each time; times past the clip's true end have none."""
-    at, end = {}, 0
-    for begin, until, frame in _timed_frames(container):
-        if begin > times[-1]:
-            break
-        at.update({time: frame for time in times if time >= begin})
-        end = until
-    return [at[time] for time in times if time < end] or [*at.values()][:1]
-
-
-def _timed_frames(container):
+def _timed_frames(container, duration, step, faults):
     """Yield (begin, end, frame) in seconds after the first frame, in the order of showing."""
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise BadRecord("unreadable video", "there is no decoder for its video stream")
-    largest, size = Image.MAX_IMAGE_PIXELS, stream.codec_context.width * stream.codec_context.height
-    if largest is not None and size > largest:
-        raise BadRecord("image too large", f"frames of {size} pixels, more than {largest}")
-    step, first, end = 1 / (stream.average_rate or Fraction(25)), None, Fraction(0)
-    for frame in container.decode(stream):
-        begin = end if frame.pts is None else frame.pts * frame.time_base
-        first = begin if first is None else first
-        begin -= first if frame.pts is not None else 0
+    lost, now, begin, first = [], None, Fraction(0), None
+    for frame in _decode(container, lost):
+        time = frame.dts if frame.pts is None else frame.pts
+        clock = begin + step if time is None else time * frame.time_base
+        first = clock if first is None else first
+        after = max(begin, clock - (0 if time is None else first))
+        if now is not None:
+            yield begin, after, now
+        begin, now = after, frame
+    if lost:
+        faults.append(f"{len(lost)} packets could not be decoded: {lost[0]}")
+    if now is not None:  # what was lost may have been all of the rest
         end = begin + step
-        yield begin, end, frame
+        yield begin, end if lost or duration is None else max(end, duration), now
+
+
+def _decode(container, lost):
+    """Yield the frames; errors go to `lost`, as players go on behind them."""
+    for packet in container.demux(_stream(container)):  # the last one is empty: it flushes
+        try:
+            frames = packet.decode() if not packet.is_corrupt else lost.append("damaged")
+        except (ValueError, OSError, EOFError) as error:  # PyAV's are of these kinds
+            frames = lost.append(error)
+        yield from frames or ()
+
+
+def _to_picture(frame):
+    check_size((frame.width, frame.height), what="frame")
+    seen_through = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
+    image = frame.to_image()
+    if seen_through:
+        image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+    # a camera held upright notes the turn: degrees, counter-clockwise
+    return image.rotate(frame.rotation, expand=True)

@@ -76,12 +76,6 @@ BAD_PAGES = {
     "no list": ({"images": "1.png", "texts": []}, "bad field", "'images' must be a list"),
     "lengths": ({"images": [None], "texts": []}, "bad field", "equally long, got 1 and 0"),
     "both": ({"images": ["1.png"], "texts": ["a"]}, "bad field", "place 0 must hold"),
-    "neither": ({"images": [None], "texts": [None]}, "bad field", "got None and None"),
-    "number": ({"images": [None, 3], "texts": ["a", None]}, "bad field", "a file name, got 3"),
-    "info": ({"text_list": ["a"], "image_info": ["1.png"]}, "missing key", "got '1.png'"),
-    "index": (mmc4(["a"], ("1.png", 1)), "bad field", "one of the 1 texts, from 0, got 1"),
-    "true": (mmc4(["a", "b"], ("1.png", True)), "bad field", "got True"),
-    "minus": (mmc4(["a"], ("1.png", -1)), "bad field", "got -1"),
     "text": ({"images": ["1.png", None], "texts": [None, 5]}, "bad field", "a str, got 5"),
     "no image": (obelics("a", "b"), "no usable image", "page's 0 images"),
     "no text": (obelics("1.png", " "), "empty text", "1 images has no text"),
@@ -102,6 +96,64 @@ def test_a_bad_page_is_counted_and_named_or_raised_when_strict(name, folder):
     assert says in message.replace('"', "'")
     with pytest.raises(ValueError, match=r"pages.jsonl:2: "):
         list(read(folder, GOOD, page, GOOD, tokenizer=TOKENIZER, strict=True))
+
+
+BAD_IMAGES = {  # of a page with one more
+    "number": ({"images": [None, 3, "1.png"], "texts": ["a", None, None]}, "bad field", "got 3"),
+    "neither": ({"images": [None, None, "1.png"], "texts": ["a", None, None]}, "bad field", "None"),
+    "info": ({"text_list": ["a"], "image_info": ["x"]}, "missing key", "got 'x'"),
+    "no name": (mmc4(["a"], (None, 0)), "bad field", "a file name, got None"),
+    "above": (mmc4(["a"], ("2.png", 1)), "bad field", "one of the 1 texts, from 0, got 1"),
+    "below": (mmc4(["a"], ("2.png", -1)), "bad field", "got -1"),
+    "none": (mmc4(["a"], ("2.png", None)), "bad field", "got None"),
+    "true": (mmc4(["a", "b"], ("2.png", True)), "bad field", "got True"),
+    "half": (mmc4(["a"], ("2.png", 0.5)), "bad field", "got 0.5"),
+    "nan": (mmc4(["a"], ("2.png", float("nan"))), "bad field", "got nan"),
+    "infinite": (mmc4(["a"], ("2.png", float("inf"))), "bad field", "got inf"),
+    "text": (mmc4(["a"], ("2.png", "0")), "bad field", "got '0'"),
+    "list": (mmc4(["a"], ("2.png", [0])), "bad field", "got [0]"),
+    "huge": (mmc4(["a"], ("2.png", 10**4000)), "bad field", "got 1000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_image_without_a_name_or_a_place_does_not_lose_its_page(name, folder):
+    page, reason, says = BAD_IMAGES[name]
+    if "image_info" in page:
+        page = {**page, "image_info": page["image_info"] + mmc4([], ("1.png", 0))["image_info"]}
+    data = read(folder, page, tokenizer=TOKENIZER)
+    assert next(sorted(plain(prompt), key=str) for prompt in data)[:2] == [1, "a"]
+    assert (data.report.skipped, data.report.dropped) == ({}, {reason: 1})
+    assert says in data.report.messages[0]
+    with pytest.raises(ValueError, match=r"pages.jsonl:1: "):
+        list(read(folder, page, tokenizer=TOKENIZER, strict=True))
+
+
+def test_a_page_whose_only_image_has_no_place_is_skipped(folder):
+    data = read(folder, GOOD, mmc4(["a"], ("1.png", 1)))
+    assert len(list(data)) == 1
+    assert (data.report.skipped, data.report.dropped) == ({"no usable image": 1}, {"bad field": 1})
+
+
+def test_whole_floats_are_places(folder):
+    (prompt,) = read(folder, mmc4(["a", "b"], ("1.png", 1.0), ("2.png", 0.0)))
+    assert plain(prompt) == [2, "a", 1, "b"]
+
+
+def test_a_tokenizer_that_raises_anything_skips_a_page_not_the_stream(folder):
+    class Fails:
+        def encode(self, text):
+            if text == "b":
+                raise TypeError("no b")
+            return text.split()
+
+        def decode(self, ids):
+            return " ".join(ids)
+
+    data = read(folder, obelics("b", "1.png"), obelics("a", "1.png"), tokenizer=Fails())
+    assert [plain(prompt) for prompt in data] == [["a", 1]]
+    assert data.report.skipped == {"refused text": 1}
+    assert "TypeError: no b" in data.report.messages[0]
 
 
 def test_an_unusable_image_is_left_out_and_counted_the_page_stays(folder):

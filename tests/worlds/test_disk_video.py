@@ -107,7 +107,7 @@ def test_a_still_gif_is_a_clip_of_one_frame(tmp_path):
     assert levels(prompt) == [0]
 
 
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=12), st.sampled_from([1, 2, 0.5]))
+@given(st.lists(st.integers(2, 150), min_size=1, max_size=12), st.sampled_from([1, 2, 0.5]))
 @settings(max_examples=40, deadline=None)
 def test_a_gif_of_any_durations_shows_what_a_viewer_sees(tmp_path_factory, hundredths, fps):
     clip = ("x.gif", gif([10 * d for d in hundredths]))
@@ -244,7 +244,7 @@ BAD_CLIPS = {
     "cut": (lambda: ("x.mp4", mp4(range(14), 4)[:900]), "unreadable video", "x.mp4: "),
     "sound": (lambda: ("x.mp4", sound()), "no frames", "no video stream"),
     "no gif": (lambda: ("x.gif", b"GIF89a"), "unreadable image", "x.gif: "),
-    "cut gif": (lambda: ("x.gif", gif([900] * 3)[:-40]), "unreadable image", "x.gif: "),
+    "cut gif": (lambda: ("x.gif", gif([900])[:-9]), "unreadable image", "x.gif: "),
 }
 
 
