@@ -53,7 +53,7 @@ def weigh(weights, x, visible):  # [.., I, J], [.., J, K], bool [.., I, J] or No
     """weights @ x, in which a hidden pair's weight of 0 hides NaN and infinity, too."""
     if visible is None or np.isfinite(x).all():
         return weights @ x
-    wrong = ~np.isfinite(x)
+    visible, wrong = np.broadcast_to(visible, weights.shape), ~np.isfinite(x)
     return np.where(visible @ wrong, weights @ x, weights @ np.where(wrong, 0, x))
 
 
@@ -68,8 +68,9 @@ def attention(q, k, v, mask=None, bias=None):
 
 @attention.gradient
 def attention_backward(dout, q, k, v, mask=None, bias=None):
-    p, visible = attention_weights(q, k, mask, bias), visible_pairs(mask, bias)
-    seen_by = None if visible is None else visible.swapaxes(-1, -2)
+    p, visible, seen_by = attention_weights(q, k, mask, bias), visible_pairs(mask, bias), None
+    if visible is not None:
+        seen_by = np.broadcast_to(visible, p.shape).swapaxes(-1, -2)
     # out = p @ v
     dv = weigh(p.swapaxes(-1, -2), dout, seen_by)
     dscores = dout @ v.swapaxes(-1, -2)  # so far dp

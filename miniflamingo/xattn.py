@@ -194,7 +194,8 @@ def _attend_to_all_previous(q, k, v, phi):
 class GatedCrossAttentionDense(Module):
     """One GATED XATTN-DENSE layer, put before a frozen language-model block (paper, figure 4).
 
-    D text width, D_media width of the visual tokens. With both alphas at 0 it is the identity.
+    D text width, D_media width of the visual tokens. With both alphas at 0 it is the identity, bit
+    for bit, where both branches are finite (0 * inf is NaN); only -0 may become 0.
     Layer norms as in the paper's first version: on the queries' input, on the keys' and values'
     input (shared by both), and on the feed-forward's input. skip_without_image, which the paper
     does not have, leaves tokens with phi = 0 to the language model alone, in both branches.
