@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from kernels import layers  # noqa: E402
 from miniflamingo import Flamingo, FlamingoConfig  # noqa: E402
+from tests.models import batch_of, tiny  # noqa: E402
 
 IMAGE = FlamingoConfig().image_token
 CHANGES = {
@@ -534,19 +535,20 @@ def test_padded_frames_reach_nothing(backend, bad):
 @each_bad
 @pytest.mark.parametrize("hidden", ["padded frames", "padded images", "an unseen image"])
 def test_what_is_masked_reaches_no_logit_and_no_gradient(backend, bad, hidden):
-    model, tokens, pixels, sizes = open_model(np.float32, resampler_depth=1)
-    twin, results = layers.Flamingo.from_numpy(model), []
-    tokens, pixels = map(torch.from_numpy, (tokens, pixels))
+    batch, sizes, results = batch_of("bI.I", "bI", "b.", images=[2, 1, 0], T=2), {}, []
+    twin = layers.Flamingo.from_numpy(tiny(dtype=np.float32))
+    tokens, pixels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.pixels).float()
+    where = np.arange(2)[:, None] >= batch.num_images[:, None, None]  # padded images
     if hidden == "padded frames":
-        where = torch.from_numpy(np.arange(2) >= sizes["num_frames"][..., None])
-    else:
-        sizes.pop("num_frames")
-        where = torch.from_numpy(np.arange(3) >= sizes["num_images"][:, None])[..., None]
+        sizes["num_frames"] = batch.num_frames
+        where = np.arange(2) >= batch.num_frames[..., None]
     if hidden == "an unseen image":
-        tokens[0, 10], where = 5, where | torch.tensor([[0, 0, 1], [0] * 3, [0] * 3])[..., None] > 0
+        sizes["phi"] = torch.from_numpy(batch.phi).clamp(max=1)
+        where = where | (np.arange(2)[:, None] == 1)
     for value in (0.5, bad):
         twin.zero_grad()
-        poisoned = torch.where(where[..., None, None, None], value, pixels)
+        poisoned = torch.from_numpy(where)[..., None, None, None]
+        poisoned = torch.where(poisoned, value, pixels)
         logits = twin(tokens, poisoned, **sizes, backend=backend)
         logits.square().mean().backward()
         grads = {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
