@@ -330,8 +330,8 @@ def digest():
 def kernel_code(folder=Path(__file__).parent):
     """The code of a folder's @triton.jit functions and the constants beside them, file by file.
 
-    Comments, docstrings, blank lines, imports and all other functions are left out: whatever they
-    change in what is compiled shows in the launches.
+    Comments, docstrings, blank lines, imports, classes and all other functions are left out:
+    whatever they change in what is compiled shows in the launches.
     """
     code = {}
     for path in sorted(folder.glob("*.py")):
@@ -359,7 +359,7 @@ def _is_left_out(node):
     if isinstance(node, ast.FunctionDef):
         return "triton.jit" not in map(ast.unparse, node.decorator_list)
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return docstring or isinstance(node, (ast.Import, ast.ImportFrom))
+    return docstring or isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef))
 
 
 def tools():

@@ -30,6 +30,7 @@ from kernels.runtime import (
     describe,
     launch,
     load_rows,
+    operator,
     rows_contiguous,
     side,
     store_rows,
@@ -105,7 +106,7 @@ def launch_examples(K, dtype, R):
 # --- the torch op, and the function to call -----------------------------------------------------
 
 
-@torch.library.custom_op("miniflamingo::decode_attention", mutates_args=())
+@operator("decode_attention")
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, phi: torch.Tensor
 ) -> torch.Tensor:  # fmt: skip

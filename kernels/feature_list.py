@@ -11,7 +11,7 @@ padded image, `total` rows of features.
 from typing import NamedTuple
 
 from kernels.runtime import describe, tl, torch, triton
-from kernels.work_list import INTEGERS, cut_runs
+from kernels.work_list import INTEGERS, Source, check_chunk, cut_runs
 
 
 class FeatureList(NamedTuple):
@@ -23,6 +23,7 @@ class FeatureList(NamedTuple):
     splits: torch.Tensor  # int32 [B, 2]: an image's first slot and its number of slots, or 0
     shape: tuple  # (B, total)
     chunk: int  # the most features of an item
+    source: Source | None = None  # offsets or lengths; None inside the operators
 
     @property
     def num_slots(self):
@@ -48,7 +49,7 @@ def build_feature_list(offsets, total, heads=1, check=True, chunk=None):
             )
     bounds = offsets.long().clamp(0, total).cummax(0).values
     bounds[-1:] = total
-    return _cut(bounds, bounds[1:], total, heads, chunk)
+    return _cut(bounds, bounds[1:], total, heads, chunk, Source.of("offsets", offsets))
 
 
 def build_padded_list(lengths, M, heads=1, check=True, chunk=None):
@@ -64,11 +65,13 @@ def build_padded_list(lengths, M, heads=1, check=True, chunk=None):
             raise ValueError(f"lengths must lie in 0..{M} (M = {M} features), got {low}..{high}")
     B = len(lengths)
     starts = torch.arange(B + 1, device=lengths.device) * M
-    return _cut(starts, starts[:-1] + lengths.long().clamp(0, M), B * M, heads, chunk)
+    ends = starts[:-1] + lengths.long().clamp(0, M)
+    return _cut(starts, ends, B * M, heads, chunk, Source.of("lengths", lengths))
 
 
-def _cut(bounds, ends, total, heads, chunk):
+def _cut(bounds, ends, total, heads, chunk, source):
     """bounds [B + 1] of the images' rows, ends [B] of their features -> FeatureList."""
+    check_chunk(chunk)
     B = len(ends)
     chunk = chunk or choose_chunk(B, total, heads)
     pad = torch.nn.functional.pad
@@ -79,7 +82,7 @@ def _cut(bounds, ends, total, heads, chunk):
     end = torch.maximum(begin, torch.minimum(stop, ends[image]))
     latents = (image > 0) & (begin == runs[image])
     items = torch.stack([image - 1, begin, end, stop, slot, latents], dim=1)
-    return FeatureList(items.int(), splits.int(), (B, total), chunk)
+    return FeatureList(items.int(), splits.int(), (B, total), chunk, source)
 
 
 def choose_chunk(B, total, heads):

@@ -28,6 +28,8 @@ GPU.
 from kernels.gated_linear import gated_linear
 from kernels.image_causal_attention import image_causal_attention
 from kernels.layer_norm import layer_norm
+from kernels.layers import keep_seen
+from kernels.operands import packed
 from kernels.runtime import describe, torch
 from kernels.squared_relu_linear import squared_relu_linear
 
@@ -42,10 +44,11 @@ TEXT_WEIGHTS = (
 )
 
 
-def project_media(media, weights, heads):
+def project_media(media, weights, heads, phi=None):
     """media [B, N, R, D_m], heads (H, K) -> keys and values [B, N, R, H, K]: once per image.
 
-    ValueError for weights that are missing or do not fit.
+    phi int[B, L], where given, keeps images that no token attends to, which may hold NaN, out of
+    the weights' gradients. ValueError for weights that are missing or do not fit.
     """
     norm_weight, norm_bias, *projections = _named(weights, MEDIA_WEIGHTS)
     rows = heads[0] * heads[1]
@@ -55,8 +58,13 @@ def project_media(media, weights, heads):
                 f"k_proj and v_proj must be [H*K, D_m] = [{rows}, {media.shape[-1]}], "
                 f"got {list(x.shape)}"
             )
+    media = media if phi is None else keep_seen(media, phi)
     media = layer_norm(media, norm_weight, norm_bias)
-    return tuple(torch.nn.functional.linear(media, w).unflatten(-1, heads) for w in projections)
+    return tuple(_linear(media, w).unflatten(-1, heads) for w in projections)
+
+
+def _linear(x, weight):
+    return torch.nn.functional.linear(packed(x), packed(weight))
 
 
 def gated_xattn_dense(
@@ -67,7 +75,8 @@ def gated_xattn_dense(
     work is phi's `build_work_list`, which all layers can share; check as in image_causal_attention.
     fused: every product by its kernel (True), by cuBLAS (False), or as each file's `choose` says
     (None). skip_without_image leaves tokens with phi = 0 as they are, in both branches. With both
-    alphas at 0 the result is y, bit for bit. ValueError for arguments that do not fit.
+    alphas at 0 the result is y, bit for bit, where both branches are finite; only -0 may become 0.
+    ValueError for arguments that do not fit.
     """
     (norm_weight, norm_bias, q_proj, out_proj, alpha_xattn,
      ffw_weight, ffw_bias, up, down, alpha_dense) = _named(weights, TEXT_WEIGHTS)  # fmt: skip
@@ -76,15 +85,15 @@ def gated_xattn_dense(
         raise ValueError(f"y must be [B, L, {D}], got {describe(y)}")
     if k.ndim != 5 or k.shape[3] * k.shape[4] != len(q_proj):
         raise ValueError(f"keys must be [B, N, R, H, K], H*K = {len(q_proj)}, got {describe(k)}")
-    q = torch.nn.functional.linear(layer_norm(y, norm_weight, norm_bias), q_proj)
+    q = _linear(layer_norm(y, norm_weight, norm_bias), q_proj)
     attended = image_causal_attention(q.unflatten(-1, k.shape[3:]), k, v, phi, work, check)
     y = gated_linear(y, attended.flatten(-2), alpha_xattn, out_proj, fused)
-    hidden = squared_relu_linear(layer_norm(y, ffw_weight, ffw_bias), up, fused)
+    seen = ((phi > 0) & (phi <= k.shape[1]))[..., None]
+    read = torch.where(seen, y, 0) if skip_without_image else y  # what is skipped may overflow
+    hidden = squared_relu_linear(layer_norm(read, ffw_weight, ffw_bias), up, fused)
     out = gated_linear(y, hidden, alpha_dense, down, fused)
-    if skip_without_image:  # a choice of y, D wide, moves less than a product with hidden, 4D wide
-        seen = (phi > 0) & (phi <= k.shape[1])
-        out = torch.where(seen[..., None], out, y)
-    return out
+    # a choice of y, D wide, moves less than one of hidden, 4D wide
+    return torch.where(seen, out, y) if skip_without_image else out
 
 
 def _named(weights, names):

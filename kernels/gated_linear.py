@@ -45,6 +45,7 @@ float64; strided x, a, dout, weight. No register spills for sm_80, sm_90 and gfx
 branch uses for dW'. Not handled: autocast (one dtype for x, a and weight; alpha may have another).
 """
 
+from kernels.operands import packed
 from kernels.products import (
     accumulator,
     as_rows,
@@ -60,6 +61,7 @@ from kernels.runtime import (
     check_alike,
     describe,
     launch,
+    operator,
     rows_contiguous,
     tl,
     torch,
@@ -180,6 +182,7 @@ def _gate(alpha, dtype):
 
 def _fold(gate, weight):
     """gate * weight, rounded once: a scalar would be rounded to weight's dtype first."""
+    weight = packed(weight)
     return torch.mul(weight, gate, out=torch.empty_like(weight))
 
 
@@ -190,7 +193,7 @@ def _exact_product(a, b):
     return a.to(accumulator(a.dtype)) @ b.to(accumulator(b.dtype))
 
 
-@torch.library.custom_op("miniflamingo::gated_linear", mutates_args=())
+@operator("gated_linear")
 def _op(
     x: torch.Tensor, a: torch.Tensor, alpha: torch.Tensor, weight: torch.Tensor, fused: bool
 ) -> torch.Tensor:
@@ -198,16 +201,16 @@ def _op(
     if fused:
         out = _launch_forward(as_rows(x), as_rows(a), gate, rows_contiguous(weight))
     else:
-        out = torch.addmm(as_rows(x), as_rows(a), _fold(gate, weight).mT)
+        out = torch.addmm(packed(as_rows(x)), packed(as_rows(a)), _fold(gate, weight).mT)
     return out.view(x.shape)
 
 
-@torch.library.custom_op("miniflamingo::gated_linear_backward", mutates_args=())
+@operator("gated_linear_backward")
 def _backward_op(
     dout: torch.Tensor, a: torch.Tensor, alpha: torch.Tensor, weight: torch.Tensor, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gate, rows, a_rows = _gate(alpha, a.dtype), as_rows(dout), as_rows(a)
-    da = (rows @ _fold(gate, weight)).view(a.shape)
+    da = (packed(rows) @ _fold(gate, weight)).view(a.shape)
     if fused:
         dweight, inner = _launch_dweight(rows, a_rows, gate, rows_contiguous(weight))
     else:
@@ -244,9 +247,10 @@ _op.register_autograd(_run_backward, setup_context=_save_inputs)
 def gated_linear(x, a, alpha, weight, fused=None):
     """x + tanh(alpha) * (a @ weight^T): x [..., D], a [..., I], alpha one float, weight [D, I].
 
-    -> [..., D], with gradients for all four. At alpha = 0 it is x, bit for bit (but that -0 may
-    become 0). x, a and weight have one dtype, alpha any. fused: the kernel (True), addmm (False),
-    or what `choose` says (None). ValueError for arguments that do not fit.
+    -> [..., D], with gradients for all four. At alpha = 0 it is x, bit for bit, where a and weight
+    are finite (0 * inf is NaN); only -0 may become 0. x, a and weight have one dtype, alpha any.
+    fused: the kernel (True), addmm (False), or what `choose` says (None). ValueError for arguments
+    that do not fit.
     """
     _check(x, a, alpha, weight)
     return _op(x, a, alpha, weight, choose(a.shape[-1]) if fused is None else fused)

@@ -41,6 +41,7 @@ from kernels.runtime import (
     dot,
     launch,
     load_rows,
+    operator,
     rows_contiguous,
     side,
     store_rows,
@@ -213,7 +214,7 @@ def launch_examples(K, dtype, R):
 # --- the torch op -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("miniflamingo::image_causal_attention", mutates_args=())
+@operator("image_causal_attention")
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
@@ -222,7 +223,7 @@ def _attention(
     return _launch_forward(*map(rows_contiguous, (q, k, v)), work)
 
 
-@torch.library.custom_op("miniflamingo::image_causal_attention_backward", mutates_args=())
+@operator("image_causal_attention_backward")
 def _attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
@@ -260,9 +261,11 @@ def image_causal_attention(q, k, v, phi, work=None, check=True):
 
     q [B, L, H, K]; k, v [B, N, R, H, K]; phi int[B, L] in 0..N, in any order -> [B, L, H, K], with
     gradients for q, k and v. K <= 128, R <= 256; one dtype and one device for q, k, v.
-    work is phi's `build_work_list`, where the caller has it (all layers can share one). check=True
-    reads phi's range, for which the host waits for the device; with check=False, as under
-    torch.compile or in a CUDA graph, a phi outside 0..N counts as 0. ValueError otherwise.
+    work is this phi's `build_work_list`, where the caller has it (all layers can share one); that
+    of another phi is refused, and so is phi's own, once phi was written to. check=True reads phi's
+    range, and compares a phi that is another tensor, for which the host waits for the device; with
+    check=False, as under torch.compile or in a CUDA graph, a phi outside 0..N counts as 0, and on a
+    GPU a work list needs the very tensor that it was built from. ValueError otherwise.
     """
     work = _prepare(q, k, v, phi, work, check)
     return _attention(q, k, v, work.order, work.items, work.splits, work.chunk)
@@ -289,6 +292,9 @@ def _prepare(q, k, v, phi, work, check):
             f"work must be for (B, L, N) = {(B, L, N)} on {q.device}, "
             f"got {work.shape} on {work.order.device}"
         )
+    if work.source is None or len(work.items) != B * (N + 1) + B * L // work.chunk:
+        raise ValueError("work must be as build_work_list returns it, got one that was changed")
+    work.source.check(phi, check)
     return work
 
 

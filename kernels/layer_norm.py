@@ -30,7 +30,17 @@ strided x and dout. No register spills for sm_80, sm_90 and gfx942 at D = 2048 a
 """
 
 from kernels.products import accumulator, as_rows
-from kernels.runtime import allocate, cast, check_alike, describe, launch, tl, torch, triton
+from kernels.runtime import (
+    allocate,
+    cast,
+    check_alike,
+    describe,
+    launch,
+    operator,
+    tl,
+    torch,
+    triton,
+)
 
 MAX_D = 8192  # a row's columns that fit in registers with the partial sums
 PROGRAMS = 512  # about four for each processor of a large GPU
@@ -92,12 +102,12 @@ def launch_examples(K, dtype, R):
 # --- the torch op -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("miniflamingo::layer_norm", mutates_args=())
+@operator("layer_norm")
 def _op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps).contiguous()
 
 
-@torch.library.custom_op("miniflamingo::layer_norm_backward", mutates_args=())
+@operator("layer_norm_backward")
 def _backward_op(
     dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

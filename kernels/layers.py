@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import unavailable
+from kernels.operands import packed
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
@@ -77,23 +78,43 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
 
 
-def attend(q, k, v, mask=None, bias=None):  # [B, L, H, K], [B, Lk, H, K] -> [B, L, H, K]
+def attend(q, k, v, mask=None, bias=None):
+    """[B, L, H, K], [B, Lk, H, K] -> [B, L, H, K]; mask, bias broadcast to [B, H, L, Lk].
+
+    What a query may not attend to (mask False, bias -inf) does not reach its output, NaN or not.
+    A key or value with NaN or infinity in it makes NaN of every output that may attend to it, and
+    has no gradient itself.
+    """
     if bias is not None and mask is not None:
         bias = torch.where(mask, bias, -torch.inf)
+    if bias is not None or mask is not None:
+        k, v, reached = _hide(k, v, mask if bias is None else bias > -torch.inf)
     mask = mask if bias is None else bias
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    q, k, v = (packed(x.transpose(1, 2)) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return out if mask is None else torch.where(reached, torch.nan, out)
+
+
+def _hide(k, v, visible):
+    """k and v with zeros for what is not finite, and the queries bool[B, L, 1, 1] that see such.
+
+    Multiplied by a weight of 0 it would be NaN, for every query.
+    """
+    visible = visible[(None,) * (4 - visible.ndim)]
+    wrong = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [B, Lk, H]
+    reached = (visible.any(1) & wrong.any(-1)[:, None]).any(-1)  # [B, L], in any head
+    return *(torch.where(wrong[..., None], 0, x) for x in (k, v)), reached[..., None, None]
 
 
 def dense_image_causal_attention(q, k, v, phi, only_last=True):
     """Plain torch: q [B, L, H, K]; k, v [B, N, R, H, K]; phi int[B, L] -> [B, L, H, K].
 
     Under the dense mask [B, L, N*R]. A token that may look at nothing attends to everything and is
-    then set to 0, so that no NaN arises, in value or gradient.
+    then set to 0, so that no NaN arises, in value or gradient. NaN as in `attend`.
     """
     N, R = k.shape[1:3]
-    if N == 0:
-        return q * 0 + (k.sum() + v.sum())  # zeros; DDP wants every parameter to take part
+    if N == 0:  # zeros; DDP wants every parameter to take part
+        return torch.where(q.new_zeros((), dtype=bool), q, 0) + (k.sum() + v.sum())
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
     sees = (image == phi[:, :, None]) if only_last else (image <= phi[:, :, None])
     has_image = sees.any(dim=-1, keepdim=True)  # [B, L, 1]
@@ -201,7 +222,9 @@ class Resampler(nn.Module):
         if num_frames is not None:
             mask = np.repeat(np.arange(T) < frames[..., None], S, axis=-1).reshape(B * N, T * S)
             mask = torch.from_numpy(mask).to(features.device)
-        x = features if self.input_proj is None else self.input_proj(features)
+            real = mask.view(B, N, T, S, 1)
+            features = torch.where(real, features, 0)  # NaN would count, in shared weights' grads
+        x = features if self.input_proj is None else self.input_proj(packed(features))
         weights = torch.from_numpy(time_weights(frames, T, len(self.time_embeddings))).to(x)
         x = x + (weights @ self.time_embeddings)[..., None, :]
         if self.spatial_embeddings is not None:
@@ -278,14 +301,26 @@ def _describe(x):
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
+def keep_seen(x, phi, only_last=True):
+    """x [B, N, ...] with zeros in the images that no token of phi int[B, L] attends to.
+
+    Whatever these hold, NaN included: the attention does not look there, but the weights that all
+    images share add up their gradient over all of them, and 0 * NaN is NaN.
+    """
+    image, phi = torch.arange(1, x.shape[1] + 1, device=x.device), phi[:, :, None]
+    seen = (image == phi if only_last else image <= phi).any(1)  # [B, N]
+    return torch.where(seen.view(*seen.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
 def gated_add(y, alpha, x, weight):
     """y + tanh(alpha) * (x @ weight^T): y [..., D], alpha [], x [..., I], weight [D, I].
 
     The gate is folded into the weight, so that the branch's output is not kept for the backward
     pass: with dW' = dout^T x, autograd gets d(alpha) = (1 - tanh(alpha)^2) <weight, dW'> and
-    d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit.
+    d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit, where x and weight are
+    finite (0 * inf is NaN); only -0 may become 0.
     """
-    return y + F.linear(x, alpha.tanh() * weight)
+    return y + F.linear(packed(x), alpha.tanh() * weight)
 
 
 class ImageCausalCrossAttention(MultiHeadAttention):
@@ -310,9 +345,11 @@ class ImageCausalCrossAttention(MultiHeadAttention):
 class GatedCrossAttentionDense(nn.Module):
     """One GATED XATTN-DENSE layer, usable alone: y [B, L, D], media [B, N, R, D_m], phi int[B, L].
 
-    With both alphas at 0, as at the start, it returns y, bit for bit. It runs under torch.compile
-    (fullgraph), autocast, activation checkpointing, DDP and, after `without_scalars`, FSDP2.
-    only_last and skip_without_image as in miniflamingo.xattn.
+    With both alphas at 0, as at the start, it returns y, bit for bit, where both branches are
+    finite; only -0 may become 0. An image that no token attends to reaches no output and no
+    gradient, NaN or not. It runs under torch.compile (fullgraph), autocast, activation
+    checkpointing, DDP and, after `without_scalars`, FSDP2. only_last and skip_without_image as in
+    miniflamingo.xattn.
 
     fused_products = True, set on a layer, makes the fused backend take the text's norms, gates and
     feed-forward from gated_block.py as well. Not the default: nothing is measured yet. It does not
@@ -345,7 +382,8 @@ class GatedCrossAttentionDense(nn.Module):
         ValueError for shapes, dtypes, devices or a phi that do not fit, and as `choose_backend`.
         """
         self._check(y, media, phi, keys_values, check)
-        keys_values = self.project_media(media) if keys_values is None else keys_values
+        if keys_values is None:
+            keys_values = self.project_media(keep_seen(media, phi, self.attention.only_last))
         if self.fused_products and self._chooses_fused(backend, y, keys_values):
             from kernels.gated_block import gated_xattn_dense
 
@@ -355,9 +393,11 @@ class GatedCrossAttentionDense(nn.Module):
             )
         a = self.attention.heads_output(self.norm(y), keys_values, phi, backend, work)
         y = gated_add(y, self.alpha_xattn, a, self.attention.out_proj.weight)
-        h = self.ffw.hidden(y)
-        if self.skip_without_image:
-            h = h * ((phi > 0) & (phi <= keys_values[0].shape[1]))[..., None]
+        if not self.skip_without_image:
+            return gated_add(y, self.alpha_dense, self.ffw.hidden(y), self.ffw.down.weight)
+        has_image = ((phi > 0) & (phi <= keys_values[0].shape[1]))[..., None]
+        h = self.ffw.hidden(torch.where(has_image, y, 0))  # what is skipped may overflow there
+        h = torch.where(has_image, h, 0)
         return gated_add(y, self.alpha_dense, h, self.ffw.down.weight)
 
     def _chooses_fused(self, backend, y, keys_values):
@@ -540,6 +580,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens):  # int [B, L], padded -> [B, D]
         present = tokens != self.pad_token
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        x = torch.where(present[..., None], x, 0)
         for block in self.blocks:
             x = block(x, mask=present[:, None, None])
         share = present / present.sum(dim=1, keepdim=True).clamp(min=1)
@@ -622,20 +663,27 @@ class Flamingo(nn.Module):
         """{name: array}, what miniflamingo.Flamingo.load_state_dict takes."""
         return numpy_state(self.state_dict())
 
-    def encode(self, pixels):  # [B, N, T, height, width, 3] -> [B, N, T, S, D_v]
+    def encode(self, pixels, num_frames=None):  # [B, N, T, height, width, 3] -> [B, N, T, S, D_v]
+        if num_frames is not None:
+            real = np.arange(pixels.shape[2]) < np.asarray(num_frames)[..., None]  # [B, N, T]
+            real = torch.from_numpy(real).to(pixels.device)
+            pixels = torch.where(real[..., None, None, None], pixels, 0)
         return self.vision_encoder(pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3])
 
     def forward(
         self, tokens, pixels, *, phi=None, num_images=None, num_frames=None, backend="auto"
     ):
         """As miniflamingo.Flamingo.forward, with tensors: logits [B, L, V]."""
-        media = self.resampler(self.encode(pixels), num_frames, backend)
+        N = pixels.shape[1]
         if phi is None:
             ids = tokens.cpu().numpy()
-            num_images = np.full(len(ids), pixels.shape[1]) if num_images is None else num_images
+            num_images = np.full(len(ids), N) if num_images is None else num_images
             phi = torch.from_numpy(compute_phi(ids, self.config.image_token, False, num_images))
             phi = phi.to(tokens.device)
-        return self.read(tokens, media, phi, backend)
+        check_phi(phi, *tokens.shape, N, tokens.device)
+        pixels = keep_seen(pixels, phi, self.config.only_last)
+        media = self.resampler(self.encode(pixels, num_frames), num_frames, backend)
+        return self.read(tokens, media, phi, backend, check=False)
 
     def read(self, tokens, media, phi, backend="auto", check=True):
         """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> [B, L, V].

@@ -59,6 +59,7 @@ from kernels.runtime import (
     dot,
     launch,
     load_rows,
+    operator,
     rows_contiguous,
     side,
     store_rows,
@@ -459,7 +460,7 @@ def launch_examples(K, dtype, R):
 # --- the torch op -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("miniflamingo::resampler_attention", mutates_args=())
+@operator("resampler_attention")
 def _attention(
     q: torch.Tensor, k_x: torch.Tensor, v_x: torch.Tensor, k_l: torch.Tensor, v_l: torch.Tensor,
     items: torch.Tensor, splits: torch.Tensor, chunk: int,
@@ -468,7 +469,7 @@ def _attention(
     return _launch_forward(*map(rows_contiguous, (q, k_x, v_x, k_l, v_l)), features)
 
 
-@torch.library.custom_op("miniflamingo::resampler_attention_backward", mutates_args=())
+@operator("resampler_attention_backward")
 def _attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k_x: torch.Tensor, v_x: torch.Tensor, k_l: torch.Tensor,
     v_l: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
@@ -508,9 +509,10 @@ def resampler_attention(q, k_x, v_x, k_l, v_l, offsets, work=None, check=True):
     q, k_l, v_l [B, R, H, K]; k_x, v_x [total, H, K], of which image b owns rows offsets[b] to
     offsets[b + 1], possibly none; offsets int[B + 1] -> [B, R, H, K], with gradients for the first
     five. K <= 128, R <= 256; one dtype and one device. work is `build_feature_list` of the offsets,
-    where the caller has it (all layers can share one). check=True reads the offsets, for which the
-    host waits for the device; unchecked, as under torch.compile or in a CUDA graph, wrong ones are
-    clamped into order and range. ValueError otherwise.
+    where the caller has it (all layers can share one); that of others is refused. check=True reads
+    the offsets, and compares them where they are another tensor, for which the host waits for the
+    device; unchecked, as under torch.compile or in a CUDA graph, wrong ones are clamped into order
+    and range, and work needs the very tensor that it was built from. ValueError otherwise.
     """
     work = _prepare(q, k_x, v_x, k_l, v_l, offsets, work, check)
     return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)
@@ -529,9 +531,9 @@ def resampler_attention_backward(dout, q, k_x, v_x, k_l, v_l, offsets, work=None
 def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, check=True):
     """The same for padded features k_x, v_x [B, M, H, K]: image b has lengths[b] of its M rows.
 
-    lengths int[B] in 0..M; all M of every image by default. What lies behind them is not read, and
-    its gradient is 0. work is `build_padded_list` of the lengths. No copy is made where k_x and v_x
-    [B, M] can be seen as one axis. Otherwise as resampler_attention.
+    lengths int[B] in 0..M; by default those of work, or all M of every image. What lies behind them
+    is not read, and its gradient is 0. work is `build_padded_list` of the lengths. No copy is made
+    where k_x and v_x [B, M] can be seen as one axis. Otherwise as resampler_attention.
     """
     if k_x.ndim != 4 or k_x.shape != v_x.shape or len(k_x) != len(q):
         raise ValueError(
@@ -539,14 +541,14 @@ def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, c
             f"got {list(k_x.shape)} and {list(v_x.shape)}"
         )
     B, M = k_x.shape[:2]
-    if lengths is None:
+    if lengths is None and work is None:
         lengths = torch.full((B,), M, device=q.device)
-    if lengths.shape != (B,) or lengths.device != q.device:
+    if lengths is not None and (lengths.shape != (B,) or lengths.device != q.device):
         raise ValueError(f"lengths must be int [B] = [{B}] on {q.device}, got {describe(lengths)}")
     if work is None:
         work = build_padded_list(lengths, M, q.shape[2], check)
     k_x, v_x = k_x.flatten(0, 1), v_x.flatten(0, 1)
-    _check(q, k_x, v_x, k_l, v_l, work)
+    _check(q, k_x, v_x, k_l, v_l, work, "lengths", lengths, check)
     return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)
 
 
@@ -556,12 +558,12 @@ def _prepare(q, k_x, v_x, k_l, v_l, offsets, work, check):
         raise ValueError(
             f"offsets must be int [B + 1] = [{len(q) + 1}] on {q.device}, got {describe(offsets)}"
         )
-    _check(q, k_x, v_x, k_l, v_l, work)
+    _check(q, k_x, v_x, k_l, v_l, work, "offsets", offsets, check)
     return build_feature_list(offsets, len(k_x), q.shape[2], check) if work is None else work
 
 
-def _check(q, k_x, v_x, k_l, v_l, work):
-    """ValueError unless the kernels can take these arguments."""
+def _check(q, k_x, v_x, k_l, v_l, work, name, counts, check):
+    """ValueError unless the kernels can take these arguments; counts are the offsets or lengths."""
     if q.ndim != 4 or k_l.shape != q.shape or v_l.shape != q.shape:
         raise ValueError(
             "q, k_l and v_l must be [B, R, H, K], all three, "
@@ -574,9 +576,19 @@ def _check(q, k_x, v_x, k_l, v_l, work):
         )
     check_limits(q.shape[3], q.shape[1])
     check_alike(q=q, k_x=k_x, v_x=v_x, k_l=k_l, v_l=v_l)
-    shape = len(q), len(k_x)
-    if work is not None and (work.shape != shape or work.items.device != q.device):
+    if work is not None:
+        _check_work(work, (len(q), len(k_x)), q.device, name, counts, check)
+
+
+def _check_work(work, shape, device, name, counts, check):
+    if work.shape != shape or work.items.device != device:
         raise ValueError(
-            f"work must be for (B, total) = {shape} on {q.device}, "
+            f"work must be for (B, total) = {shape} on {device}, "
             f"got {work.shape} on {work.items.device}"
         )
+    (B, total), source = shape, work.source
+    if source is None or len(work.items) != B + 1 + total // work.chunk:
+        raise ValueError("work must be as build_feature_list returns it, got one that was changed")
+    if source.name != name:
+        raise ValueError(f"work must be built from {name}, got one built from {source.name}")
+    source.check(source.tensor if counts is None else counts, check)

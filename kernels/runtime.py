@@ -8,6 +8,7 @@ that a kernel forgot to store is seen; `compile.py` records launches instead of 
 """
 
 import contextlib
+import functools
 
 from kernels import unavailable
 
@@ -17,6 +18,7 @@ if unavailable():
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
@@ -81,6 +83,46 @@ def rows_contiguous(x):
 def side(size):
     """The side of a tile that holds `size`: a power of two, 16 or more, as tl.dot needs it."""
     return max(16, triton.next_power_of_2(size))
+
+
+# --- torch operators ----------------------------------------------------------------------------
+
+
+def operator(name):
+    """A decorator: torch.library.custom_op "miniflamingo::name", without forward-mode derivative.
+
+    torch would let the operator drop a tangent, so that the derivative is a silent 0. Its call is a
+    RuntimeError instead, wherever a tangent may be on the way: for dual tensors, and for whatever
+    torch.func.jvp, jacfwd and hessian have wrapped.
+    """
+
+    def decorate(function):
+        op = torch.library.custom_op(f"miniflamingo::{name}", function, mutates_args=())
+
+        @functools.wraps(function)
+        def call(*args):
+            if forward_ad._current_level >= 0 and any(map(_may_have_tangent, args)):
+                raise RuntimeError(
+                    f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors); "
+                    "expected backward(), got a tensor with a tangent"
+                )
+            return op(*args)
+
+        call.register_fake, call.register_autograd = op.register_fake, op.register_autograd
+        return call
+
+    return decorate
+
+
+def _may_have_tangent(x):
+    if not isinstance(x, torch.Tensor):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)  # vmap's
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 # --- checks -------------------------------------------------------------------------------------

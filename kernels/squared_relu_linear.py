@@ -38,6 +38,7 @@ two products reads 2 MF in place of 1 in each, several times over, and saves 2.
 Tested (interpreter), compiled: as `gated_linear.py`. Not tested: any GPU.
 """
 
+from kernels.operands import packed
 from kernels.products import (
     accumulator,
     as_rows,
@@ -54,6 +55,7 @@ from kernels.runtime import (
     describe,
     launch,
     name_of,
+    operator,
     rows_contiguous,
     tl,
     torch,
@@ -156,19 +158,19 @@ def launch_examples(K, dtype, R):
 # --- the torch op -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("miniflamingo::squared_relu_linear", mutates_args=())
+@operator("squared_relu_linear")
 def _op(x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
     rows, weight = as_rows(x), rows_contiguous(weight)
-    h = _launch_forward(rows, weight) if fused else _launch_pass(rows @ weight.mT)
+    h = _launch_forward(rows, weight) if fused else _launch_pass(packed(rows) @ packed(weight).mT)
     return h.view(*x.shape[:-1], len(weight))
 
 
-@torch.library.custom_op("miniflamingo::squared_relu_linear_backward", mutates_args=())
+@operator("squared_relu_linear_backward")
 def _backward_op(
     dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dpre = _launch_backward(as_rows(dout).contiguous(), as_rows(h).contiguous())
-    return (dpre @ weight).view(x.shape), dpre.mT @ as_rows(x)
+    return (dpre @ packed(weight)).view(x.shape), dpre.mT @ packed(as_rows(x))
 
 
 @_op.register_fake

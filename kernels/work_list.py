@@ -14,6 +14,46 @@ from kernels.runtime import cast, launch, store_rows, tl, torch, triton
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
+class Source(NamedTuple):
+    """What a list of work was built from: another phi would give wrong results with it."""
+
+    name: str
+    tensor: torch.Tensor  # kept, so that no other tensor can take its place in memory
+    version: int | None  # how often it had been written to; None where torch does not count
+
+    @classmethod
+    def of(cls, name, tensor):
+        """Remember a tensor as it is now. Under torch.compile, and of inference mode: uncounted."""
+        uncounted = torch.compiler.is_compiling() or tensor.is_inference()
+        return cls(name, tensor, None if uncounted else tensor._version)
+
+    def check(self, given, may_wait):
+        """ValueError unless `given` is what the work was built from, or holds the same.
+
+        The same tensor, or a view of all of it, costs nothing to find out; the contents of another
+        one are compared where that does not make the host wait, or may_wait.
+        """
+        tensor, compiling = self.tensor, torch.compiler.is_compiling()
+        if not (compiling or self.version is None) and tensor._version != self.version:
+            raise ValueError(f"work must be built again: its {self.name} was written to since then")
+        if given is not tensor and (compiling or not _same(given, tensor, may_wait)):
+            raise ValueError(f"work must be built from the {self.name} given, got that of another")
+
+
+def _same(x, y, may_wait):
+    """Whether two tensors share all of their memory or, where that may be read, are equal."""
+    memories = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (x, y)]
+    if memories[0] == memories[1]:
+        return True
+    return (may_wait or x.device.type == "cpu") and torch.equal(x, y.to(x.dtype))
+
+
+def check_chunk(chunk):
+    """ValueError unless chunk, the most of an item, is None or a positive integer."""
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be an integer above 0, got {chunk!r}")
+
+
 class WorkList(NamedTuple):
     """The tokens of a batch grouped by image; depends on phi alone, so all layers share one."""
 
@@ -22,6 +62,7 @@ class WorkList(NamedTuple):
     splits: torch.Tensor  # int32 [B*N, 2]: an image's first slot and its number of slots, or 0
     shape: tuple  # (B, L, N)
     chunk: int  # the most tokens of an item
+    source: Source | None = None  # phi; None inside the operators, which are given the rest
 
     @property
     def num_slots(self):
@@ -35,10 +76,12 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
 
     N images in a row; heads is that of the attention, from which `chunk` follows by default. All
     sizes are known on the host, so nothing waits for the device, except that check=True reads phi
-    there (see check_phi); unchecked, a phi outside 0..N counts as 0. ValueError as check_phi.
+    there (see check_phi); unchecked, a phi outside 0..N counts as 0. The list is for this phi, as
+    it is now (see Source.check). ValueError as check_phi, and for a wrong chunk.
     """
     check_phi(phi, N, check)
-    B, L = phi.shape
+    check_chunk(chunk)
+    (B, L), source = phi.shape, Source.of("phi", phi)
     chunk = chunk or choose_chunk(B * L * heads)
     phi = phi.long()
     phi = torch.where((phi >= 0) & (phi <= N), phi, 0)
@@ -46,7 +89,7 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
     runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
     items, splits = cut_runs(runs, L, chunk)
-    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk)
+    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk, source)
 
 
 def cut_runs(runs, L, chunk):

@@ -20,6 +20,13 @@ from miniflamingo.functional import (
 from miniflamingo.module import Module
 
 
+def visible_pairs(mask, bias):  # -> bool [.., Lq, Lk], or None where all may see all
+    """Which keys a query may attend to: those that neither mask nor a bias of -inf hides."""
+    if bias is None:
+        return mask
+    return bias != -np.inf if mask is None else mask & (bias != -np.inf)
+
+
 def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -> [.., Lq, Lk]
     """softmax(q k^T / sqrt(K) + bias), over the keys that `mask` allows.
 
@@ -31,8 +38,9 @@ def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -
     scores *= q.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
-    if mask is not None:
-        scores = np.where(mask, scores, -np.inf)
+    visible = visible_pairs(mask, bias)
+    if visible is not None:  # a choice, not a sum: NaN - inf would be NaN
+        scores = np.where(visible, scores, -np.inf)
     top = row_max(scores)
     scores -= np.where(np.isfinite(top), top, 0)
     weights = np.exp(scores, out=scores)  # in place: a large array costs more to get than to fill
@@ -41,24 +49,39 @@ def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -
     return weights
 
 
+def weigh(weights, x, visible):  # [.., I, J], [.., J, K], bool [.., I, J] or None -> [.., I, K]
+    """weights @ x, in which a hidden pair's weight of 0 hides NaN and infinity, too."""
+    if visible is None or np.isfinite(x).all():
+        return weights @ x
+    visible, wrong = np.broadcast_to(visible, weights.shape), ~np.isfinite(x)
+    return np.where(visible @ wrong, weights @ x, weights @ np.where(wrong, 0, x))
+
+
 @differentiable
 def attention(q, k, v, mask=None, bias=None):
-    """[.., Lq, K], [.., Lk, K], [.., Lk, K] -> [.., Lq, K]; see attention_weights for the mask."""
-    return attention_weights(q, k, mask, bias) @ v
+    """[.., Lq, K], [.., Lk, K], [.., Lk, K] -> [.., Lq, K]; see attention_weights for the mask.
+
+    What a query may not attend to does not reach it, in output or gradient, NaN or not.
+    """
+    return weigh(attention_weights(q, k, mask, bias), v, visible_pairs(mask, bias))
 
 
 @attention.gradient
 def attention_backward(dout, q, k, v, mask=None, bias=None):
-    p = attention_weights(q, k, mask, bias)
+    p, visible, seen_by = attention_weights(q, k, mask, bias), visible_pairs(mask, bias), None
+    if visible is not None:
+        seen_by = np.broadcast_to(visible, p.shape).swapaxes(-1, -2)
     # out = p @ v
-    dv = p.swapaxes(-1, -2) @ dout
+    dv = weigh(p.swapaxes(-1, -2), dout, seen_by)
     dscores = dout @ v.swapaxes(-1, -2)  # so far dp
+    if visible is not None:
+        dscores = np.where(visible, dscores, 0)
     # p = softmax(scores): a row of zeros stays a row of zeros
     dscores -= row_dot(p, dscores)
     dscores *= p
     # scores = q @ k^T / sqrt(K) + bias
     dscores *= q.shape[-1] ** -0.5
-    return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv
+    return weigh(dscores, k, visible), weigh(dscores.swapaxes(-1, -2), q, seen_by), dv
 
 
 class KeyValueCache:

@@ -49,7 +49,9 @@ class Decoder:
 
     def __init__(self, model, batch, max_new_tokens, cached=True):
         self.model, self.num_images = model, np.asarray(batch.num_images)
-        self.media = model.resampler(model.encode(batch.pixels), batch.num_frames)
+        there = np.arange(batch.pixels.shape[1]) < self.num_images[:, None]
+        features = model.encode(batch.pixels, np.where(there, batch.num_frames, 0))
+        self.media = model.resampler(features, batch.num_frames)
         B, L = batch.tokens.shape
         self.tokens = np.full((B, L + max_new_tokens), PAD)
         self.tokens[:, :L], self.lengths = batch.tokens, np.zeros(B, int)

@@ -107,7 +107,7 @@ class Evaluation:
         }  # fmt: skip
         # the same model, reading visual tokens where it would read pixels
         self.reader = copy.copy(model)
-        self.reader.encode = lambda media: media
+        self.reader.encode = lambda media, num_frames=None: media
         self.reader.resampler = lambda media, num_frames=None: media
 
     def rng(self, *key):

@@ -12,12 +12,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from miniflamingo.checks import check_at_least, check_range, check_types
-from miniflamingo.functional import replace_row
+from miniflamingo.functional import keep, replace_row
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module, Parameter
-from miniflamingo.perceiver import MLPResampler, PerceiverResampler, TransformerResampler
+from miniflamingo.perceiver import (
+    MLPResampler,
+    PerceiverResampler,
+    TransformerResampler,
+    check_num_frames,
+)
 from miniflamingo.vision import NFNET_F6, NormalizerFreeResNet, VisionConfig, check_pixels
-from miniflamingo.xattn import GatedCrossAttentionDense, compute_phi
+from miniflamingo.xattn import GatedCrossAttentionDense, check_phi, compute_phi, keep_seen
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,20 @@ class Flamingo(Module):
             if not c.lm.tie_embeddings:
                 self.eoc_head = Parameter(self.lm.head.weight.data[c.eoc_token].copy())
 
-    def encode(self, pixels):
+    def encode(self, pixels, num_frames=None):
         """pixels [B, N, T, height, width, 3] in [0, 1] -> features [B, N, T, S, D_v].
 
-        Frames are encoded one by one. ValueError for a wrong size or dtype, NaN, or a wrong range.
+        Frames are encoded one by one, those behind a clip's num_frames int[B, N] as black, whatever
+        they hold. ValueError for a wrong size or dtype, NaN, or a wrong range.
         """
-        pixels = check_pixels(pixels, self.config.vision.image_size)
+        pixels = np.asarray(pixels)
         if pixels.ndim != 6:
             raise ValueError(f"pixels must be [B, N, T, height, width, 3], got {pixels.shape}")
+        if num_frames is not None:
+            B, N, T = pixels.shape[:3]
+            real = np.arange(T) < check_num_frames(num_frames, B, N, T)[..., None]
+            pixels = keep(pixels, real[..., None, None, None])
+        pixels = check_pixels(pixels, self.config.vision.image_size)
         frames = pixels.reshape(-1, *pixels.shape[3:])
         return self.vision_encoder(frames).reshape(
             *pixels.shape[:3], self.config.vision.num_features, self.config.vision.out_dim
@@ -127,13 +138,17 @@ class Flamingo(Module):
 
         tokens int[B, L], padded at the end; pixels [B, N, T, height, width, 3]. Ragged batches say
         how many of the N images a row has in num_images int[B], and how many of the T frames are
-        real in num_frames int[B, N]. phi int[B, L] is computed from the tokens unless given.
-        ValueError when a row has more `<image>` tags than images.
+        real in num_frames int[B, N]. phi int[B, L] is computed from the tokens unless given. What
+        lies in padded frames, and in images that no token attends to, is not looked at: NaN there
+        reaches no logit and no gradient. ValueError when a row has more `<image>` tags than images.
         """
-        media = self.resampler(self.encode(pixels), num_frames)
+        N = pixels.shape[1]
         if phi is None:
-            num_images = np.full(len(tokens), pixels.shape[1]) if num_images is None else num_images
+            num_images = np.full(len(tokens), N) if num_images is None else num_images
             phi = compute_phi(tokens, self.config.image_token, num_images=num_images)
+        phi = check_phi(phi, *tokens.shape, N)
+        pixels = keep_seen(pixels, phi, self.config.only_last)
+        media = self.resampler(self.encode(pixels, num_frames), num_frames)
         return self.read(tokens, media, phi)
 
     def read(self, tokens, media, phi, cache=None, positions=None):

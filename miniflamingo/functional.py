@@ -116,6 +116,17 @@ def broadcast_to_backward(dout, x, *shape):
 
 
 @differentiable
+def keep(x, mask):  # [...], bool, broadcast to [...] -> [...]
+    """x where the mask is True; 0 elsewhere, whatever x holds there (0 * NaN would be NaN)."""
+    return np.where(mask, x, 0)
+
+
+@keep.gradient
+def keep_backward(dout, x, mask):
+    return np.where(mask, dout, 0)
+
+
+@differentiable
 def total(x, axis=None):  # [...] -> the sum over `axis` (all axes by default)
     return x.sum(axis=axis)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from miniflamingo.attention import FeedForward, MultiHeadAttention, TransformerBlock
 from miniflamingo.autograd import array_of
-from miniflamingo.functional import LayerNorm, Linear, broadcast_to, concat, gelu, matmul
+from miniflamingo.functional import LayerNorm, Linear, broadcast_to, concat, gelu, keep, matmul
 from miniflamingo.module import Module, Parameter
 
 
@@ -77,9 +77,13 @@ class Perceiver(Module):
         ]  # fmt: skip
 
     def forward(self, inputs, mask=None):
-        """inputs [B, M, D_in], mask bool[B, M] (True: present) -> latents [B, R, D]."""
+        """inputs [B, M, D_in], mask bool[B, M] (True: present) -> latents [B, R, D].
+
+        What is not present reaches no output and no gradient, NaN or not.
+        """
         x = broadcast_to(self.latents, len(inputs), *self.latents.shape)
-        mask = None if mask is None else mask[:, None, None, :]
+        if mask is not None:
+            inputs, mask = keep(inputs, mask[..., None]), mask[:, None, None, :]
         for cross, blocks in zip(self.cross, self.blocks):
             x = cross(x, inputs, mask)
             for block in blocks:
@@ -130,13 +134,16 @@ class Resampler(Module):
         """features [B, N, T, S, D_in] -> [B*N, T*S, D], and the mask bool[B*N, T*S] or None.
 
         num_frames int[B, N] says how many of a clip's T frames are real (all by default); the
-        others are masked. ValueError when it does not fit.
+        others are masked, and count as 0 from the start: NaN in them reaches nothing, not even the
+        gradients of the weights that all frames share. ValueError when it does not fit.
         """
         B, N, T, S, _ = features.shape
         mask, frames = None, np.full((B, N), T)
         if num_frames is not None:
-            frames = _check_num_frames(num_frames, B, N, T)
-            mask = np.repeat(np.arange(T) < frames[..., None], S, axis=-1).reshape(B * N, T * S)
+            frames = check_num_frames(num_frames, B, N, T)
+            real = np.arange(T) < frames[..., None]  # [B, N, T]
+            features = keep(features, real[..., None, None])
+            mask = np.repeat(real, S, axis=-1).reshape(B * N, T * S)
         x = features if self.input_proj is None else self.input_proj(features)
         dtype, D = array_of(x).dtype, x.shape[-1]
         weights = time_weights(frames, T, len(self.time_embeddings)).astype(dtype)
@@ -151,7 +158,8 @@ class Resampler(Module):
         return x.reshape(B, N, *x.shape[1:])
 
 
-def _check_num_frames(num_frames, B, N, T):
+def check_num_frames(num_frames, B, N, T):
+    """Return num_frames as an array; ValueError unless it is [B, N] within 0..T."""
     frames = np.asarray(num_frames)
     if frames.shape != (B, N) or (frames.size and (frames.min() < 0 or frames.max() > T)):
         raise ValueError(

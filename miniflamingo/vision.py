@@ -24,6 +24,7 @@ from miniflamingo.functional import (
     cross_entropy,
     cross_entropy_backward,
     exp,
+    keep,
     sigmoid,
 )
 from miniflamingo.module import Module, Parameter
@@ -380,7 +381,7 @@ class TextEncoder(Module):
         if L > most:
             raise ValueError(f"the text encoder takes at most {most} tokens, got {L}")
         present = tokens != self.pad_token
-        x = self.embedding(tokens) + self.positions[:L]
+        x = keep(self.embedding(tokens) + self.positions[:L], present[..., None])
         for block in self.blocks:
             x = block(x, mask=present[:, None, None])
         share = present / np.maximum(present.sum(axis=1, keepdims=True), 1)

@@ -22,7 +22,7 @@ from miniflamingo.attention import (
     swap_heads,
 )
 from miniflamingo.autograd import differentiable
-from miniflamingo.functional import LayerNorm
+from miniflamingo.functional import LayerNorm, keep
 from miniflamingo.module import Module, Parameter
 
 # --- phi ----------------------------------------------------------------------------------------
@@ -69,6 +69,16 @@ def image_causal_mask(phi, N, R, only_last=True):
     image = np.repeat(np.arange(1, N + 1), R)  # [N*R], which image a visual token belongs to
     phi = np.asarray(phi)[:, :, None]
     return image == phi if only_last else image <= phi
+
+
+def keep_seen(x, phi, only_last=True):  # [B, N, ...], int [B, L] -> [B, N, ...]
+    """x with zeros in the images that no token attends to, whatever these hold.
+
+    The attention reads nothing of them; but what all images share, a projection say, adds up its
+    gradient over all of them, and there a single NaN would count: 0 * NaN is NaN.
+    """
+    seen = image_causal_mask(phi, x.shape[1], 1, only_last).any(axis=1)  # [B, N]
+    return keep(x, seen.reshape(seen.shape + (1,) * (x.ndim - 2)))
 
 
 # --- image-causal attention ---------------------------------------------------------------------
@@ -184,7 +194,8 @@ def _attend_to_all_previous(q, k, v, phi):
 class GatedCrossAttentionDense(Module):
     """One GATED XATTN-DENSE layer, put before a frozen language-model block (paper, figure 4).
 
-    D text width, D_media width of the visual tokens. With both alphas at 0 it is the identity.
+    D text width, D_media width of the visual tokens. With both alphas at 0 it is the identity, bit
+    for bit, where both branches are finite (0 * inf is NaN); only -0 may become 0.
     Layer norms as in the paper's first version: on the queries' input, on the keys' and values'
     input (shared by both), and on the feed-forward's input. skip_without_image, which the paper
     does not have, leaves tokens with phi = 0 to the language model alone, in both branches.
@@ -218,13 +229,17 @@ class GatedCrossAttentionDense(Module):
     def forward(self, y, media, phi, keys_values=None):
         """y [B, L, D]; media [B, N, R, D_media]; phi int[B, L] in 0..N -> [B, L, D].
 
-        keys_values, where given, are the projected media (and media is not looked at). ValueError
-        when phi does not fit.
+        keys_values, where given, are the projected media (and media is not looked at). An image
+        that no token attends to reaches no output and no gradient, NaN or not. ValueError when phi
+        does not fit.
         """
-        k, v = self.project_media(media) if keys_values is None else keys_values
-        phi = check_phi(phi, *y.shape[:2], k.shape[1])
-        y = tanh_gate(y, self.alpha_xattn, self.attention(self.norm(y), (k, v), phi))
-        dense = self.ffw(y)
-        if self.skip_without_image:
-            dense = dense * (phi > 0)[..., None]
-        return tanh_gate(y, self.alpha_dense, dense)
+        N = (media if keys_values is None else keys_values[0]).shape[1]
+        phi = check_phi(phi, *y.shape[:2], N)
+        if keys_values is None:
+            keys_values = self.project_media(keep_seen(media, phi, self.attention.only_last))
+        y = tanh_gate(y, self.alpha_xattn, self.attention(self.norm(y), keys_values, phi))
+        if not self.skip_without_image:
+            return tanh_gate(y, self.alpha_dense, self.ffw(y))
+        has_image = (phi > 0)[..., None]
+        dense = self.ffw(keep(y, has_image))  # what is skipped may overflow there
+        return tanh_gate(y, self.alpha_dense, keep(dense, has_image))

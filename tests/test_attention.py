@@ -181,3 +181,40 @@ def test_cross_attention():
     check_module(module, normal(2, 3, 4), normal(2, 4, 5), mask=allowed[:, None, None])
     out = module(normal(2, 3, 4), normal(2, 4, 5), mask=allowed[:, None, None])
     assert (out[1] == 0).all()  # no bias anywhere: nothing seen is nothing added
+
+
+# --- masked means unseen --------------------------------------------------------------------------
+
+each_bad = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+
+
+@each_bad
+@pytest.mark.parametrize("way", ["mask", "bias"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # inf - inf, in a score that is not used
+def test_a_key_that_nobody_may_see_reaches_nothing(bad, way):
+    hidden = np.array([0, 1, 0, 0, 0, 1], bool)
+    options = {"mask": ~hidden} if way == "mask" else {"bias": np.where(hidden, -np.inf, bias)}
+    poisoned_k, poisoned_v = k.copy(), v.copy()
+    poisoned_k[..., hidden, :] = poisoned_v[..., hidden, :] = bad
+    out = attention(q, poisoned_k, poisoned_v, **options)
+    np.testing.assert_array_equal(out, attention(q, k, v, **options))
+    dout = normal(*out.shape, seed=1)
+    grads = attention_backward(dout, q, poisoned_k, poisoned_v, **options)
+    for grad, expected in zip(grads, attention_backward(dout, q, k, v, **options)):
+        np.testing.assert_array_equal(grad, expected)
+    assert not grads[1][..., hidden, :].any() and not grads[2][..., hidden, :].any()
+
+
+@each_bad
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_later_key_reaches_no_earlier_query(bad):
+    later, options = np.arange(4) >= 2, {"bias": causal[:, :4]}  # query i sees keys 0..i+1
+    poisoned_k, poisoned_v, dout = k[..., :4, :].copy(), v[..., :4, :].copy(), normal(2, 3, 4, 5)
+    poisoned_k[..., 3, 0] = poisoned_v[..., 3, 1] = bad
+    clean = q, k[..., :4, :], v[..., :4, :]
+    out, expected = attention(q, poisoned_k, poisoned_v, **options), attention(*clean, **options)
+    np.testing.assert_array_equal(out[..., ~later, :], expected[..., ~later, :])
+    assert not np.isfinite(out[..., later, :]).all(axis=-1).any()
+    dq = attention_backward(dout, q, poisoned_k, poisoned_v, **options)[0]
+    expected = attention_backward(dout, *clean, **options)[0]
+    np.testing.assert_array_equal(dq[..., ~later, :], expected[..., ~later, :])

@@ -1,9 +1,12 @@
 """The whole model: which image reaches which token, what is frozen, what is trained."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from miniflamingo.autograd import Tape
+from miniflamingo.decoding import Decoder
 from miniflamingo.flamingo import Flamingo, FlamingoConfig, build_resampler, count_parameters
 from miniflamingo.functional import cross_entropy
 from tests.gradients import check_module
@@ -321,3 +324,68 @@ def test_counting_equals_building():
     counts = count_parameters(TINY)
     assert sum(counts.values()) == tiny().num_parameters()
     assert counts["resampler"] == tiny().resampler.num_parameters()
+
+
+# --- masked means unseen --------------------------------------------------------------------------
+
+# which pixels of a batch with rows of 3, 1 and 0 images, T = 3, are poisoned
+HIDDEN = {
+    "padded frames": lambda batch: np.arange(3) >= batch.num_frames[..., None],
+    "padded images": lambda batch: np.arange(3)[:, None] >= batch.num_images[:, None, None],
+    "unseen images": lambda batch: ~(batch.phi[:, :, None] == np.arange(1, 4)).any(1)[..., None],
+}
+
+
+def logits_and_gradients(model, batch, **changes):
+    for _, p in model.named_parameters():
+        p.grad = None
+    with Tape() as tape:
+        logits = model(**batch.inputs() | changes)
+        loss = cross_entropy(logits, batch.tokens)
+    tape.backward(loss)
+    return [logits.data, *(p.grad for _, p in model.named_parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("resampler", ["perceiver", "transformer", "mlp"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_is_masked_reaches_no_logit_and_no_gradient(name, resampler, bad):
+    model = tiny(resampler=resampler, spatial_embeddings=True)
+    batch = batch_of("bI.I..I.", "b..I.", "b...", T=3)
+    phi = np.where(batch.phi == 2, 1, batch.phi)  # nobody looks at image 2
+    changes = {} if name != "unseen images" else {"phi": phi, "num_frames": None}
+    batch = replace(batch, phi=phi) if changes else batch
+    expected = logits_and_gradients(model, batch, **changes)
+    hidden = np.broadcast_to(HIDDEN[name](batch), batch.pixels.shape[:3])
+    assert hidden.any() and not hidden.all()
+    batch.pixels[hidden] = bad
+    for ours, clean in zip(logits_and_gradients(model, batch, **changes), expected, strict=True):
+        np.testing.assert_array_equal(ours, clean)
+
+
+def test_pixels_that_count_are_still_checked():
+    batch = batch_of("bI.I..", T=2)
+    batch.pixels[0, 1, 0, 3, 3, 0] = np.nan
+    with pytest.raises(ValueError, match=r"images must be finite, got nan at \[0, 1, 0, 3, 3, 0\]"):
+        tiny()(**batch.inputs())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("lm", [{}, {"positions": "learned"}])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the later token itself
+def test_a_later_token_reaches_no_earlier_logit(lm, bad):
+    model, batch = tiny(lm=lm), batch_of("bI.eI..", T=1)
+    batch.tokens[:] = np.array([1, 3, 5, 2, 3, 6, 7])
+    expected = model(**batch.inputs())
+    model.lm.embedding.weight.data[6] = bad
+    logits = model(**batch.inputs())
+    np.testing.assert_array_equal(logits[:, :5], expected[:, :5])
+    assert not np.isfinite(logits[:, 5:]).any()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_decoding_does_not_see_padding(cached):
+    model, batch = tiny(), batch_of("bI.", "bI.eI..", T=2)
+    expected = Decoder(model, batch, 2, cached).logits
+    batch.pixels[np.arange(2) >= batch.num_frames[..., None]] = np.nan
+    np.testing.assert_array_equal(Decoder(model, batch, 2, cached).logits, expected)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniflamingo import attention as attention_room
+from miniflamingo.autograd import Tape, Tensor
 from miniflamingo.perceiver import (
     MLPResampler,
     Perceiver,
@@ -244,3 +245,36 @@ def test_each_clip_of_a_batch_has_its_own_clock():
     weights = time_weights(np.array([[2, 7]]), 7, 4)
     np.testing.assert_array_equal(weights[0, 0, :2], time_weights(2, 2, 4))
     np.testing.assert_array_equal(weights[0, 1], time_weights(7, 7, 4))
+
+
+# --- masked means unseen --------------------------------------------------------------------------
+
+
+def gradients(module, x, *rest):
+    """The output, and the gradient of x and of every parameter."""
+    for _, p in module.named_parameters():
+        p.grad = None
+    x = Tensor(x)
+    with Tape() as tape:
+        out = module(x, *rest)
+        loss = (out * out).sum()
+    tape.backward(loss)
+    return [out.data, x.grad, *(p.grad for _, p in module.named_parameters())]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [*RESAMPLERS, "Perceiver"])
+def test_what_is_padded_reaches_no_output_and_no_gradient(kind, bad):
+    if kind == "Perceiver":
+        module = Perceiver(D_IN, D, R, heads=2, rng=np.random.default_rng(0)).astype(np.float64)
+        x, lengths = normal(2, 6, D_IN), np.array([4, 0])
+        padded = np.arange(6) >= lengths[:, None]
+        rest = (~padded,)
+    else:
+        module, x = resampler(kind), normal(2, 2, 3, S, D_IN)
+        rest = (np.array([[1, 3], [2, 0]]),)
+        padded = np.arange(3) >= rest[0][..., None]
+    expected = gradients(module, x, *rest)
+    x[padded] = bad
+    for ours, clean in zip(gradients(module, x, *rest), expected, strict=True):
+        np.testing.assert_array_equal(ours, clean)

@@ -301,3 +301,20 @@ def test_a_few_steps_of_descent_pair_images_with_texts():
         for p in model.parameters():
             p.data = p.data - 0.05 * p.grad
     assert float(model(pixels, words)) < before / 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_padding_of_a_text_reaches_nothing(bad):
+    encoder = TextEncoder(9, 8, heads=2, max_positions=6, rng=np.random.default_rng(0))
+    tokens, results = np.array([[3, 4, 0, 0], [5, 6, 7, 8], [0, 0, 0, 0]]), []
+    for value in (1.0, bad):
+        encoder.embedding.weight.data[0] = value
+        for _, p in encoder.named_parameters():
+            p.grad = None
+        with Tape() as tape:
+            out = encoder(tokens)
+            loss = (out * out).sum()
+        tape.backward(loss)
+        results.append([out.data, *(p.grad for _, p in encoder.named_parameters())])
+    for ours, clean in zip(results[1], results[0]):
+        np.testing.assert_array_equal(ours, clean)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniflamingo.attention import attention, attention_backward, swap_heads
-from miniflamingo.autograd import Tape
+from miniflamingo.autograd import Tape, Tensor
 from miniflamingo.xattn import (
     GatedCrossAttentionDense,
     ImageCausalCrossAttention,
@@ -326,3 +326,74 @@ def test_the_layer_checks_phi():
         layer()(y, media, phi[:, :4])
     with pytest.raises(ValueError, match=r"0\.\.3 \(N = 3 images\), got phi\[0, 0\] = 4"):
         layer()(y, media, phi + 4)
+
+
+# --- masked means unseen --------------------------------------------------------------------------
+
+
+each_bad = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+
+
+def equal(ours, expected):
+    for name in expected:
+        np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+
+
+@each_bad
+def test_an_image_that_nobody_looks_at_reaches_nothing(bad):
+    unseen = np.array([[0, 1, 0], [0, 0, 1]], bool)  # phi above has no 2 in row 0, no 3 in row 1
+    poisoned_k, poisoned_v = k.copy(), v.copy()
+    poisoned_k[unseen] = poisoned_v[unseen] = bad
+    expected = image_causal_attention(q, k, v, phi)
+    np.testing.assert_array_equal(image_causal_attention(q, poisoned_k, poisoned_v, phi), expected)
+    grads = image_causal_attention_backward(expected, q, poisoned_k, poisoned_v, phi)
+    for x, y in zip(grads, image_causal_attention_backward(expected, q, k, v, phi)):
+        np.testing.assert_array_equal(x, y)
+    assert not grads[1][unseen].any() and not grads[2][unseen].any()
+
+
+def layer_gradients(layer, y, media, phi):
+    """{"out", "y", "media", and the parameters' names}: the output, and every gradient."""
+    for _, p in layer.named_parameters():
+        p.grad = None
+    y, media = Tensor(y), Tensor(media)
+    with Tape() as tape:
+        out = layer(y, media, phi)
+        loss = (out * out).sum()
+    tape.backward(loss)
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    return {"out": out.data, "y": y.grad, "media": media.grad, **grads}
+
+
+def open_layer(**options):
+    layer = GatedCrossAttentionDense(6, 5, 2, 3, **options, rng=np.random.default_rng(0))
+    layer.alpha_xattn.data, layer.alpha_dense.data = np.array([0.5, -0.7], np.float32)
+    return layer.astype(np.float64)
+
+
+@each_bad
+@pytest.mark.parametrize("only_last", [True, False])
+def test_unseen_media_reach_no_gradient_of_a_weight_that_images_share(bad, only_last):
+    layer, y, media = open_layer(only_last=only_last), normal(2, 5, 6), normal(2, 3, 4, 5)
+    seen_first = np.minimum(phi, 2)  # image 3 is seen by nobody, in either mode
+    expected = layer_gradients(layer, y, media, seen_first)
+    media[:, 2] = bad
+    equal(layer_gradients(layer, y, media, seen_first), expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the skipped tokens overflow
+def test_what_a_skipped_token_overflows_to_is_not_seen():
+    layer, y, media = open_layer(skip_without_image=True), normal(2, 5, 6), normal(2, 3, 4, 5)
+    dense = layer.ffw.forward
+    layer.ffw.forward = lambda x: dense(x) * np.where(abs(x).max(-1, keepdims=True) > 9, np.inf, 1)
+    y[phi == 0] = 10
+    out = layer(y, media, phi)
+    assert np.isfinite(out).all() and (out[phi == 0] == 10).all()
+
+
+@pytest.mark.parametrize("y", [-0.0, 0.0, 1.5, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("branch, same", [(3.0, True), (-3.0, True), (np.inf, False)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 0 * inf
+def test_a_shut_gate_gives_y_where_the_branch_is_finite(y, branch, same):
+    out = tanh_gate(np.array([y]), np.array(0.0), np.array([branch]))
+    assert np.array_equal(out, [y], equal_nan=True) == (same or np.isnan(y))

@@ -72,7 +72,7 @@ def broken(tmp_path, name):
     source = source.replace(before, after) if before else source
     namespace = "broken_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'))
+    path.write_text(source.replace('@operator("', f'@operator("{namespace}_'))
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -128,9 +128,69 @@ def test_the_worst_output_decides():
     assert not record.ok
 
 
-def test_inputs_keep_their_strides():
+def test_inputs_keep_their_strides_and_their_gaps_hold_nan():
     q, *_ = ATTENTION.cases["strided inputs"](np.random.default_rng(0))
-    assert not compare.to_torch(q, torch.bfloat16, DEVICE).is_contiguous()
+    x = compare.to_torch(q, torch.bfloat16, DEVICE)
+    assert x.stride() == torch.from_numpy(q).stride() and not x.is_contiguous()
+    memory = x.as_strided((x.untyped_storage().nbytes() // 2,), (1,))
+    assert memory.isnan().sum() == len(memory) - x.numel() > 0 and not x.isnan().any()
+
+
+# --- a peer that is wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "out, peer, dtype, fault, ok",
+    [
+        (1.0 + 1e-7, float("nan"), "fp32", "NaN", True),
+        (1.0 + 1e-6, float("nan"), "fp32", "NaN", False),  # above 16 floors
+        (1.0 + 2**-8, float("nan"), "bf16", "NaN", True),
+        (1.0 + 2**-6, float("nan"), "bf16", "NaN", False),
+        (1.0, float("inf"), "bf16", "infinite", True),
+        (1.0, 3.0, "bf16", "far off", True),
+        (2.0, 3.0, "bf16", "far off", False),  # an error below the peer's is no excuse
+        (float("nan"), float("nan"), "bf16", "NaN", False),
+        (1.0, 1.0 + 2**-8, "bf16", "", True),
+    ],
+)
+def test_beside_a_wrong_peer_the_floor_alone_decides(out, peer, dtype, fault, ok):
+    record = judged([out], [peer], [1.0], dtype)
+    assert (record.peer, record.ok) == (fault, ok)
+
+
+def nan_peer(*args):
+    """What plain torch on some processors makes of strided operands."""
+    return compare.dense_attention(*args) * float("nan")
+
+
+def test_a_wrong_peer_is_said_and_fails_nothing(tmp_path, monkeypatch, capsys):
+    cases = {"images": BRIEF["images"], "strided inputs": ATTENTION.cases["strided inputs"]}
+    comparison = dataclasses.replace(ATTENTION, peer=nan_peer, cases=cases)
+    monkeypatch.setattr(compare, "KERNELS", [comparison])
+    path = tmp_path / "compare.json"
+    assert command_line.main(["compare", "--json", str(path)]) == 0
+    printed, records = capsys.readouterr().out, json.loads(path.read_text())["records"]
+    assert printed.count("ok  peer: NaN (plain torch on this processor)") == len(records) == 12
+    assert all(r["peer_error"] is None and r["peer"] == "NaN" and r["ok"] for r in records)
+
+
+def test_a_wrong_peer_does_not_hide_a_wrong_kernel(tmp_path):
+    comparison = dataclasses.replace(broken(tmp_path, "no scale"), peer=nan_peer)
+    records = list(compare.compare(comparison, "images", "bf16", DEVICE))
+    assert records and not any(r.ok for r in records)
+
+
+def test_a_peer_gets_no_gaps():
+    seen = []
+
+    def peer(*args):
+        seen.extend(x.is_contiguous() for x in args)
+        return compare.dense_attention(*args)
+
+    list(
+        compare.compare(dataclasses.replace(ATTENTION, peer=peer), "strided inputs", "bf16", DEVICE)
+    )
+    assert seen and all(seen)
 
 
 # --- the command --------------------------------------------------------------------------------

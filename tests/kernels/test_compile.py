@@ -206,6 +206,7 @@ class Alone:
         ("import thing", "import other", True),
         ("return x + 1", "return x + 2", True),  # shows in the launches, if it matters
         ("return 2", "return 3", True),
+        ("class Alone:", "class Alone:\n    field: int = 3\n", True),
         ("return x  ", "return -x  ", False),
         ("@triton.jit\n", "@triton.jit\n@more\n", False),
         ('("#", 4)', '("#", 8)', False),

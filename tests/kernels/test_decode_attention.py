@@ -243,3 +243,12 @@ def test_value_errors_quote_expected_and_got(name):
 def test_cpu_tensors_are_refused_on_a_gpu_machine(device):
     with pytest.raises(ValueError, match="one device, cuda, got cpu"):
         decode_attention.decode_attention(q, kv, kv, phi)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_other_images_reach_nothing(bad, device):
+    q, k, v, phi = draw([2, 0, 3], device=device)
+    expected = decode(q, k, v, phi)
+    others = torch.arange(1, 4, device=device) != phi[:, None]
+    k[others], v[others] = bad, bad
+    assert torch.equal(decode(q, k, v, phi), expected)

@@ -313,3 +313,75 @@ def test_dout_must_be_like_q():
 def test_cpu_tensors_are_refused_on_a_gpu_machine(device):
     with pytest.raises(ValueError, match="one device, cuda, got cpu"):
         image_causal_attention(q, kv, kv, phi)
+
+
+# --- masked means unseen, and a work list is for one phi ------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("R", [5, 70])
+def test_an_image_that_nobody_looks_at_reaches_nothing(bad, R, device):
+    args = draw([[0, 1, 1, 3], [2, 2, 0, 2]], N=3, R=R, device=device)
+    expected, unseen = both(*args), torch.tensor([[0, 1, 0], [1, 0, 1]], dtype=bool, device=device)
+    args[2][unseen], args[3][unseen] = bad, bad
+    results = both(*args)
+    assert all(torch.equal(x, y) for x, y in zip(results, expected))
+    assert not results[2][unseen].any() and not results[3][unseen].any()
+
+
+def test_a_work_list_of_another_phi_is_refused(device):
+    dout, q, k, v, phi = draw([[0, 1, 1, 2]], N=2, device=device)
+    work = build_work_list(torch.tensor([[0, 0, 1, 1]], device=device), 2)
+    for check in (True, False):
+        with pytest.raises(ValueError, match="work must be built from the phi given"):
+            image_causal_attention(q, k, v, phi, work, check)
+        with pytest.raises(ValueError, match="work must be built from the phi given"):
+            image_causal_attention_backward(dout, q, k, v, phi, work, check)
+    own = build_work_list(phi, 2)
+    expected = image_causal_attention(q, k, v, phi)
+    for same in (phi, phi.detach(), phi[:], phi.clone(), phi.long()):
+        assert torch.equal(image_causal_attention(q, k, v, same, own), expected)
+    phi[0, 0] = 1
+    with pytest.raises(ValueError, match="built again: its phi was written to since"):
+        image_causal_attention(q, k, v, phi, own)
+
+
+def test_a_work_list_that_was_changed_is_refused(device):
+    _, q, k, v, phi = draw([[0, 1, 1, 2] * 40], N=2, device=device)
+    work = build_work_list(phi, 2)
+    for change in ({"chunk": 16}, {"source": None}, {"items": work.items[:-1]}):
+        with pytest.raises(ValueError, match="as build_work_list returns it"):
+            image_causal_attention(q, k, v, phi, work._replace(**change))
+
+
+@pytest.mark.parametrize("chunk", [0, -3, 2.5, "8"])
+def test_a_chunk_is_a_positive_integer(chunk):
+    with pytest.raises(ValueError, match="chunk must be an integer above 0, got"):
+        build_work_list(torch.zeros(1, 3, dtype=torch.int32), 1, chunk=chunk)
+
+
+def test_a_work_list_of_inference_mode_serves(device):
+    with torch.inference_mode():
+        _, q, k, v, phi = draw([[0, 1, 1, 2]], N=2, device=device)
+        phi = phi.clone()
+        work = build_work_list(phi, 2, check=False)
+        image_causal_attention(q, k, v, phi, work, check=False)
+
+
+def test_a_compiled_step_shares_a_work_list_and_refuses_another(device):
+    _, q, k, v, phi = draw([[0, 1, 1, 2]], N=2, device=device)
+    work, other = build_work_list(phi, 2), build_work_list(phi.clone(), 2)
+    expected = image_causal_attention(q, k, v, phi)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def inside(q, k, v, phi):
+        return image_causal_attention(q, k, v, phi, build_work_list(phi, 2, check=False), False)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def outside(q, k, v, phi, work):
+        return image_causal_attention(q, k, v, phi, work, False)
+
+    assert torch.equal(inside(q, k, v, phi), expected)
+    assert torch.equal(outside(q, k, v, phi, work), expected)
+    with pytest.raises(Exception, match="work must be built from the phi given"):
+        outside(q, k, v, phi, other)

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from kernels import layers  # noqa: E402
 from miniflamingo import Flamingo, FlamingoConfig  # noqa: E402
+from tests.models import batch_of, tiny  # noqa: E402
 
 IMAGE = FlamingoConfig().image_token
 CHANGES = {
@@ -440,3 +441,149 @@ def test_the_resampler_refuses_an_unknown_backend():
         resampler(torch.randn(1, 1, 1, 3, 8), backend="triton")
     with pytest.raises(ValueError, match=r"'torch', 'fused'.* got 'triton'"):
         resampler.layers[0](torch.randn(1, 2, 8), torch.randn(1, 3, 8), backend="triton")
+
+
+# --- masked means unseen --------------------------------------------------------------------------
+
+each_bad = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+
+
+def equal(ours, expected):
+    for name in expected:
+        assert torch.equal(ours[name], expected[name]), name
+
+
+@both
+@each_bad
+@pytest.mark.parametrize("fused_products", [False, True])
+def test_an_image_that_nobody_looks_at_reaches_nothing(backend, bad, fused_products):
+    layer, y, media, phi = open_layer()
+    layer.fused_products = fused_products
+    expected = run_layer(layer, y, media, phi, backend)
+    media[1, 1:] = bad  # row 1 looks at image 1 alone
+    equal(run_layer(layer, y, media, phi, backend), expected)
+
+
+@each_bad
+def test_nor_where_tokens_look_at_all_previous_images(bad):
+    layer, y, media, phi = open_layer(only_last=False)
+    expected = run_layer(layer, y, media, phi, "torch")
+    media[1, 1:] = bad
+    equal(run_layer(layer, y, media, phi, "torch"), expected)
+
+
+@each_bad
+def test_projected_media_of_an_unseen_image_reach_nothing(bad):
+    q, (k, v) = torch.randn(1, 4, 2, 8), torch.randn(2, 1, 3, 5, 2, 8)
+    phi, results = torch.tensor([[0, 1, 1, 3]]), []
+    for value in (1.0, bad):
+        k[:, 1], v[:, 1] = value, value
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = layers.dense_image_causal_attention(*inputs, phi)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, clean in zip(results[1], results[0]):
+        assert torch.equal(ours, clean)
+    assert not results[1][2][:, 1].any() and not results[1][3][:, 1].any()
+
+
+@each_bad
+@pytest.mark.parametrize("only_last", [True, False])
+def test_an_image_that_some_look_at_reaches_only_them(bad, only_last):
+    q, (k, v) = torch.randn(1, 5, 2, 8), torch.randn(2, 1, 3, 5, 2, 8)
+    phi = torch.tensor([[0, 1, 2, 2, 3]])
+    expected = layers.dense_image_causal_attention(q, k, v, phi, only_last)
+    v[0, 1, 2, 0, 3] = bad
+    out = layers.dense_image_causal_attention(q, k, v, phi, only_last)
+    reached = (phi[0] == 2) if only_last else (phi[0] >= 2)
+    assert torch.equal(out[:, ~reached], expected[:, ~reached])
+    assert out[:, reached].isnan().all()
+
+
+@both
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fused_products", [False, True])
+def test_what_a_skipped_token_overflows_to_is_not_seen(backend, fused_products):
+    layer, y, media, phi = open_layer(skip_without_image=True)
+    layer.fused_products = fused_products
+    with torch.no_grad():  # the norm gives every token but one of zeros a huge number
+        layer.ffw.norm.bias.zero_()
+        layer.ffw.norm.weight.fill_(1e30)
+    y[phi > 0] = 0
+    layer.alpha_xattn.data.zero_()
+    results = run_layer(layer, y, media, phi, backend)
+    assert torch.equal(results["out"][phi == 0], y[phi == 0])
+    assert all(x.isfinite().all() for x in results.values())
+
+
+@both
+@each_bad
+def test_padded_frames_reach_nothing(backend, bad):
+    resampler = layers.PerceiverResampler(5, 8, 3, 2, 2, 4, num_features=3)
+    features, num_frames = torch.randn(2, 2, 2, 3, 5), np.array([[1, 2], [2, 0]])
+    padded, results = torch.from_numpy(np.arange(2) >= num_frames[..., None]), []
+    for value in (1.0, bad):
+        x = torch.where(padded[..., None, None], value, features).requires_grad_()
+        resampler.zero_grad()
+        out = resampler(x, num_frames, backend)
+        out.square().sum().backward()
+        grads = {name: p.grad for name, p in resampler.named_parameters()}
+        results.append({"out": out.detach(), "features": x.grad, **grads})
+    equal(results[1], results[0])
+
+
+@both
+@each_bad
+@pytest.mark.parametrize("hidden", ["padded frames", "padded images", "an unseen image"])
+def test_what_is_masked_reaches_no_logit_and_no_gradient(backend, bad, hidden):
+    batch, sizes, results = batch_of("bI.I", "bI", "b.", images=[2, 1, 0], T=2), {}, []
+    twin = layers.Flamingo.from_numpy(tiny(dtype=np.float32))
+    tokens, pixels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.pixels).float()
+    where = np.arange(2)[:, None] >= batch.num_images[:, None, None]  # padded images
+    if hidden == "padded frames":
+        sizes["num_frames"] = batch.num_frames
+        where = np.arange(2) >= batch.num_frames[..., None]
+    if hidden == "an unseen image":
+        sizes["phi"] = torch.from_numpy(batch.phi).clamp(max=1)
+        where = where | (np.arange(2)[:, None] == 1)
+    for value in (0.5, bad):
+        twin.zero_grad()
+        poisoned = torch.from_numpy(where)[..., None, None, None]
+        poisoned = torch.where(poisoned, value, pixels)
+        logits = twin(tokens, poisoned, **sizes, backend=backend)
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
+        results.append({"logits": logits.detach(), **grads})
+    equal(results[1], results[0])
+
+
+@each_bad
+def test_a_later_token_reaches_no_earlier_logit(bad):
+    model, tokens, pixels, sizes = open_model(np.float32)
+    twin = layers.Flamingo.from_numpy(model)
+    tokens[:, 15] = 110  # a word that stands nowhere else
+    tokens, pixels = map(torch.from_numpy, (tokens, pixels))
+    expected = twin(tokens, pixels, **sizes)
+    twin.lm.embedding.weight.data[110] = bad
+    logits = twin(tokens, pixels, **sizes)
+    assert torch.equal(logits[:, :15], expected[:, :15])
+    assert not logits[:, 15:].isfinite().any()
+
+
+@each_bad
+def test_the_padding_of_a_text_reaches_nothing(bad):
+    encoder = layers.TextEncoder(9, 8, heads=2, max_positions=6)
+    tokens, results = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]]), []
+    for value in (1.0, bad):
+        encoder.embedding.weight.data[0] = value
+        encoder.zero_grad()
+        out = encoder(tokens)
+        out.square().sum().backward()
+        results.append({"out": out.detach(), **{n: p.grad for n, p in encoder.named_parameters()}})
+    equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("y", [-0.0, 0.0, 1.5, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("x, same", [(3.0, True), (-3.0, True), (np.inf, False)])
+def test_a_shut_gate_gives_y_where_the_branch_is_finite(y, x, same):
+    out = layers.gated_add(*(torch.tensor(z) for z in ([y], 0.0, [x], [[1.0]])))
+    assert np.array_equal(out.numpy(), np.float32([y]), equal_nan=True) == (same or np.isnan(y))

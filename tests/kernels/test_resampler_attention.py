@@ -447,3 +447,54 @@ def test_value_errors_of_the_padded_function(name):
 def test_cpu_tensors_are_refused_on_a_gpu_machine(device):
     with pytest.raises(ValueError, match="one device, cuda, got cpu"):
         resampler_attention.resampler_attention(**ARGUMENTS, offsets=OFFSETS)
+
+
+# --- masked means unseen, and a list of features is for one batch ---------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_padding_reaches_nothing(bad, chunk, device):
+    g = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, n, 2, 16, generator=g).to(device) for n in (3, 3, 5, 5, 3, 3)]
+    lengths = torch.tensor([4, 0], device=device)
+    work = build_padded_list(lengths, 5, chunk=chunk)
+    expected = padded(*drawn, lengths=lengths, work=work)
+    behind = torch.arange(5, device=device) >= lengths[:, None]
+    drawn[2][behind], drawn[3][behind] = bad, bad
+    results = padded(*drawn, lengths=lengths, work=work)
+    assert all(torch.equal(x, y) for x, y in zip(results, expected))
+    assert not results[2][behind].any() and not results[3][behind].any()
+
+
+@interpreted
+@pytest.mark.parametrize("check", [True, False])
+def test_a_list_of_another_batch_is_refused(check):
+    work = build_feature_list(torch.tensor([0, 4, 7]), 7)
+    with pytest.raises(ValueError, match="work must be built from the offsets given"):
+        resampler_attention.resampler_attention(
+            **ARGUMENTS, offsets=OFFSETS, work=work, check=check
+        )
+    own = build_feature_list(OFFSETS, 7)
+    for offsets in (OFFSETS, OFFSETS.clone(), OFFSETS.int()):
+        resampler_attention.resampler_attention(**ARGUMENTS, offsets=offsets, work=own)
+
+
+@interpreted
+def test_a_padded_list_of_other_lengths_is_refused():
+    arguments, lengths = ARGUMENTS | dict(k_x=pairs, v_x=pairs), torch.tensor([2, 3])
+    work = build_padded_list(lengths, 4)
+    for same in (None, lengths, lengths.clone()):
+        padded_resampler_attention(**arguments, lengths=same, work=work)
+    with pytest.raises(ValueError, match="work must be built from the lengths given"):
+        padded_resampler_attention(**arguments, lengths=torch.tensor([3, 3]), work=work)
+    lengths[0] = 1
+    with pytest.raises(ValueError, match="built again: its lengths was written to since"):
+        padded_resampler_attention(**arguments, work=work)
+    packed = build_feature_list(torch.tensor([0, 2, 8]), 8)
+    with pytest.raises(ValueError, match=r"work must be built from lengths, got .* from offsets"):
+        padded_resampler_attention(**arguments, work=packed)
+    with pytest.raises(ValueError, match="as build_feature_list returns it"):
+        padded_resampler_attention(**arguments, work=work._replace(chunk=1))
+    with pytest.raises(ValueError, match="chunk must be an integer above 0, got 0"):
+        build_padded_list(torch.tensor([2, 3]), 4, chunk=0)
