@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from miniflamingo import cards, training
-from miniflamingo.evaluation import Evaluation
+from miniflamingo.evaluation import Evaluation, table
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,16 @@ def test_the_readme_quotes_the_shipped_seeds():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for row in cards.summary(seeds):
         assert row in readme
+
+
+def test_the_cards_quote_the_shipped_metrics():
+    shipped = training.WEIGHTS / "flamingo"
+    metrics = json.loads((shipped / "metrics.json").read_text())
+    figures = [*table(metrics), cards._gates(metrics["alpha"])]
+    assert (shipped / "card.md").read_text().endswith("```\n" + "\n".join(figures) + "\n```\n")
+    assert cards._text_only(metrics, "lm") in (training.WEIGHTS / "lm" / "card.md").read_text()
+    seeds = json.loads((shipped / "seeds.json").read_text())
+    assert seeds["0"] == cards.headlines(metrics) and list(seeds) == ["0", "1", "2"]
 
 
 def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
