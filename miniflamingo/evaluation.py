@@ -1,9 +1,10 @@
 """Few-shot evaluation: what a model that was trained on five pictures does with up to 32.
 
 Everything is asked of pictures and episodes that no training has seen: other seeds, other images
-of digits. A figure is an accuracy over `samples` episodes with its Wilson interval (95 %). Shots
-often fail to show the class that is asked for, so each curve comes with its ceiling, and with the
-accuracy given that the class was shown.
+of digits. The asked picture never stands among its own shots, nor does its handwritten digit in
+another size and place: a pool is `distinct`. A figure is an accuracy over `samples` episodes with
+its Wilson interval (95 %). Shots often fail to show the class that is asked for, so each curve
+comes with its ceiling, and with the accuracy given that the class was shown.
 
 Letters: B episodes, k shots, w ways (classes), L tokens, N pictures, R visual tokens, V words.
 """
@@ -225,21 +226,25 @@ class Evaluation:
 
         Each episode has `support` named pictures; likeness is the cosine of the frozen encoder's
         mean features; the most similar comes LAST. Beside it, k random pictures of the support.
-        The pool is finite, so the query itself may stand in the support: it is never chosen.
+        The pool is finite, so the query itself may be drawn, or one picture twice: the query is
+        never chosen, and no picture twice. ValueError when fewer than k are left.
         """
         task, rng = TASKS[name], self.rng("rices", name)
         episode = grammar.draw_episode(
             self.samples, support + 1, task.ways, rng, task.allowed, task.mode
         )
-        pictures = self.pool.pick(episode.colour, episode.shape, rng)
+        each = self.pool.pick(episode.colour[..., None], episode.shape[..., None], rng)
+        pictures = each[..., 0]  # drawn one by one, so that a class may have more than the pool
         mean = self.pool.images[:, 0].mean(axis=1)
         mean = mean - mean.mean(axis=0)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         query, others = mean[pictures[:, -1]], mean[pictures[:, :-1]]
         likeness = np.einsum("bd,bnd->bn", query, others)
-        itself = pictures[:, :-1] == pictures[:, -1:]
-        alike = np.argsort(np.where(itself, -np.inf, likeness), axis=1)[:, -shots:]
-        at_random = np.argsort(itself, axis=1, kind="stable")[:, :shots]
+        again = datasets.repeated(pictures)[:, :-1]
+        if (left := support - again.sum(axis=1).max()) < shots:
+            raise ValueError(f"{shots} shots: only {left} different pictures in a support")
+        alike = np.argsort(np.where(again, -np.inf, likeness), axis=1)[:, -shots:]
+        at_random = np.argsort(again, axis=1, kind="stable")[:, :shots]
         chosen = {"rices": alike, "random": at_random}
         return {how: figure(self._choose(pictures, episode.name, rows).argmax(axis=1)
                             == episode.name[:, -1]) for how, rows in chosen.items()}  # fmt: skip

@@ -604,7 +604,7 @@ class BridgeStage(Stage):
         c = self.config
         return datasets.Pool.draw(
             self.model.vision_encoder, [c.seed, 2], "train", c.pool_per_class, c.pool_pairs,
-            c.pool_clips, datasets.SEEN, c.pool_per_turned, bar,
+            c.pool_clips, datasets.SEEN, c.pool_per_turned, bar, distinct=False,
         )  # fmt: skip
 
     def identity(self):

@@ -105,7 +105,7 @@ def train(stage):
 
 def fresh_pool(stage):
     """Pictures of the test split, which no row has seen."""
-    return Pool.draw(stage.model.vision_encoder, [7, 7], "test", 6, 1, 1)
+    return Pool.draw(stage.model.vision_encoder, [7, 7], "test", max(SHOTS) + 1, 1, 1)
 
 
 def examine(model, pool, samples=200):

@@ -8,7 +8,7 @@ import pytest
 
 from miniflamingo import cards, outputs, training
 from miniflamingo.__main__ import main
-from miniflamingo.evaluation import Evaluation
+from miniflamingo.evaluation import Evaluation, table
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
         training.Run(make(), folder / name).train(progress=False)
         cards.record_run(folder / name, seconds=1.5)
     model = training.load_flamingo(folder / "flamingo" / "model.safetensors")
-    metrics = Evaluation(model, samples=4, per_class=2).run()
+    metrics = Evaluation(model, samples=4).run()
     (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -174,6 +174,16 @@ def test_the_readme_quotes_the_shipped_seeds():
         assert row in readme
 
 
+def test_the_cards_quote_the_shipped_metrics():
+    shipped = training.WEIGHTS / "flamingo"
+    metrics = json.loads((shipped / "metrics.json").read_text())
+    figures = [*table(metrics), cards._gates(metrics["alpha"])]
+    assert (shipped / "card.md").read_text().endswith("```\n" + "\n".join(figures) + "\n```\n")
+    assert cards._text_only(metrics, "lm") in (training.WEIGHTS / "lm" / "card.md").read_text()
+    seeds = json.loads((shipped / "seeds.json").read_text())
+    assert seeds["0"] == cards.headlines(metrics) and list(seeds) == ["0", "1", "2"]
+
+
 def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
     (runs / "vision" / "run.json").rename(runs / "vision" / "kept")
     try:
@@ -202,7 +212,7 @@ def test_the_shipped_model_still_answers_as_its_metrics_say():
     shipped = training.WEIGHTS / "flamingo"
     model = training.load_flamingo(shipped / "model.safetensors")
     metrics = json.loads((shipped / "metrics.json").read_text())
-    sample = Evaluation(model, samples=200, seed=3_000_000, per_class=10)
+    sample = Evaluation(model, samples=200, seed=3_000_000, per_class=20)
     curve = sample.binding("binding_8way")
     for shots in ("0", "4", "32"):
         low, high = curve[shots]["interval"]

@@ -39,7 +39,7 @@ def model(seed=0, **changes):
 
 @pytest.fixture(scope="module")
 def examination():
-    return Evaluation(model(), samples=SAMPLES, seed=11, per_class=2)
+    return Evaluation(model(), samples=SAMPLES, seed=11, per_class=9)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -193,6 +193,51 @@ def test_an_answer_must_end_where_the_truth_ends(examination, monkeypatch):
     assert examination._written(documents, 1).all()
 
 
+def asked_before(examination, monkeypatch, method, *arguments, **options):
+    """Run a harness; in how many of its prompts the last picture stood among those before it."""
+    shown, logits, prompt = [], examination.logits, examination.prompt
+
+    def seen_by(read):
+        def remember(tokens, media):
+            shown.append((media[:, :-1] == media[:, -1:]).all(axis=(2, 3)).any(axis=1))
+            return read(tokens, media)
+
+        return remember
+
+    with monkeypatch.context() as patch:
+        patch.setattr(examination, "logits", seen_by(logits))
+        patch.setattr(examination, "prompt", seen_by(prompt))
+        getattr(examination, method)(*arguments, **options)
+    return sum(int(rows.sum()) for rows in shown), sum(len(rows) for rows in shown)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Few pictures a class and many episodes: an accident would happen."""
+    return Evaluation(model(), samples=40, seed=12, per_class=9)
+
+
+HARNESSES = [
+    *(("binding", name, (k,)) for name in TASKS for k in (1, 5)),
+    ("rices",),
+    ("rices", 6, 40, "digits_3way"),
+    ("ensemble",),
+    ("ensemble", 5, 2, "digits_3way_unseen"),
+]
+
+
+@pytest.mark.parametrize("harness", HARNESSES, ids=str)
+def test_the_asked_picture_never_stands_among_its_shots(small, monkeypatch, harness):
+    method, *arguments = harness
+    hits, prompts = asked_before(small, monkeypatch, method, *arguments)
+    assert hits == 0 and prompts >= 40
+
+
+def test_an_accident_would_be_seen(small, monkeypatch):
+    monkeypatch.setattr(small.pool, "distinct", False)
+    assert asked_before(small, monkeypatch, "binding", "digits_3way", (5,))[0] > 0
+
+
 # --- choosing and ordering the shots --------------------------------------------------------------
 
 
@@ -214,8 +259,9 @@ def test_rices_takes_the_most_similar_and_puts_them_last(examination, monkeypatc
     pictures, names, alike = seen[0]
     classes = colour[pictures] * 16 + shape[pictures]
     itself = pictures[:, :-1] == pictures[:, -1:]
-    for row, name, chosen, query in zip(classes, names, alike, itself):
-        same = np.flatnonzero((row[:-1] == row[-1]) & ~query)
+    again = datasets.repeated(pictures)[:, :-1]  # the query, or what is drawn once more
+    for row, name, chosen, left_out in zip(classes, names, alike, again):
+        same = np.flatnonzero((row[:-1] == row[-1]) & ~left_out)
         last = chosen[len(chosen) - min(4, len(same)) :]
         assert np.isin(last, same).all() and len(set(chosen)) == 4
         assert (name[last] == name[-1]).all()
@@ -223,6 +269,13 @@ def test_rices_takes_the_most_similar_and_puts_them_last(examination, monkeypatc
     assert itself.any(axis=1).sum() > 1  # a small pool: the query often stands in its own support
     for rows in (alike, seen[1][2]):
         assert not np.take_along_axis(itself, rows, axis=1).any()
+        shots = np.take_along_axis(pictures, rows, axis=1).tolist()
+        assert all(len(set(row)) == len(row) for row in shots)
+
+
+def test_rices_needs_enough_different_pictures(examination):
+    with pytest.raises(ValueError, match=r"80 shots: only \d+ different pictures in a support"):
+        examination.rices(shots=80, support=100)
 
 
 def test_ensemble_means_over_orders_of_the_same_shots(examination, monkeypatch):

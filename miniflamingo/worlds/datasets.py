@@ -96,6 +96,10 @@ class Pool:
     class; objects (colour, shape, size) int[n1] are their labels, class by class; pairs, the same,
     int[n2, 2]; clips (colour, shape, size, direction) int[n3]; images [n1 + n2, 1, S, D_v];
     videos [n3, T, S, D_v].
+
+    distinct: no document shows a picture twice, so that none that is asked about has stood before,
+    with its answer; nor, of one class, two pictures of the same handwritten digit. Evaluation needs
+    that. Training may meet a picture again (distinct=False).
     """
 
     counts: np.ndarray
@@ -104,39 +108,91 @@ class Pool:
     clips: tuple
     images: np.ndarray
     videos: np.ndarray
+    distinct: bool = True
 
     @classmethod
     def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
-             classes=ANY, per_turned=0, progress=lambda x: x):  # fmt: skip
+             classes=ANY, per_turned=0, progress=lambda x: x, distinct=True):  # fmt: skip
         """Draw and encode a pool of the classes bool[colour, shape], and of turned shapes.
 
-        encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v].
+        encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v]. A distinct pool has no more
+        pictures of a class than the split has handwritten images of it.
         """
         rng = np.random.default_rng(seed)
         counts = np.concatenate([per_class * classes, per_turned * TURNED_SEEN], axis=1)
+        counts, glyph = _each_glyph_once(counts, split, rng) if distinct else (counts, None)
         every = np.repeat(np.arange(counts.size), counts.ravel())
         objects = (*np.divmod(every, counts.shape[1]), rng.integers(0, 2, len(every)))
         pairs = draw_pair_attributes((pairs,), classes, rng)
         moving = (*draw_attributes((clips,), classes, rng), rng.integers(0, 4, clips))
         kinds = ((shapes.draw_objects, objects), (shapes.draw_pairs, pairs),
                  (shapes.draw_clips, moving))  # fmt: skip
-        work = [(draw, [label[i : i + CHUNK] for label in labels])
+        work = [(draw, labels, slice(i, i + CHUNK))
                 for draw, labels in kinds for i in range(0, len(labels[0]), CHUNK)]  # fmt: skip
         images, videos = [], []
-        for draw, labels in progress(work):
-            pictures = draw(*labels, rng, split=split)
+        for draw, labels, rows in progress(work):
+            chosen = {"glyph": glyph[rows]} if distinct and draw is shapes.draw_objects else {}
+            pictures = draw(*(label[rows] for label in labels), rng, split=split, **chosen)
             (videos if draw is shapes.draw_clips else images).append(_encode(encoder, pictures))
-        return cls(counts, objects, pairs, moving, np.concatenate(images), np.concatenate(videos))
+        arrays = np.concatenate(images), np.concatenate(videos)
+        return cls(counts, objects, pairs, moving, *arrays, distinct)
 
     def pick(self, colour, shape, rng):
-        """Random pictures of one object of the given classes: indices into `images`, int[...]."""
-        starts = np.cumsum(self.counts).reshape(self.counts.shape) - self.counts
-        return starts[colour, shape] + rng.integers(0, self.counts[colour, shape])
+        """Random pictures of one object of the given classes: indices into `images`, int[..., N].
+
+        The last axis is a document. ValueError for a class with too few pictures for it.
+        """
+        place = colour * self.counts.shape[1] + shape
+        counts = self.counts.ravel()
+        starts, counts = (np.cumsum(counts) - counts)[place], counts[place]
+        same = place[..., None] == place[..., None, :]
+        needed = same.sum(axis=-1) if self.distinct else np.ones_like(counts)
+        if (short := needed > counts).any():
+            raise ValueError(
+                f"a document needs {needed[short][0]} different pictures of one class, the pool "
+                f"has {counts[short][0]}: draw a pool with more per class"
+            )
+        picked = starts + rng.integers(0, counts)
+        return self._apart(picked, lambda again: starts[again] + rng.integers(0, counts[again]))
 
     def pick_pairs(self, size, rng, held_out=False):
-        """Random pairs, both of whose classes are SEEN (or, held_out, not both): indices [size]."""
+        """Random pairs, both of whose classes are SEEN (or, held_out, not both): int[size]."""
         seen = SEEN[self.pairs[0], self.pairs[1]].all(axis=-1)
-        return rng.choice(np.flatnonzero(seen != held_out), size)
+        return self._pick_any(np.flatnonzero(seen != held_out), size, rng)
+
+    def pick_clips(self, size, rng):
+        """Random clips, indices into `videos`, int[size]; size is (..., N)."""
+        return self._pick_any(np.arange(len(self.clips[0])), size, rng)
+
+    def _pick_any(self, candidates, size, rng):
+        if self.distinct and size[-1] > (most := len(candidates)):
+            raise ValueError(f"a document needs {size[-1]} different ones, the pool has {most}")
+        picked = rng.choice(candidates, size)
+        return self._apart(picked, lambda again: rng.choice(candidates, again.sum()))
+
+    def _apart(self, picked, redraw):
+        """Draw again what stands twice in a document, until nothing does.
+
+        No picture is treated unlike another, so all choices without repetition are equally likely.
+        """
+        while self.distinct and (again := repeated(picked)).any():
+            picked[again] = redraw(again)
+        return picked
+
+
+def repeated(pictures):  # int[..., N] -> bool[..., N]
+    """Which pictures stand once more further to the right, in the same row."""
+    same = pictures[..., :, None] == pictures[..., None, :]
+    return np.triu(same, 1).any(axis=-1)
+
+
+def _each_glyph_once(counts, split, rng):
+    """Reduce counts int[colour, shape] to the handwritten images that there are, and choose one
+    for every picture, none twice in a class -> counts, int[counts.sum()]."""
+    most = np.broadcast_to(shapes.variety(split)[: counts.shape[1]], counts.shape)
+    counts = np.minimum(counts, most)
+    chosen = [rng.choice(m, n, replace=False) for m, n in zip(most.flat, counts.flat)]
+    return counts, np.concatenate(chosen)
 
 
 def _encode(encoder, pictures):  # [B, (T,) 24, 24, 3] -> [B, T, S, D_v], T = 1 for an image
@@ -251,7 +307,7 @@ def pair_caption_documents(pool, B, N, rng, held_out=False):
 
 def clip_documents(pool, B, N, rng):
     """<image> moving left <EOC>, of a clip."""
-    chosen = rng.integers(0, len(pool.clips[0]), (B, N))
+    chosen = pool.pick_clips((B, N), rng)
     said = motion(pool.clips[3][chosen])
     chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
     return _documents(chunks, chosen, source="videos")

@@ -36,6 +36,8 @@ RGB = np.array(
 WIDTH = 24  # of a picture
 RADII = ((2.6, 3.3), (4.6, 5.4))  # of a small and of a large geometric shape
 GLYPH_WIDTHS = (12, 16)  # of a small and of a large digit
+UPRIGHT = np.array([*range(len(SHAPES)), *(SHAPES.index(word) for word, _ in TURNED)])
+ANEW = np.iinfo(np.int32).max  # how many pictures there are of a shape that is drawn anew each time
 # which of the 1,797 images of digits each split draws from
 GLYPHS = {"train": slice(0, 1200), "validation": slice(1200, 1450), "test": slice(1450, None)}
 
@@ -80,16 +82,29 @@ def glyphs(split):
     return [_enlarge(images, width) for width in GLYPH_WIDTHS], starts
 
 
+def variety(split):  # -> int[shapes + turned]
+    """How many handwritten images each shape of the split has; ANEW for geometric ones."""
+    upright = np.full(len(SHAPES), ANEW)
+    upright[NUM_GEOMETRIC:] = np.diff(glyphs(split)[1])
+    return upright[UPRIGHT]
+
+
 def _enlarge(images, width):  # [G, 8, 8] -> [G, width, width], bilinear, corners on corners
     place = np.linspace(0, images.shape[1] - 1, width)[:, None]
     weight = np.maximum(0, 1 - np.abs(place - np.arange(images.shape[1]))).astype(np.float32)
     return weight @ images @ weight.T
 
 
-def glyph_cover(digit, x, y, size, split, rng):  # int[B], [B], [B], int[B] -> [B, 24, 24]
-    """A handwritten digit of the split, drawn at random from its class, centred on (x, y)."""
+def glyph_cover(digit, x, y, size, split, rng, glyph=None):
+    """A handwritten digit centred on (x, y), int[B], [B], [B], int[B] -> [B, 24, 24].
+
+    glyph int[B] says which of its class's images in the split; by default it is drawn at random.
+    """
     enlarged, starts = glyphs(split)
-    chosen = rng.integers(starts[digit], starts[digit + 1])
+    if glyph is None:
+        chosen = rng.integers(starts[digit], starts[digit + 1])
+    else:
+        chosen = starts[digit] + glyph
     cover = np.zeros((len(digit), WIDTH, WIDTH), np.float32)
     for b, (g, z) in enumerate(zip(chosen, size)):
         width = GLYPH_WIDTHS[z]
@@ -98,21 +113,20 @@ def glyph_cover(digit, x, y, size, split, rng):  # int[B], [B], [B], int[B] -> [
     return cover
 
 
-def cover_of(shape, x, y, radius, size, split, rng):  # -> [B, 24, 24]
+def cover_of(shape, x, y, radius, size, split, rng, glyph=None):  # -> [B, 24, 24]
     """The cover of any shape; a turned one is turned together with its place in the picture."""
-    upright = [*range(len(SHAPES)), *(SHAPES.index(word) for word, _ in TURNED)]
-    cover = _plain_cover(np.array(upright)[shape], x, y, radius, size, split, rng)
+    cover = _plain_cover(UPRIGHT[shape], x, y, radius, size, split, rng, glyph)
     for b in np.flatnonzero(shape >= len(SHAPES)):
         cover[b] = TURNS[TURNED[shape[b] - len(SHAPES)][1]](cover[b])
     return cover
 
 
-def _plain_cover(shape, x, y, radius, size, split, rng):
+def _plain_cover(shape, x, y, radius, size, split, rng, glyph):
     digit = shape >= NUM_GEOMETRIC
     cover = geometric_cover(np.where(digit, 0, shape), x, y, radius)
     rows = np.flatnonzero(digit)
     chosen = (shape[rows] - NUM_GEOMETRIC, x[rows], y[rows], size[rows])
-    cover[rows] = glyph_cover(*chosen, split, rng)
+    cover[rows] = glyph_cover(*chosen, split, rng, None if glyph is None else glyph[rows])
     return cover
 
 
@@ -134,12 +148,15 @@ def _finish(pictures):
 # --- whole pictures -------------------------------------------------------------------------------
 
 
-def draw_objects(colour, shape, size, rng, split="train", centre=None):
-    """One object each, int[B] * 3 -> [B, 24, 24, 3]; centre (x [B], y [B]) is random by default."""
+def draw_objects(colour, shape, size, rng, split="train", centre=None, glyph=None):
+    """One object each, int[B] * 3 -> [B, 24, 24, 3].
+
+    centre (x [B], y [B]) is random by default, and so is glyph int[B]: see glyph_cover.
+    """
     radius = _radius(size, rng)
     margin = np.where(shape < NUM_GEOMETRIC, radius, np.array(GLYPH_WIDTHS)[size] / 2)
     x, y = rng.uniform(margin, WIDTH - 1 - margin, (2, len(shape))) if centre is None else centre
-    cover = cover_of(shape, x, y, radius, size, split, rng)
+    cover = cover_of(shape, x, y, radius, size, split, rng, glyph)
     return _finish(paint(background(len(shape), rng), cover, colour, rng))
 
 

@@ -385,9 +385,9 @@ def captions_right():  # -> [3], for each picture: are all four words of its cap
 
 
 # %%
-print("its own image      ", *(f"{x:.2f}" for x in captions_right()))
+print("its own image      ", *(f"{x:.1f}" for x in captions_right()))
 with patch.object(xattn, "image_causal_attention", xattn._attend_to_all_previous):
-    print("all previous images", *(f"{x:.2f}" for x in captions_right()))
+    print("all previous images", *(f"{x:.1f}" for x in captions_right()))
 
 # %% [markdown]
 # ## Limits: hallucination
@@ -441,8 +441,8 @@ logp = {name: next_word(*situation) for name, situation in situations.items()}
 sure = {name: np.exp(x.max(axis=1)) for name, x in logp.items()}
 for name, x in logp.items():
     answers = np.isin(x.argmax(axis=1), COLOUR_IDS).mean()
-    print(f"{name:<22} answers with a colour {answers:.2f}, more than 90 % sure "
-          f"{np.mean(sure[name] > 0.9):.2f}")  # fmt: skip
+    print(f"{name:<22} answers with a colour {answers:.1f}, more than 90 % sure "
+          f"{np.mean(sure[name] > 0.9):.1f}")  # fmt: skip
 
 # %%
 show(
@@ -464,10 +464,10 @@ show(
 # %%
 named = COLOUR_IDS[two[0]]  # [B, 2], the colours of the two objects that are there
 print("absent: the colour of one that is there "
-      f"{(logp['an absent object'].argmax(1)[:, None] == named).any(1).mean():.2f}")  # fmt: skip
+      f"{(logp['an absent object'].argmax(1)[:, None] == named).any(1).mean():.1f}")  # fmt: skip
 said = logp["the text says another"].argmax(axis=1)
-print(f"the text against the picture: the picture wins {np.mean(said == COLOUR_IDS[colour]):.2f}, "
-      f"the text {np.mean(said == COLOUR_IDS[other]):.2f}")  # fmt: skip
+print(f"the text against the picture: the picture wins {np.mean(said == COLOUR_IDS[colour]):.1f}, "
+      f"the text {np.mean(said == COLOUR_IDS[other]):.1f}")  # fmt: skip
 
 # %% [markdown]
 # The picture wins. A likely reason, which we did not test: three in ten of the training's captions
@@ -528,8 +528,8 @@ for bad in ("noise alone", "an absent object"):
     right = both.argmax(axis=1) == truth
     for level in (0, 0.5, 0.9):
         kept = np.exp(both.max(axis=1)) >= level
-        print(f"with {bad:<17} level {level:.1f}: answered {kept.mean():.2f}, right of those "
-              f"{right[kept].mean():.2f}")  # fmt: skip
+        print(f"with {bad:<17} level {level:.1f}: answered {kept.mean():.1f}, right of those "
+              f"{right[kept].mean():.1f}")  # fmt: skip
 
 # %% [markdown]
 # Abstaining removes the ungrounded guesses. Against the invited ones it does little: confidence

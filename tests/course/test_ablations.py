@@ -96,6 +96,23 @@ def test_questions_are_shares_and_a_bridge_that_reads_nothing_knows_no_shape(sta
     assert result["text"] > 0.6  # shut gates: the model is its LM
 
 
+def test_no_question_shows_what_it_asks_about(stages, monkeypatch):
+    model, shown = stages["baseline"].model, []
+    pool, read = ablations.fresh_pool(stages["baseline"]), model.read
+
+    def remember(tokens, media, phi):
+        same = (media[:, :, None] == media[:, None]).all(axis=(-2, -1))
+        shown.append(same.sum() - same.shape[0] * same.shape[1])
+        return read(tokens, media, phi)
+
+    monkeypatch.setattr(model, "read", remember)
+    ablations.examine(model, pool, 40)
+    assert shown == [0, 0, 0]  # captions, binding, text
+    monkeypatch.setattr(pool, "distinct", False)  # as it was: an accident would be seen
+    ablations.examine(model, pool, 40)
+    assert shown[4] > 0
+
+
 def test_the_committed_data_has_every_row_and_says_how_it_was_made():
     data = json.loads(ablations.DATA.read_text())
     assert list(data["rows"]) == list(ablations.CONFIGS)

@@ -1,13 +1,17 @@
 """Pictures and words together: every document's words must be true of its pictures."""
 
+import hashlib
+from collections import Counter
+
 import numpy as np
 import pytest
 
+from miniflamingo import training
 from miniflamingo.prompt import BOS, EOC, IMAGE, PAD
-from miniflamingo.worlds import datasets, grammar
+from miniflamingo.worlds import datasets, grammar, shapes
 from miniflamingo.worlds.datasets import GROUP, IGNORED, SEEN, WORDLESS, Pool
 from miniflamingo.worlds.grammar import HELD_OUT, HELD_OUT_SHAPES, NAME_IDS, TOKENIZER
-from miniflamingo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, SIZES
+from miniflamingo.worlds.shapes import COLOURS, DIRECTIONS, NUM_GEOMETRIC, SHAPES, SIZES
 
 
 def encoder(pictures):
@@ -15,9 +19,19 @@ def encoder(pictures):
     return pictures.reshape(len(pictures), 4, -1)
 
 
+TRAINING = dict(classes=SEEN, per_class=3, per_turned=1, pairs=60, clips=40, distinct=False)
+
+
 @pytest.fixture(scope="module")
 def pool():
-    return Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_turned=1, pairs=60, clips=40)
+    """What training draws from: few pictures, which a document may show twice."""
+    return Pool.draw(encoder, 5, **TRAINING)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What evaluation draws from."""
+    return Pool.draw(encoder, 5, "test", per_class=7, per_turned=2, pairs=90, clips=8)
 
 
 def labels_of(pool, documents):
@@ -46,7 +60,7 @@ def says(colour, shape, size):
 def test_a_pool_follows_its_seed_and_holds_every_class(pool):
     pictures = 3 * SEEN.sum() + grammar.TURNED_SEEN.sum() + 60
     assert pool.images.shape[:2] == (pictures, 1) and pool.videos.shape[:2] == (40, 8)
-    again = Pool.draw(encoder, 5, classes=SEEN, per_class=3, per_turned=1, pairs=60, clips=40)
+    again = Pool.draw(encoder, 5, **TRAINING)
     assert np.array_equal(pool.images, again.images) and np.array_equal(pool.videos, again.videos)
     rng = np.random.default_rng(0)
     classes = np.argwhere(WORDLESS)
@@ -55,7 +69,7 @@ def test_a_pool_follows_its_seed_and_holds_every_class(pool):
     assert np.array_equal(pool.objects[0][picked], colour)
     assert np.array_equal(pool.objects[1][picked], shape)
     assert len(set(picked)) > 150
-    with pytest.raises(ValueError):  # there is none of a class that is held out
+    with pytest.raises(ValueError, match=r"needs 1 .* the pool has 0"):  # a class is held out
         pool.pick(*np.argwhere(HELD_OUT)[:1].T, rng)
 
 
@@ -65,6 +79,91 @@ def test_chunks_of_the_pool_do_not_matter(pool, monkeypatch):
     sizes = []
     Pool.draw(lambda p: sizes.append(len(p)) or encoder(p), 5, per_class=1, pairs=3, clips=3)
     assert sizes == [128, 3, 24] and len(whole.images) == 131
+
+
+# --- an evaluation never shows what it asks about -------------------------------------------------
+
+DOCUMENTS = {
+    "binding": lambda pool, rng: datasets.binding_documents(pool, 60, 7, 3, rng)[0],
+    "one class": lambda pool, rng: datasets.binding_documents(pool, 20, 7, 1, rng)[0],
+    "captions": lambda pool, rng: datasets.caption_documents(pool, 60, 20, rng),
+    "questions": lambda pool, rng: datasets.question_documents(pool, 60, 20, rng),
+    "pairs' captions": lambda pool, rng: datasets.pair_caption_documents(pool, 60, 5, rng),
+    "pairs' questions": lambda pool, rng: datasets.pair_question_documents(pool, 60, 5, rng, True),
+    "clips": lambda pool, rng: datasets.clip_documents(pool, 60, 8, rng),
+    "training's mixture": lambda pool, rng: datasets.interleaved_documents(pool, 64, rng),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_no_document_of_a_distinct_pool_shows_a_picture_twice(fresh, kind):
+    documents = DOCUMENTS[kind](fresh, np.random.default_rng(0))
+    assert all(len(set(row)) == len(row) for row in documents.pictures.tolist())
+
+
+def test_all_choices_of_different_pictures_are_equally_likely(fresh):
+    zero = np.zeros((42_000, 3), int)  # red circles: 7 * 6 * 5 = 210 choices, each about 200 times
+    chosen = Counter(map(tuple, fresh.pick(zero, zero, np.random.default_rng(0)).tolist()))
+    assert len(chosen) == 210
+    chi_square = sum((n - 200) ** 2 / 200 for n in chosen.values())
+    assert abs(chi_square - 209) < 4 * np.sqrt(2 * 209)
+
+
+def test_no_handwritten_digit_stands_twice_in_a_class(monkeypatch):
+    """In another size, place or noise it would nearly show what is asked about."""
+    seen, cover = [], shapes.glyph_cover
+
+    def remember(digit, x, y, size, split, rng, glyph=None):
+        seen.extend(zip(digit.tolist(), [-1] * len(digit) if glyph is None else glyph.tolist()))
+        return cover(digit, x, y, size, split, rng, glyph)
+
+    monkeypatch.setattr(shapes, "glyph_cover", remember)
+    pool = Pool.draw(encoder, 5, "test", per_class=40, pairs=1, clips=1)
+    colour, shape, _ = pool.objects
+    digits = np.flatnonzero(shape >= NUM_GEOMETRIC)
+    rows = list(zip(colour[digits].tolist(), seen))
+    assert len(set(rows)) == len(rows) == len(digits)
+    assert all(g >= 0 for _, (_, g) in rows)
+    available = np.diff(shapes.glyphs("test")[1])  # there are not 40 of any digit
+    assert np.array_equal(pool.counts[:, NUM_GEOMETRIC : len(SHAPES)], [available] * 8)
+    assert (pool.counts[:, :NUM_GEOMETRIC] == 40).all() and available.max() < 40
+
+
+def test_a_document_that_needs_more_pictures_than_there_are_is_refused(fresh, pool):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"needs 8 different pictures of one class, .* has 7"):
+        datasets.binding_documents(fresh, 3, 8, 1, rng)
+    with pytest.raises(ValueError, match="needs 9 different ones, the pool has 8"):
+        datasets.clip_documents(fresh, 3, 9, rng)
+    assert datasets.binding_documents(pool, 3, 8, 1, rng)[0].pictures.shape == (3, 8)
+
+
+def test_training_draws_the_batches_that_the_shipped_weights_were_trained_on(pool):
+    """The sum is of the code before evaluation's pools were distinct."""
+    seen, rng = hashlib.sha256(), np.random.default_rng(0)
+    labels = [*pool.objects, *pool.pairs, *pool.clips]
+    for _ in range(20):
+        for documents in (
+            datasets.interleaved_documents(pool, 32, rng, noise=0.3, wordless=0.5),
+            datasets.caption_documents(pool, 8, 3, rng, noise=0.3),
+            datasets.pair_caption_documents(pool, 8, 2, rng),
+            datasets.clip_documents(pool, 8, 2, rng),
+        ):
+            labels += documents[:3]
+    for array in labels:
+        seen.update(np.ascontiguousarray(array, np.int64).tobytes())
+    known = "84892b3dbae39f322b09a64dce15a166258851665b9e2784c1b864f1e50726a6"
+    assert seen.hexdigest() == known
+    means = [x.mean(dtype=float) for x in (pool.images, pool.videos, pool.images[-1])]
+    assert means == pytest.approx([0.2901755, 0.2760944, 0.3986656], abs=1e-5)
+
+
+def test_training_draws_from_a_pool_that_is_not_distinct():
+    stage = training.BridgeStage(
+        training.BridgeRun(pool_per_class=1, pool_per_turned=1, pool_pairs=2, pool_clips=2),
+        training.WEIGHTS / "lm", training.WEIGHTS / "vision",
+    )  # fmt: skip
+    assert not stage.pool.distinct
 
 
 # --- documents ------------------------------------------------------------------------------------
