@@ -231,7 +231,7 @@ class ShardedRun:
         steps, first, stopped = self.stage.config.optimiser.steps, self.rank == 0, False
         bar = tqdm(total=steps, initial=self.step, disable=not (progress and first))
         path = self.log_path if first else os.devnull
-        with bar, open(path, "a") as log, training.asked_to_stop() as stop:
+        with bar, open(path, "a", encoding="utf-8") as log, training.asked_to_stop() as stop:
             while self.step < steps and not stopped:
                 record, stopped = self.update(stop.is_set())
                 log.write(json.dumps(record) + "\n")
@@ -344,7 +344,7 @@ class ShardedRun:
 
     def load(self, folder):
         """Take up a checkpoint, of any number of processes; ValueError for another config."""
-        about = json.loads((folder / "run.json").read_text())
+        about = json.loads((folder / "run.json").read_text("utf-8"))
         if different := list(training.differences(about["config"], self.identity())):
             raise ValueError(
                 f"the run in {self.out} has another config:\n  " + "\n  ".join(different)

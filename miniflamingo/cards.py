@@ -97,7 +97,7 @@ def ship(runs, to):
     paths = [run / path for run in runs for path in needed]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"these files of the runs are missing: {', '.join(missing)}")
-    metrics = [json.loads((run / "flamingo" / "metrics.json").read_text()) for run in runs]
+    metrics = [json.loads((run / "flamingo" / "metrics.json").read_text("utf-8")) for run in runs]
     model = load_flamingo(runs[0] / "flamingo" / "model.safetensors")
     figures = {
         "lm": [_text_only(metrics[0], "lm")],
@@ -121,10 +121,10 @@ def ship(runs, to):
 def card(stage, run, figures):
     """The model card of a finished run, as Markdown; figures: lines of text."""
     title, data = ABOUT[stage]
-    about = json.loads((run / "run.json").read_text())
+    about = json.loads((run / "run.json").read_text("utf-8"))
     tensors = load_tensors(run / "model.safetensors")[0]
     config = json.loads(load_tensors(run / "checkpoint.safetensors")[1]["config"])
-    last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[-50:]]
+    last = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()[-50:]]
     loss = np.mean([record["loss"] for record in last])
     rows = {
         "command": f"`{about['command']}`",

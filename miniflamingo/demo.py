@@ -133,7 +133,7 @@ def train_live(folder, steps, progress=True):
 
 def read_alphas(log, most=200):
     """{"steps", "alpha_xattn", "alpha_dense"} of a training log, at most about `most` lines."""
-    records = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    records = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
     if not records:
         raise ValueError(f"{log} holds no step")
     kept = records[:: -(-len(records) // most)]
@@ -231,7 +231,7 @@ def demo(out, steps=300, samples=300, progress=True):
     shipped = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
     models = {
         "live": (live, read_alphas(out / "live" / "log.jsonl")),
-        "shipped": (shipped, json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text())),
+        "shipped": (shipped, json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text("utf-8"))),
     }
     for name, (model, alphas) in tqdm(models.items(), desc="questions", disable=not progress):
         report[name] = examine(model, alphas, out / name, samples)

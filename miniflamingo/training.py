@@ -230,7 +230,7 @@ class Run:
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
         blas = threadpool_limits(self.threads)
-        with blas, bar, open(self.log_path, "a") as log, asked_to_stop() as stop:
+        with blas, bar, open(self.log_path, "a", encoding="utf-8") as log, asked_to_stop() as stop:
             while self.optimiser.step < steps and not stop.is_set():
                 record = self.step()
                 log.write(json.dumps(record) + "\n")
@@ -317,11 +317,11 @@ def prepare_folder(out):
 def truncate_log(path, step):
     """Drop the lines of steps behind `step`, which will be made again, and a half-written one."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    path.write_text("".join(kept))
+    path.write_text("".join(kept), "utf-8")
 
 
 def differences(theirs, ours, path=""):

@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
         cards.record_run(folder / name, seconds=1.5)
     model = training.load_flamingo(folder / "flamingo" / "model.safetensors")
     metrics = Evaluation(model, samples=4, per_class=2).run()
-    (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics), "utf-8")
     return folder
 
 
@@ -38,15 +38,15 @@ def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
     for stage in cards.ABOUT:
         shipped = (tmp_path / stage / "model.safetensors").read_bytes()
         assert shipped == (runs / stage / "model.safetensors").read_bytes()
-        text = (tmp_path / stage / "card.md").read_text()
+        text = (tmp_path / stage / "card.md").read_text("utf-8")
         assert "| command | `python -m miniflamingo" in text
         assert "| steps | 2 |" in text and "1.5 s" in text
     count = training.load_flamingo(tmp_path / "flamingo" / "model.safetensors").num_parameters()
     assert f"| parameters | {count:,}, float32 |" in text
     assert "binding_8way" in text and "gates |tanh(alpha)|" in text
-    alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text())
+    alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text("utf-8"))
     assert alphas["steps"] == [1, 2]
-    seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text())
+    seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text("utf-8"))
     assert list(seeds) == [runs.name]
     assert list(seeds[runs.name]) == list(cards.HEADLINES)
 
@@ -59,8 +59,8 @@ def test_a_summary_is_the_median_and_the_range_over_the_seeds():
 
 
 def test_the_readme_quotes_the_shipped_seeds():
-    seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text())
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text("utf-8"))
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     for row in cards.summary(seeds):
         assert row in readme
 
@@ -78,8 +78,8 @@ def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
 def test_shipped_weights_are_what_their_cards_say():
     shipped = training.WEIGHTS / "flamingo"
     model = training.load_flamingo(shipped / "model.safetensors")
-    metrics = json.loads((shipped / "metrics.json").read_text())
-    alphas = json.loads((shipped / "alphas.json").read_text())
+    metrics = json.loads((shipped / "metrics.json").read_text("utf-8"))
+    alphas = json.loads((shipped / "alphas.json").read_text("utf-8"))
     assert metrics["alpha"] == model.alphas()
     assert [alphas["alpha_xattn"][-1], alphas["alpha_dense"][-1]] == list(metrics["alpha"].values())
     for part in ("lm", "vision"):  # the frozen parts lie in the bridged model, unchanged
@@ -92,7 +92,7 @@ def test_the_shipped_model_still_answers_as_its_metrics_say():
     """A fresh sample, of another seed than the card's, within what chance explains."""
     shipped = training.WEIGHTS / "flamingo"
     model = training.load_flamingo(shipped / "model.safetensors")
-    metrics = json.loads((shipped / "metrics.json").read_text())
+    metrics = json.loads((shipped / "metrics.json").read_text("utf-8"))
     sample = Evaluation(model, samples=200, seed=3_000_000, per_class=10)
     curve = sample.binding("binding_8way")
     for shots in ("0", "4", "32"):

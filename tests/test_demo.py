@@ -42,7 +42,7 @@ def test_it_writes_every_figure_and_one_page_that_needs_nothing_else(shown):
     for model in ("live", "shipped"):
         for sheet in demo.SECTIONS:
             assert (out / model / f"{sheet}.png").stat().st_size > 5000
-    page = (out / "index.html").read_text()
+    page = (out / "index.html").read_text("utf-8")
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 2 + 2 * len(demo.SECTIONS)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -52,7 +52,7 @@ def test_it_writes_every_figure_and_one_page_that_needs_nothing_else(shown):
 
 def test_the_metrics_hold_the_figures_numbers(shown):
     out, report = shown
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     assert metrics["few_shot"] == report["shipped"]["few_shot"]
     assert list(metrics["few_shot"]["binding_8way"]) == ["0", "1", "2", "4", "8", "16", "32"]
     assert metrics["live"]["alpha"]["steps"] == [1, 2]
@@ -68,11 +68,11 @@ def test_a_second_demo_replaces_the_first(shown, small_demo):
 def test_a_long_log_is_thinned_and_keeps_its_last_step(tmp_path):
     log = tmp_path / "log.jsonl"
     records = [{"step": i, "alpha_xattn": [i / 1e3], "alpha_dense": [0.0]} for i in range(1, 1001)]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    log.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     alphas = demo.read_alphas(log, most=100)
     assert len(alphas["steps"]) <= 102 and alphas["steps"][-1] == 1000
     assert alphas["alpha_xattn"][-1] == [1.0]
-    log.write_text("")
+    log.write_text("", "utf-8")
     with pytest.raises(ValueError, match="holds no step"):
         demo.read_alphas(log)
 

@@ -96,13 +96,15 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(["sizes", "5B"]) == 2
     error = capsys.readouterr().err
     assert error == ("miniflamingo: error: unknown preset '5B': choose from mini, 3B, 9B, 80B\n")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_module_runs():
     done = subprocess.run(
-        [sys.executable, "-m", "miniflamingo", "sizes", "mini"], capture_output=True, text=True
+        [sys.executable, "-m", "miniflamingo", "sizes", "mini"],
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0 and "total" in done.stdout, done.stderr

@@ -209,12 +209,12 @@ def train_in_a_process(folder):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(root=root), str(folder)],
-        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
     )  # fmt: skip
 
 
 def log_of(folder):
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -272,7 +272,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     run.train(progress=False)
     state, metadata = load_tensors(tmp_path / "checkpoint.safetensors")
     training.save_tensors(tmp_path / "checkpoint.safetensors", state, metadata | {"step": "5"})
-    with open(tmp_path / "log.jsonl", "a") as log:
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 13, "lo')  # killed while writing
     Run(Quadratic({"a": 1.0, "b": 1.0}), tmp_path, resume=True)
     assert [record["step"] for record in log_of(tmp_path)] == [1, 2, 3, 4, 5]
@@ -318,7 +318,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="cannot write to the folder"):
             Run(language_stage(steps=1), out)

@@ -54,7 +54,7 @@ def _download(name, version, archive):
         raise RuntimeError(f"npm, which comes with Node.js, is needed once, to get {name}")
     archive.parent.mkdir(parents=True, exist_ok=True)
     command = [npm, "pack", "--silent", f"{name}@{version}"]
-    done = subprocess.run(command, cwd=archive.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=archive.parent, capture_output=True, encoding="utf-8")
     if done.returncode or not archive.exists():
         raise RuntimeError(f"npm cannot get {name} {version}: {done.stderr.strip()[-500:]}")
 

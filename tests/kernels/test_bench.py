@@ -434,7 +434,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "bench.json"
     options = ["--device", "cpu", "--quick", "--json", str(path), "--plots", str(tmp_path)]
     assert command_line.main(["bench", *options]) == 0
-    printed, document = capsys.readouterr().out, json.loads(path.read_text())
+    printed, document = capsys.readouterr().out, json.loads(path.read_text("utf-8"))
     assert "no GPU" in printed and "no kernel" in printed
     assert document["meta"].keys() >= {"date", "machine", "gpu", "driver", "torch", "triton"}
     assert document["meta"]["backend"] == "cpu" and not document["meta"]["kernels_timed"]
@@ -455,7 +455,7 @@ def test_case_chooses(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert command_line.main(["bench", "--device", "cpu", "--quick", "--case", "decode",
                               "--json", str(path), "--plots", str(tmp_path)]) == 0  # fmt: skip
-    records = json.loads(path.read_text())["records"]
+    records = json.loads(path.read_text("utf-8"))["records"]
     assert {r["entry"] for r in records} == {"decode_attention"}
     assert not (tmp_path / "cost_forward.png").exists()  # there is nothing to draw
 

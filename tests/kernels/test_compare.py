@@ -67,12 +67,14 @@ BREAKAGES = {
 def broken(tmp_path, name):
     """The comparison of a copy of the kernel's file, changed as BREAKAGES says."""
     before, after, _ = BREAKAGES[name]
-    source = Path(image_causal_attention.__file__).read_text()
+    source = Path(image_causal_attention.__file__).read_text("utf-8")
     assert before in source, f"the kernel no longer contains {before!r}"
     source = source.replace(before, after) if before else source
     namespace = "broken_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'))
+    path.write_text(
+        source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'), "utf-8"
+    )
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -140,7 +142,7 @@ def test_the_command_writes_the_table(tmp_path, capsys):
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--case", "R = 1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text("utf-8"))
     assert f"{len(document['records'])} comparisons, 0 failed" in printed
     assert document["meta"].keys() >= {"date", "machine", "torch", "triton", "numpy"}
     keys = {"kernel", "case", "dtype", "direction", "backend", "error", "peer_error", "bound", "ok"}
@@ -157,7 +159,7 @@ def test_a_failure_exits_with_1(tmp_path, monkeypatch, capsys):
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--json", str(path)]) == 1
     assert "FAILED" in capsys.readouterr().out
-    failed = [r for r in json.loads(path.read_text())["records"] if not r["ok"]]
+    failed = [r for r in json.loads(path.read_text("utf-8"))["records"] if not r["ok"]]
     assert failed and all(r["direction"] == "backward" and r["ratio"] is None for r in failed)
 
 

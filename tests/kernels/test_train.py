@@ -36,7 +36,7 @@ def parts(tmp_path_factory):
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def assert_same_curve(ours, theirs, tolerance=2e-4):
@@ -71,7 +71,7 @@ def torchrun(*arguments, restarts=0):
         [*command, *arguments],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=root,
         timeout=600,
     )
@@ -89,7 +89,7 @@ def killed(parts, tmp_path_factory):
 
 
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on(killed, reference):
-    starts = [json.loads(line) for line in (killed / "starts").read_text().splitlines()]
+    starts = [json.loads(line) for line in (killed / "starts").read_text("utf-8").splitlines()]
     assert starts == [[0, 2], [4, 2]]  # checkpoints every 2 steps: step 5 was made again
     assert_same_curve(log_of(killed), log_of(reference))
 
@@ -128,7 +128,7 @@ def sharded(parts, out, resume=False, precision="fp32", **changes):
 def test_one_process_goes_on_where_two_were_asked_to_stop(parts, reference, tmp_path):
     torchrun(*parts, str(tmp_path), "SIGTERM", "1")  # to one of them: both end step 3 whole
     assert len(log_of(tmp_path)) == 3 and not (tmp_path / "model.safetensors").exists()
-    with open(tmp_path / "log.jsonl", "a") as log:
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 4, "loss')  # as of a process killed while it wrote
     assert sharded(parts, tmp_path, resume=True)[0]
     assert_same_curve(log_of(tmp_path), log_of(reference))
@@ -195,7 +195,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(parts, killed, tmp_path):
 def test_a_half_written_checkpoint_does_not_count(parts, killed):
     half = killed / "checkpoints" / "0000009"
     half.mkdir()
-    (half / "run.json").write_text("{}")
+    (half / "run.json").write_text("{}", "utf-8")
     with train.processes("cpu") as mesh:
         run = train.ShardedRun(train_worker.stage(*parts), killed, mesh, resume=True)
     assert run.step == 7 and run.latest().name == "0000007"
