@@ -191,11 +191,15 @@ NOISE = [
     ("import warnings; warnings.warn('look')", "writes to stderr"),
     ("object()", "prints a memory address"),
     ("1 / 0", "ZeroDivisionError"),
+    ("import os; os.kill(os.getpid(), 9)", "Kernel died"),
+    ("while True: pass", "timed out"),
 ]
 
 
 @pytest.mark.parametrize(("code", "message"), NOISE)
-def test_a_noisy_or_failing_cell_is_refused(code, message, tmp_path):
+def test_a_noisy_or_failing_cell_is_refused(code, message, tmp_path, monkeypatch):
+    if "while" in code:
+        monkeypatch.setattr(r, "PATIENCE", 2)
     cell = nbformat.v4.new_code_cell(code, id="99-000")
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=r.METADATA)
     with pytest.raises(ValueError, match=message):
