@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test compare check-compiled bench lint notebooks check-notebooks timings student-release \
+.PHONY: demo test test-machines compare check-compiled bench lint notebooks check-notebooks timings student-release \
 	slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
@@ -22,6 +22,9 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 
 test: $(READY)  ## all tests; those that need a GPU skip where there is none
 	@$(RUN) -m pytest $(ARGS)
+
+test-machines: $(READY)  ## tests and course as other processors run them; ARGS="--turn 1/4": a part
+	@$(RUN) -m tests.machines $(ARGS)
 
 compare: $(READY)  ## every kernel beside its NumPy twin
 	@$(RUN) -m kernels compare $(ARGS)

@@ -288,7 +288,9 @@ def _read_cuda(binary):
         file.flush()
         commands = [_tool("cuobjdump"), "--dump-resource-usage"], [_tool("nvdisasm"), "-c"]
         usage, code = (
-            subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [*c, file.name], capture_output=True, encoding="utf-8", check=True
+            ).stdout
             for c in commands
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
@@ -335,7 +337,7 @@ def kernel_code(folder=Path(__file__).parent):
     """
     code = {}
     for path in sorted(folder.glob("*.py")):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         if re.search(r"^@triton\.jit", text, re.M):
             code[path.name] = _reduced(text)
     return code
@@ -389,7 +391,7 @@ def write_json(path, results):
 
 def read_json(path):
     """-> (meta, [record]): what write_json wrote, each record a dict."""
-    document = jsonlib.loads(Path(path).read_text())
+    document = jsonlib.loads(Path(path).read_text("utf-8"))
     return document["meta"], [dict(zip(document["columns"], row)) for row in document["rows"]]
 
 

@@ -287,7 +287,7 @@ class ShardedRun:
         steps, first, stopped = self.stage.config.optimiser.steps, self.rank == 0, False
         bar = tqdm(total=steps, initial=self.step, disable=not (progress and first))
         path = self.log_path if first else os.devnull
-        with bar, open(path, "a") as log, training.asked_to_stop() as stop:
+        with bar, open(path, "a", encoding="utf-8") as log, training.asked_to_stop() as stop:
             while self.step < steps and not stopped:
                 record, stopped = self.update(stop.is_set())
                 with together():

@@ -133,7 +133,7 @@ def write_set(runs, metrics, folder):
         "seeds.json": {run.name: headlines(m) for run, m in zip(runs, metrics)},
     }
     for name, values in history.items():
-        (folder / "flamingo" / name).write_text(json.dumps(values))
+        (folder / "flamingo" / name).write_text(json.dumps(values), "utf-8")
 
 
 # --- what may be shipped --------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def check_run(run):
         if checksum != _sha256(run / part / MODEL):
             raise ValueError(f"{run}: the bridge was not trained on the {part} beside it")
     model, path = load_flamingo(run / "flamingo" / MODEL), run / "flamingo" / "metrics.json"
-    metrics = read_json(path.read_text(), path)
+    metrics = read_json(path.read_text("utf-8"), path)
     try:
         headlines(metrics)
         own = metrics["alpha"] == model.alphas()
@@ -180,9 +180,9 @@ def check_finished(stage, run):
     config, path = read_config(run), run / "log.jsonl"
     if config.get("stage") != stage:
         raise ValueError(f"{run}: expected a run of the stage {stage}, got {config.get('stage')}")
-    read_json((run / "run.json").read_text(), run / "run.json")
+    read_json((run / "run.json").read_text("utf-8"), run / "run.json")
     state, about = load_tensors(run / "checkpoint.safetensors")
-    last = read_json((path.read_text().splitlines() or ["null"])[-1], path).get("step")
+    last = read_json((path.read_text("utf-8").splitlines() or ["null"])[-1], path).get("step")
     for step in (int(about["step"]), last):
         if step != config["optimiser"]["steps"]:
             raise ValueError(
@@ -245,10 +245,10 @@ def _sha256(path):
 def card(stage, run, figures):
     """The model card of a finished run, as Markdown; figures: lines of text."""
     title, data = ABOUT[stage]
-    about = json.loads((run / "run.json").read_text())
+    about = json.loads((run / "run.json").read_text("utf-8"))
     tensors = load_tensors(run / "model.safetensors")[0]
     config = json.loads(load_tensors(run / "checkpoint.safetensors")[1]["config"])
-    last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[-50:]]
+    last = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()[-50:]]
     loss = np.mean([record["loss"] for record in last])
     parts = len(about.get("parts", ()))
     rows = {

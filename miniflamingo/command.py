@@ -229,7 +229,9 @@ def descendants(pid):
     children = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+            parent = int(
+                stat.read_text(errors="replace", encoding="utf-8").rpartition(")")[2].split()[1]
+            )
             children.setdefault(parent, []).append(int(stat.parent.name))
     found = [pid]
     for one in found:

@@ -138,7 +138,7 @@ def train_live(folder, steps, progress=True):
 
 def read_alphas(log, most=200):
     """{"steps", "alpha_xattn", "alpha_dense"} of a training log, at most about `most` lines."""
-    records = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    records = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
     if not records:
         raise ValueError(f"{log} holds no step")
     kept = records[:: -(-len(records) // most)]
@@ -238,13 +238,16 @@ def demo(out, steps=300, samples=300, progress=True):
         shipped = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
         models = {
             "live": (live, read_alphas(new / "live" / "log.jsonl")),
-            "shipped": (shipped, json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text())),
+            "shipped": (
+                shipped,
+                json.loads((WEIGHTS / "flamingo" / "alphas.json").read_text("utf-8")),
+            ),
         }
         for name, (model, alphas) in tqdm(models.items(), desc="questions", disable=not progress):
             report[name] = examine(model, alphas, new / name, samples)
         # the shipped model's curves come first: they are the project's figures
         metrics = report["shipped"] | {"live": report["live"], "photograph": report["photograph"]}
-        (new / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (new / "metrics.json").write_text(json.dumps(metrics, indent=1), "utf-8")
         (new / "index.html").write_text(page(new, report), encoding="utf-8")
     return report
 

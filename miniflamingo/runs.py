@@ -44,7 +44,7 @@ class Lock:
             return
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / ".lock", "a")  # noqa: SIM115 (held until release)
+            self.file = open(self.folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held until release)
         self._lock()
         with self._writing():
             (self.folder / ".writable").touch()

@@ -262,7 +262,7 @@ class Run:
         steps, done = self.stage.config.optimiser.steps, self.optimiser.step
         bar = tqdm(total=steps, initial=done, desc=self.stage.name, disable=not progress)
         blas = threadpool_limits(self.threads)
-        with blas, bar, open(self.log_path, "a") as log, asked_to_stop() as stop:
+        with blas, bar, open(self.log_path, "a", encoding="utf-8") as log, asked_to_stop() as stop:
             while self.optimiser.step < steps and not stop.is_set():
                 record = self.step()
                 log.write(json.dumps(record) + "\n")

@@ -136,7 +136,7 @@ def write_nbgrader(folder):
             nbformat.write(content, folder / kind / number / path.name.replace(".py", ".ipynb"))
             for png in (render.HERE / "student" / "targets").glob(f"{number}-*.png"):
                 shutil.copy(png, folder / kind / number / "targets")
-    (folder / "nbgrader_config.py").write_text(CONFIG)
+    (folder / "nbgrader_config.py").write_text(CONFIG, "utf-8")
 
 
 def gradable(path):

@@ -72,7 +72,7 @@ def measure(path, kind):
 def machine():
     """What was measured on: date, processor, cores, system, and the versions that matter."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    names = re.findall(r"model name\s*: (.*)", info.read_text("utf-8")) if info.exists() else []
     return {
         "date": datetime.date.today().isoformat(),
         "processor": names[0] if names else platform.machine(),

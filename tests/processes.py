@@ -23,7 +23,8 @@ class Command:
         environment.pop("TRITON_INTERPRET", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", *map(str, words)], cwd=cwd, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            start_new_session=True,
         )  # fmt: skip
         self.said = {"out": "", "err": ""}
         streams = (("out", self.process.stdout), ("err", self.process.stderr))
@@ -59,7 +60,7 @@ class Command:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                is_alive = "\nState:\tZ" not in (folder / "status").read_text()
+                is_alive = "\nState:\tZ" not in (folder / "status").read_text("utf-8")
                 if is_alive and self.mark.encode() in (folder / "environ").read_bytes():
                     words = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
                     found[int(folder.name)] = words.decode(errors="replace")
@@ -87,7 +88,7 @@ def has_child(text):
 def minds_signals(command):
     """A moment: Python has started, and the package's handler of SIGTERM stands."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        status = Path(f"/proc/{command.process.pid}/status").read_text()
+        status = Path(f"/proc/{command.process.pid}/status").read_text("utf-8")
         caught = int(status.split("SigCgt:\t")[1].split()[0], 16)
         return bool(caught >> (signal.SIGTERM - 1) & 1)
     return False

@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
         cards.record_run(folder / name, seconds=1.5)
     model = training.load_flamingo(folder / "flamingo" / "model.safetensors")
     metrics = Evaluation(model, samples=4).run()
-    (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "flamingo" / "metrics.json").write_text(json.dumps(metrics), "utf-8")
     return folder
 
 
@@ -40,15 +40,15 @@ def test_ship_copies_the_models_and_says_where_they_come_from(runs, tmp_path):
     for stage in cards.ABOUT:
         shipped = (tmp_path / stage / "model.safetensors").read_bytes()
         assert shipped == (runs / stage / "model.safetensors").read_bytes()
-        text = (tmp_path / stage / "card.md").read_text()
+        text = (tmp_path / stage / "card.md").read_text("utf-8")
         assert "| command | `python -m miniflamingo" in text
         assert "| steps | 2 |" in text and "1.5 s" in text
     count = training.load_flamingo(tmp_path / "flamingo" / "model.safetensors").num_parameters()
     assert f"| parameters | {count:,}, float32 |" in text
     assert "binding_8way" in text and "gates |tanh(alpha)|" in text
-    alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text())
+    alphas = json.loads((tmp_path / "flamingo" / "alphas.json").read_text("utf-8"))
     assert alphas["steps"] == [1, 2]
-    seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text())
+    seeds = json.loads((tmp_path / "flamingo" / "seeds.json").read_text("utf-8"))
     assert list(seeds) == [runs.name]
     assert list(seeds[runs.name]) == list(cards.HEADLINES)
 
@@ -65,10 +65,10 @@ def test_a_set_is_replaced_whole_and_by_its_own_maker_alone(runs, tmp_path):
     assert tree(to) == first and {p.name for p in tmp_path.iterdir()} == {
         "set", ".made-by-ship.json"}  # fmt: skip
     for name in ("notes.txt", "lm/model.safetensors"):
-        (to / name).write_text("mine")
+        (to / name).write_text("mine", "utf-8")
         with pytest.raises(ValueError, match=f"^--to: .*{name}: in the way"):
             cards.ship([runs], to)
-        assert (to / name).read_text() == "mine"
+        assert (to / name).read_text("utf-8") == "mine"
 
 
 def test_the_package_s_own_set_can_be_replaced():
@@ -80,9 +80,9 @@ def test_the_package_s_own_set_can_be_replaced():
 def edit(path, change):
     """Rewrite a JSON file, or the metadata of a checkpoint."""
     if path.suffix == ".json":
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
         change(values)
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps(values), "utf-8")
         return
     tensors, about = training.load_tensors(path)
     config = json.loads(about["config"])
@@ -121,14 +121,14 @@ WRONG = {
         lambda r: edit(r / "flamingo/metrics.json", lambda m: m.pop("captions")),
         "expected what evaluate writes, got no 'captions'"),
     "metrics that are a list": (
-        lambda r: (r / "flamingo/metrics.json").write_text("[]"), "expected a JSON object"),
-    "a damaged run.json": (lambda r: (r / "vision/run.json").write_text('{"comm'),
+        lambda r: (r / "flamingo/metrics.json").write_bytes(b"[]"), "expected a JSON object"),
+    "a damaged run.json": (lambda r: (r / "vision/run.json").write_text('{"comm', "utf-8"),
                            "vision/run.json is damaged"),
     "a run.json without a field": (
         lambda r: edit(r / "vision/run.json", lambda v: v.pop("python")), "lacks 'python'"),
-    "a damaged log": (lambda r: (r / "lm/log.jsonl").write_text('{"step": 2, "lo'),
+    "a damaged log": (lambda r: (r / "lm/log.jsonl").write_text('{"step": 2, "lo', "utf-8"),
                       "lm/log.jsonl is damaged"),
-    "an empty log": (lambda r: (r / "lm/log.jsonl").write_text(""), "expected a JSON object"),
+    "an empty log": (lambda r: (r / "lm/log.jsonl").write_bytes(b""), "expected a JSON object"),
 }  # fmt: skip
 
 
@@ -168,19 +168,23 @@ def test_a_summary_is_the_median_and_the_range_over_the_seeds():
 
 
 def test_the_readme_quotes_the_shipped_seeds():
-    seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text())
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text("utf-8"))
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     for row in cards.summary(seeds):
         assert row in readme
 
 
 def test_the_cards_quote_the_shipped_metrics():
     shipped = training.WEIGHTS / "flamingo"
-    metrics = json.loads((shipped / "metrics.json").read_text())
+    metrics = json.loads((shipped / "metrics.json").read_text("utf-8"))
     figures = [*table(metrics), cards._gates(metrics["alpha"])]
-    assert (shipped / "card.md").read_text().endswith("```\n" + "\n".join(figures) + "\n```\n")
-    assert cards._text_only(metrics, "lm") in (training.WEIGHTS / "lm" / "card.md").read_text()
-    seeds = json.loads((shipped / "seeds.json").read_text())
+    assert (
+        (shipped / "card.md").read_text("utf-8").endswith("```\n" + "\n".join(figures) + "\n```\n")
+    )
+    assert cards._text_only(metrics, "lm") in (training.WEIGHTS / "lm" / "card.md").read_text(
+        "utf-8"
+    )
+    seeds = json.loads((shipped / "seeds.json").read_text("utf-8"))
     assert seeds["0"] == cards.headlines(metrics) and list(seeds) == ["0", "1", "2"]
 
 
@@ -197,8 +201,8 @@ def test_an_unfinished_run_is_refused_and_nothing_is_written(runs, tmp_path):
 def test_shipped_weights_are_what_their_cards_say():
     shipped = training.WEIGHTS / "flamingo"
     model = training.load_flamingo(shipped / "model.safetensors")
-    metrics = json.loads((shipped / "metrics.json").read_text())
-    alphas = json.loads((shipped / "alphas.json").read_text())
+    metrics = json.loads((shipped / "metrics.json").read_text("utf-8"))
+    alphas = json.loads((shipped / "alphas.json").read_text("utf-8"))
     assert metrics["alpha"] == model.alphas()
     assert [alphas["alpha_xattn"][-1], alphas["alpha_dense"][-1]] == list(metrics["alpha"].values())
     for part in ("lm", "vision"):  # the frozen parts lie in the bridged model, unchanged
@@ -211,7 +215,7 @@ def test_the_shipped_model_still_answers_as_its_metrics_say():
     """A fresh sample, of another seed than the card's, within what chance explains."""
     shipped = training.WEIGHTS / "flamingo"
     model = training.load_flamingo(shipped / "model.safetensors")
-    metrics = json.loads((shipped / "metrics.json").read_text())
+    metrics = json.loads((shipped / "metrics.json").read_text("utf-8"))
     sample = Evaluation(model, samples=200, seed=3_000_000, per_class=20)
     curve = sample.binding("binding_8way")
     for shots in ("0", "4", "32"):

@@ -69,7 +69,7 @@ def test_a_long_list_shows_ten_names():
 
 def test_a_reader_that_leaves_is_no_error():
     words = f"{sys.executable} -m miniflamingo sizes | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode in (0, 141) and not done.stderr
 
 
@@ -107,7 +107,7 @@ def run_without(missing, words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8"
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -208,4 +208,4 @@ def test_a_training_that_is_interrupted_says_how_to_go_on_and_does(tmp_path):
     line = "Interrupted after step"
     assert_interrupted(Command(*words, cwd=tmp_path), printed("loss="), INT, line)
     assert Command(*words, "--resume", cwd=tmp_path).end()[0] == 0
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 40
+    assert len((tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()) == 40

@@ -42,7 +42,7 @@ def test_it_writes_every_figure_and_one_page_that_needs_nothing_else(shown):
     for model in ("live", "shipped"):
         for sheet in demo.SECTIONS:
             assert (out / model / f"{sheet}.png").stat().st_size > 5000
-    page = (out / "index.html").read_text()
+    page = (out / "index.html").read_text("utf-8")
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 2 + 2 * len(demo.SECTIONS)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -52,7 +52,7 @@ def test_it_writes_every_figure_and_one_page_that_needs_nothing_else(shown):
 
 def test_the_metrics_hold_the_figures_numbers(shown):
     out, report = shown
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     assert metrics["few_shot"] == report["shipped"]["few_shot"]
     assert list(metrics["few_shot"]["binding_8way"]) == ["0", "1", "2", "4", "8", "16", "32"]
     assert metrics["live"]["alpha"]["steps"] == [1, 2]
@@ -63,7 +63,7 @@ def test_the_metrics_hold_the_figures_numbers(shown):
 def test_a_second_demo_replaces_the_first(shown, small_demo):
     out, _ = shown
     assert small_demo(out, steps=1)["live"]["alpha"]["steps"] == [1]
-    assert json.loads((out / "metrics.json").read_text())["live"]["alpha"]["steps"] == [1]
+    assert json.loads((out / "metrics.json").read_text("utf-8"))["live"]["alpha"]["steps"] == [1]
     made = {path.name for path in out.iterdir()}
     assert made == {*demo.MADE, ".made-by-demo.json"}
 
@@ -71,22 +71,22 @@ def test_a_second_demo_replaces_the_first(shown, small_demo):
 @pytest.mark.parametrize("name", ["live/notes.txt", "metrics.json", "phi.png", "shipped/a.png"])
 def test_a_demo_deletes_and_overwrites_nothing_that_it_has_not_made(name, tmp_path, monkeypatch):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
+    (tmp_path / name).write_text("mine", "utf-8")
     monkeypatch.setattr(demo, "show_photograph", None)  # it is refused before the work
     with pytest.raises(ValueError, match=f"^--out: .*{name}: in the way"):
         demo.demo(tmp_path, steps=1, progress=False)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [name.split("/")[-1]]
-    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / name).read_text("utf-8") == "mine"
 
 
 def test_a_long_log_is_thinned_and_keeps_its_last_step(tmp_path):
     log = tmp_path / "log.jsonl"
     records = [{"step": i, "alpha_xattn": [i / 1e3], "alpha_dense": [0.0]} for i in range(1, 1001)]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    log.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     alphas = demo.read_alphas(log, most=100)
     assert len(alphas["steps"]) <= 102 and alphas["steps"][-1] == 1000
     assert alphas["alpha_xattn"][-1] == [1.0]
-    log.write_text("")
+    log.write_text("", "utf-8")
     with pytest.raises(ValueError, match="holds no step"):
         demo.read_alphas(log)
 

@@ -232,24 +232,26 @@ def test_evaluate_replaces_its_own_file_alone(tmp_path, capsys, monkeypatch):
     file = tmp_path / "metrics.json"
     ask = ["evaluate", "--samples", "4", "--json", str(file)]
     assert main(ask) == main(ask) == 0
-    assert json.loads(file.read_text())["made_by"] == "python -m miniflamingo evaluate"
-    file.write_text("mine")
+    assert json.loads(file.read_text("utf-8"))["made_by"] == "python -m miniflamingo evaluate"
+    file.write_text("mine", "utf-8")
     monkeypatch.setattr(main_module, "Evaluation", None)  # it is refused before the work
     assert main(ask) == 2
-    assert file.read_text() == "mine" and f"{file}: in the way" in capsys.readouterr().err
+    assert file.read_text("utf-8") == "mine" and f"{file}: in the way" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(["sizes", "5B"]) == 2
     error = capsys.readouterr().err
     assert error == ("miniflamingo: error: unknown preset '5B': choose from mini, 3B, 9B, 80B\n")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_module_runs():
     done = subprocess.run(
-        [sys.executable, "-m", "miniflamingo", "sizes", "mini"], capture_output=True, text=True
+        [sys.executable, "-m", "miniflamingo", "sizes", "mini"],
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0 and "total" in done.stdout, done.stderr

@@ -133,7 +133,7 @@ def test_a_truncated_file_is_a_value_error(tmp_path, length):
 
 
 def test_a_file_of_something_else_is_a_value_error_and_none_is_not_found(tmp_path):
-    (tmp_path / "text").write_text("not a checkpoint, but long enough to have a header")
+    (tmp_path / "text").write_text("not a checkpoint, but long enough to have a header", "utf-8")
     with pytest.raises(ValueError, match="no whole safetensors file"):
         Nested().load(tmp_path / "text")
     with pytest.raises(FileNotFoundError):

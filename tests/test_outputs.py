@@ -14,23 +14,24 @@ NAMES = ("a.txt", "folder")
 def make(out, text="made", names=NAMES):
     """What a command would make: a file, and a folder with one below it."""
     with outputs.staged(out, "demo", names) as new:
-        (new / "a.txt").write_text(text)
+        (new / "a.txt").write_text(text, "utf-8")
         (new / "folder" / "deep").mkdir(parents=True)
-        (new / "folder" / "deep" / "b.txt").write_text(text)
+        (new / "folder" / "deep" / "b.txt").write_text(text, "utf-8")
 
 
 def content(folder):
     """{path: text} of all files, links as where they point to, without the list itself."""
-    return {p.relative_to(folder).as_posix(): os.readlink(p) if p.is_symlink() else p.read_text()
-            for p in sorted(folder.rglob("*"))
-            if (p.is_symlink() or p.is_file()) and not p.name.startswith(".made-by")}  # fmt: skip
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
+    read = {p: os.readlink(p) if p.is_symlink() else p.read_text("utf-8") for p in paths}
+    return {p.relative_to(folder).as_posix(): text for p, text in read.items()
+            if not p.name.startswith(".made-by")}  # fmt: skip
 
 
 MADE = {"a.txt": "made", "folder/deep/b.txt": "made"}
 
 
 def test_what_was_made_is_replaced_and_the_rest_stays(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mine.txt").write_text("mine", "utf-8")
     make(tmp_path / "new" / "out")
     make(tmp_path)
     make(tmp_path, "again")
@@ -42,7 +43,7 @@ def test_what_was_made_is_replaced_and_the_rest_stays(tmp_path):
 
 
 FOREIGN = {
-    "a file of that name": lambda out: (out / "a.txt").write_text("mine"),
+    "a file of that name": lambda out: (out / "a.txt").write_text("mine", "utf-8"),
     "a file in a folder of that name": lambda out: put(out / "folder" / "mine.txt"),
     "a file where the folder goes": lambda out: put(out / "folder"),
     "a folder where the file goes": lambda out: put(out / "a.txt" / "mine.txt"),
@@ -54,7 +55,7 @@ FOREIGN = {
 
 def put(path, text="mine"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, "utf-8")
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -74,8 +75,8 @@ def test_what_is_in_the_way_is_named_before_the_work_and_stays(kind, tmp_path):
 
 
 CHANGES = {
-    "changed": lambda out: (out / "a.txt").write_text("mine"),
-    "changed, deep": lambda out: (out / "folder" / "deep" / "b.txt").write_text("mine"),
+    "changed": lambda out: (out / "a.txt").write_text("mine", "utf-8"),
+    "changed, deep": lambda out: (out / "folder" / "deep" / "b.txt").write_text("mine", "utf-8"),
     "added": lambda out: put(out / "folder" / "deep" / "mine.txt"),
     "a link to the same": lambda out: relink(out / "a.txt"),
 }
@@ -111,8 +112,8 @@ def test_what_comes_while_a_command_works_stays(tmp_path):
         pytest.raises(ValueError, match="in the way"),
         outputs.staged(tmp_path, "demo", NAMES) as new,
     ):
-        (new / "a.txt").write_text("made")
-        (tmp_path / "a.txt").write_text("mine")
+        (new / "a.txt").write_text("made", "utf-8")
+        (tmp_path / "a.txt").write_text("mine", "utf-8")
     assert content(tmp_path) == {"a.txt": "mine"}
 
 
@@ -120,7 +121,7 @@ def test_what_comes_while_a_command_works_stays(tmp_path):
 def test_a_command_that_fails_changes_nothing(error, tmp_path):
     make(tmp_path)
     with pytest.raises(error), outputs.staged(tmp_path, "demo", NAMES) as new:
-        (new / "a.txt").write_text("half")
+        (new / "a.txt").write_text("half", "utf-8")
         raise error
     assert content(tmp_path) == MADE
     make(tmp_path, "again")
@@ -155,7 +156,7 @@ def test_killed_while_it_puts_things_in_their_places(allowed, tmp_path, monkeypa
 def test_a_name_that_a_later_run_leaves_out_stays_known(tmp_path):
     make(tmp_path)
     with outputs.staged(tmp_path, "demo", ["a.txt"]) as new:
-        (new / "a.txt").write_text("alone")
+        (new / "a.txt").write_text("alone", "utf-8")
     assert content(tmp_path) == MADE | {"a.txt": "alone"}
     make(tmp_path, "again")
 
@@ -177,7 +178,7 @@ def test_a_file_is_replaced_by_the_command_that_made_it(tmp_path):
         outputs.check_file(file, MAKER)
         outputs.write_file(file, json.dumps({"made_by": MAKER}).encode(), MAKER)
     for key in ("meta", "about"):
-        file.write_text(json.dumps({key: {"made_by": MAKER}}))
+        file.write_text(json.dumps({key: {"made_by": MAKER}}), "utf-8")
         outputs.check_file(file, MAKER)
 
 
@@ -211,7 +212,7 @@ def test_any_other_file_stays(text, tmp_path):
 def test_a_file_that_cannot_be_written_is_one_line(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
-    Path("file").write_text("mine")
+    Path("file").write_text("mine", "utf-8")
     Path("link").symlink_to("file")
     with pytest.raises(ValueError, match=f"^--json: .*{message}"):
         outputs.check_file(path, MAKER)
@@ -223,7 +224,7 @@ def test_a_file_that_cannot_be_written_is_one_line(path, message, tmp_path, monk
 @pytest.mark.parametrize("path", ["", " ", "file", "file/below", "a\0b"])
 def test_a_folder_that_cannot_be_is_one_line(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
+    Path("file").write_text("mine", "utf-8")
     with pytest.raises(ValueError, match=r"^--out: expected a folder"):
         outputs.check_folder(path)
 
@@ -231,8 +232,8 @@ def test_a_folder_that_cannot_be_is_one_line(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
 def test_a_run_does_not_overwrite_what_no_run_has_made(name, tmp_path):
     outputs.check_run(tmp_path)
-    (tmp_path / name).write_text("mine")
+    (tmp_path / name).write_text("mine", "utf-8")
     with pytest.raises(ValueError, match=f"{name}: in the way"):
         outputs.check_run(tmp_path)
-    (tmp_path / "checkpoint.safetensors").write_text("a run's")
+    (tmp_path / "checkpoint.safetensors").write_text("a run's", "utf-8")
     outputs.check_run(tmp_path)

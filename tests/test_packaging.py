@@ -16,7 +16,7 @@ ROOMS = sorted((ROOT / "miniflamingo").rglob("*.py"))
 
 
 def requirements(file="requirements.txt"):
-    lines = (ROOT / file).read_text().splitlines()
+    lines = (ROOT / file).read_text("utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -28,7 +28,7 @@ def name_of(requirement):
 def test_the_package_asks_for_what_the_requirements_name():
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     optional = project["optional-dependencies"]
     # the site's packages have a file of their own, so that `make test` need not install them
     assert sorted(optional.pop("site")) == sorted(requirements(SITE))
@@ -38,7 +38,7 @@ def test_the_package_asks_for_what_the_requirements_name():
 
 
 def test_every_requirement_has_a_range_and_a_reason():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     for requirement in requirements() + requirements(SITE):
         assert re.search(r"==|>=.*,<", requirement), f"{requirement} has no tested range"
         row = rf"^\| {name_of(requirement)} \|.*\w.*\|$"
@@ -46,7 +46,7 @@ def test_every_requirement_has_a_range_and_a_reason():
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -59,10 +59,10 @@ def test_the_reference_needs_neither_torch_nor_the_kernels(room):
 
 
 def test_what_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     for path in re.findall(r"\]\(([\w./-]+)\)", readme):
         assert (ROOT / path).exists(), f"README.md links to {path}, which does not exist"
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
     for target in re.findall(r"`make ([\w-]+)", readme):
         assert target in targets, f"README.md names `make {target}`, which does not exist"
 
@@ -71,7 +71,7 @@ def test_make_clean_removes_what_make_has_made(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for folder in ("out", "runs", ".venv", "build"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine").write_text("mine")
+        (tmp_path / folder / "mine").write_text("mine", "utf-8")
     for _ in range(2):
         subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
         assert all((tmp_path / f / "mine").exists() for f in ("out", "runs", "build"))
@@ -81,7 +81,7 @@ def test_make_clean_removes_what_make_has_made(tmp_path):
 
 
 def test_the_readme_s_python_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     for code in blocks:
         # what a block imports; torch's blocks use the kernels
         needed = {"torch": "triton", "transformers": "transformers"}
@@ -91,3 +91,52 @@ def test_the_readme_s_python_runs(capsys):
         if all(map(find_spec, used)):
             exec(code, {})
     assert blocks and "[[0 1 1 1 2 2 2 2]]" in capsys.readouterr().out
+
+
+def leaves_its_encoding_to_the_locale(call):
+    """Whether a call reads or writes text in whatever encoding the user's locale names."""
+    name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+    given = {keyword.arg for keyword in call.keywords}
+    if "encoding" in given:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) <= (name == "write_text")
+    path = ast.unparse(getattr(call.func, "value", call.func))
+    if name == "open" and path not in ("Image", "tarfile", "av", "os"):
+        modes = call.args[path == "open" :][:1]
+        return not modes or "b" not in ast.literal_eval(modes[0])
+    return bool({"text", "universal_newlines"} & given)
+
+
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("path.read_text()", True),
+        ("path.read_text('utf-8')", False),
+        ("path.write_text('a')", True),
+        ("path.write_text('a', encoding='utf-8')", False),
+        ("open(path, 'a')", True),
+        ("open(path, 'rb')", False),
+        ("path.open()", True),
+        ("path.open('wb')", False),
+        ("Image.open(path)", False),
+        ("subprocess.run(command, text=True)", True),
+        ("subprocess.run(command, encoding='utf-8')", False),
+    ],
+)
+def test_what_leaves_its_encoding_to_the_locale(code, found):
+    assert leaves_its_encoding_to_the_locale(ast.parse(code, mode="eval").body) is found
+
+
+def test_texts_are_utf_8_whatever_the_locale():
+    """The course's cells read the project's own JSON, which is ASCII, and stay as short as that."""
+    for room in ("miniflamingo", "kernels", "notebooks", "tests"):
+        for path in (p for p in (ROOT / room).rglob("*.py") if p.parent.name != "source"):
+            calls = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)]
+            lines = [call.lineno for call in calls if leaves_its_encoding_to_the_locale(call)]
+            assert not lines, f"{path.relative_to(ROOT)}, lines {lines}: no encoding is named"
+
+
+def test_data_that_cells_read_without_an_encoding_are_ascii():
+    for path in ROOT.rglob("notebooks/data/*.json"), ROOT.rglob("*/weights/**/*.json"):
+        assert all(file.read_bytes().isascii() for file in path)

@@ -137,7 +137,9 @@ def given():
 def behind(command):
     """What `make ...` would run, without the installation: the commands of `make -n`."""
     words = [w for w in shlex.split(command) if not re.match(r"\w*(INDEX_URL|PYODIDE|LITE)=", w)]
-    done = subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     recipe = done.stdout.replace("\\\n", " ").replace("$seed", "0")
     for line in re.findall(r"/python (-m (?!pip|venv)[^;&|>\n]*)", recipe):
@@ -318,6 +320,6 @@ def assert_trains(main, options, capsys):
     for words, steps in ((start, 2), ([*start, "--resume"], 4)):
         assert main(words) == 130
         assert "Interrupted after step" in capsys.readouterr().out
-        assert len((out / "log.jsonl").read_text().splitlines()) >= steps
+        assert len((out / "log.jsonl").read_text("utf-8").splitlines()) >= steps
     if "--export" in options:
         assert main(options) == 0 and (out / "model.safetensors").exists()

@@ -217,12 +217,12 @@ def train_in_a_process(folder):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(root=root), str(folder)],
-        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
     )  # fmt: skip
 
 
 def log_of(folder):
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -292,7 +292,7 @@ def files_of(folder):
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     stopped_at_7(tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as log:
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 8, "lo')  # killed while writing
     resumed(tmp_path)
     assert [record["step"] for record in log_of(tmp_path)] == [1, 2, 3, 4, 5]
@@ -405,7 +405,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     left = [".checkpoint.safetensors.0123abcd", ".log.jsonl.89abcdef", ".run.json.00000000"]
     users = [".checkpoint.safetensors.backup", ".notes.0123abcd", "checkpoint.safetensors.0123abcd"]
     for name in left + users:
-        (tmp_path / name).write_text("half")
+        (tmp_path / name).write_text("half", "utf-8")
     resumed(tmp_path)
     names = set(os.listdir(tmp_path))
     assert names.isdisjoint(left) and names >= set(users)
@@ -414,10 +414,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_with_a_model_but_no_run_is_left_alone(tmp_path, name, resume):
-    (tmp_path / name).write_text("somebody's")
+    (tmp_path / name).write_text("somebody's", "utf-8")
     with pytest.raises(ValueError, match=f"{name}"):
         Run(language_stage(steps=1), tmp_path, resume=resume)
-    assert (tmp_path / name).read_text() == "somebody's"
+    assert (tmp_path / name).read_text("utf-8") == "somebody's"
 
 
 def test_a_log_without_its_checkpoint_is_not_begun_again(tmp_path):
@@ -455,7 +455,7 @@ def test_the_parts_of_a_run_add_up(tmp_path):
     run.costs.start -= 100  # seconds of work
     assert run.train(progress=False) and run.parts[:1] == first and len(run.parts) == 2
     cards.record_run(tmp_path, runs.seconds(run.parts), run.parts)
-    about = json.loads((tmp_path / "run.json").read_text())
+    about = json.loads((tmp_path / "run.json").read_text("utf-8"))
     assert about["command"] == first[0]["command"] and about["parts"] == run.parts
     assert 100 <= about["processor_seconds"] < 160
     again = resumed(tmp_path)
@@ -502,7 +502,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="cannot write to the folder"):
             Run(language_stage(steps=1), out)

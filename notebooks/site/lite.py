@@ -68,9 +68,9 @@ def build(out, paths, cache=vendor.CACHE):
                         "contents": ["files"], "apps": ["lab"], "output_dir": str(out.resolve()),
                         "no_sourcemaps": True, "ignore_sys_prefix": False},
                     "PipliteAddon": {"piplite_urls": [str(wheel) for wheel in wheels]}}  # fmt: skip
-        (stage / "jupyter_lite_config.json").write_text(json.dumps(settings))
+        (stage / "jupyter_lite_config.json").write_text(json.dumps(settings), "utf-8")
         command = [sys.executable, "-m", "jupyterlite_core", "build", "--lite-dir", "."]
-        done = subprocess.run(command, cwd=stage, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=stage, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise Failed(f"jupyter lite build fails:\n{(done.stdout + done.stderr)[-3000:]}")
 
@@ -100,7 +100,7 @@ def make_wheel(stage):
     """The project as a pure Python wheel, from the release: no solution in it. -> its path."""
     release.write_release(stage / "release")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(stage), "."]
-    done = subprocess.run(command, cwd=stage / "release", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=stage / "release", capture_output=True, encoding="utf-8")
     wheels = list(stage.glob("miniflamingo-*.whl"))
     if done.returncode or len(wheels) != 1:
         raise Failed(f"no wheel could be made: {done.stderr[-1000:]}")
@@ -117,7 +117,7 @@ def write_pyodide(folder, cache=vendor.CACHE):
     if whole:
         return
     lock_file = folder / "pyodide-lock.json"
-    lock = json.loads(lock_file.read_text())
+    lock = json.loads(lock_file.read_text("utf-8"))
     host = CDN.format(vendor.PACKAGES["pyodide"][0])
     needed = closure(lock["packages"])
     for name, entry in lock["packages"].items():
@@ -126,7 +126,7 @@ def write_pyodide(folder, cache=vendor.CACHE):
             shutil.copy(wheel, folder)
             entry["sha256"] = hashlib.sha256(wheel.read_bytes()).hexdigest()
         entry["file_name"] = wheel.name if wheel else host + entry["file_name"]
-    lock_file.write_text(json.dumps(lock))
+    lock_file.write_text(json.dumps(lock), "utf-8")
 
 
 def closure(packages, roots=ROOTS):
@@ -159,7 +159,9 @@ def page(paths, cache=vendor.CACHE):
     """The site's page on what runs in the browser; paths are the modules shown, none without it."""
     if not chosen(paths):
         return "# In the browser\n\nThis site was built without JupyterLite.\n"
-    packages = json.loads((vendor.fetch("pyodide") / "pyodide-lock.json").read_text())["packages"]
+    packages = json.loads((vendor.fetch("pyodide") / "pyodide-lock.json").read_text("utf-8"))[
+        "packages"
+    ]
     whole = os.environ.get("MINIFLAMINGO_PYODIDE")
     had = {name: whole or _wheel(f"{name}=={packages[name]['version']}", cache)
            for name in sorted(closure(packages))}  # fmt: skip

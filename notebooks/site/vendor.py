@@ -61,7 +61,7 @@ def _download(name, version, archive):
         raise Failed(f"npm, which comes with Node.js, is needed once, to get {name}")
     archive.parent.mkdir(parents=True, exist_ok=True)
     command = [npm, "pack", "--silent", f"{name}@{version}"]
-    done = subprocess.run(command, cwd=archive.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=archive.parent, capture_output=True, encoding="utf-8")
     if done.returncode or not archive.exists():
         raise Failed(f"npm cannot get {name} {version}: {done.stderr.strip()[-500:]}")
 

@@ -72,14 +72,14 @@ def test_the_command_writes_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "run_one", fake)
     out = tmp_path / "new" / "a.json"
     assert ablations.main(["--seeds", "2", "--steps", "7", "--out", str(out)]) == 0
-    data = json.loads(out.read_text())
+    data = json.loads(out.read_text("utf-8"))
     assert data["about"]["command"].endswith("--seeds 2 --steps 7 --samples 400")
     assert [r["seed"] for r in data["rows"]["MLP resampler"]] == [0, 1]
     assert ablations.main(["--seeds", "2", "--steps", "7", "--out", str(out)]) == 0
     with pytest.raises(SystemExit):
         ablations.main(["--seeds", "0"])
-    out.write_text("mine")
-    assert ablations.main(["--out", str(out)]) == 2 and out.read_text() == "mine"
+    out.write_text("mine", "utf-8")
+    assert ablations.main(["--out", str(out)]) == 2 and out.read_text("utf-8") == "mine"
 
 
 def fake(seed, row, steps, samples):
@@ -114,7 +114,7 @@ def test_no_question_shows_what_it_asks_about(stages, monkeypatch):
 
 
 def test_the_committed_data_has_every_row_and_says_how_it_was_made():
-    data = json.loads(ablations.DATA.read_text())
+    data = json.loads(ablations.DATA.read_text("utf-8"))
     assert list(data["rows"]) == list(ablations.CONFIGS)
     assert {len(runs) for runs in data["rows"].values()} == {3}
     assert {"command", "date", "numpy", "python", "samples", "steps"} <= set(data["about"])

@@ -112,8 +112,8 @@ WRONG = [
 @pytest.mark.parametrize(("text", "message"), WRONG)
 def test_a_wrong_link_is_found(text, message, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"# A page\n\n{text}\n")
-    (tmp_path / "other.md").write_text("# Other\n\n```\n# no such\n```\n")
+    page.write_text(f"# A page\n\n{text}\n", "utf-8")
+    (tmp_path / "other.md").write_text("# Other\n\n```\n# no such\n```\n", "utf-8")
     (found,) = faults(markdown(page), page)
     assert message in found
 
@@ -133,7 +133,7 @@ RIGHT = """# A page: what `it` is
 
 def test_right_links_and_code_are_left_alone(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(RIGHT)
+    page.write_text(RIGHT, "utf-8")
     (tmp_path / "a b.png").touch()
     (tmp_path / "sub").mkdir()
     cell = nbformat.v4.new_markdown_cell("## Two words")

@@ -85,7 +85,7 @@ def test_what_a_notebook_imports_is_in_it(out, path):
     code = "\n".join([*own, "import notebooks", "print(notebooks.__file__)"])
     command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(out / "student-release")}
-    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(out / "student-release/notebooks/__init__.py")
 
@@ -96,7 +96,7 @@ def test_a_solution_that_slips_in_is_found(where, tmp_path):
     file = tmp_path / where
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".py":
-        file.write_text(f"    {line}\n")
+        file.write_text(f"    {line}\n", "utf-8")
     else:
         cell = nbformat.v4.new_code_cell("1" if where == "output.ipynb" else f"  {line}")
         cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": f"a\n{line}\n"})]
@@ -115,10 +115,10 @@ def test_a_release_with_a_solution_is_refused(tmp_path, monkeypatch, capsys):
                                   "nbgrader/source/06/mine.ipynb"])  # fmt: skip
 def test_a_release_deletes_nothing_of_a_teachers(name, tmp_path, capsys):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text("mine")
+    (tmp_path / name).write_text("mine", "utf-8")
     assert rel.main(["--nbgrader", "--out", str(tmp_path)]) == 2
     assert f"{name}: in the way" in capsys.readouterr().err
-    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / name).read_text("utf-8") == "mine"
     assert not (tmp_path / "nbgrader" / "release").exists()
 
 
@@ -142,7 +142,7 @@ def test_the_released_course_works_by_itself(out):
     code = "import notebooks; print(notebooks.__file__, notebooks.check('6.1', lambda *a: None))"
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=out / "student-release",
-                          env=environment, capture_output=True, text=True)  # fmt: skip
+                          env=environment, capture_output=True, encoding="utf-8")  # fmt: skip
     assert str(out / "student-release") in done.stdout and "not done yet" in done.stdout, done
 
 
@@ -210,7 +210,9 @@ def nbgrader(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(rel.ROOT), "OMP_NUM_THREADS": "1",
                    "PATH": f"{Path(NBGRADER).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
     command = [NBGRADER, "-m", "nbgrader", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 
@@ -233,7 +235,7 @@ def test_nbgrader_gives_all_points_to_the_solutions_and_none_to_the_stubs(out, t
     nbformat.write(made, tmp_path / "submitted/done" / name)
     assert "partial" not in nbgrader(tmp_path, "autograde", "06")
     nbgrader(tmp_path, "export")
-    with (tmp_path / "grades.csv").open() as file:
+    with (tmp_path / "grades.csv").open(encoding="utf-8") as file:
         scores = {row["student_id"]: (float(row["score"]), float(row["max_score"]))
                   for row in csv.DictReader(file)}  # fmt: skip
     most = sum(c.metadata["nbgrader"]["points"] for c in graded(made, "grade"))

@@ -58,7 +58,7 @@ def tiny(tmp_path_factory):
     """The tiny module's source, its renderings, and the folder that they were written to."""
     folder = tmp_path_factory.mktemp("course")
     path = folder / "99_tiny.py"
-    path.write_text(TINY)
+    path.write_text(TINY, "utf-8")
     rendered, pictures = r.render(path)
     r.write(path, rendered, pictures, folder)
     return path, rendered, pictures, folder
@@ -191,11 +191,15 @@ NOISE = [
     ("import warnings; warnings.warn('look')", "writes to stderr"),
     ("object()", "prints a memory address"),
     ("1 / 0", "ZeroDivisionError"),
+    ("import os; os.kill(os.getpid(), 9)", "Kernel died"),
+    ("while True: pass", "timed out"),
 ]
 
 
 @pytest.mark.parametrize(("code", "message"), NOISE)
-def test_a_noisy_or_failing_cell_is_refused(code, message, tmp_path):
+def test_a_noisy_or_failing_cell_is_refused(code, message, tmp_path, monkeypatch):
+    if "while" in code:
+        monkeypatch.setattr(r, "PATIENCE", 2)
     cell = nbformat.v4.new_code_cell(code, id="99-000")
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=r.METADATA)
     with pytest.raises(ValueError, match=message):
@@ -204,7 +208,7 @@ def test_a_noisy_or_failing_cell_is_refused(code, message, tmp_path):
 
 def test_an_unknown_tag_is_refused(tmp_path):
     path = tmp_path / "99_tags.py"
-    path.write_text('# %% tags=["excercise"]\nx = 1\n')
+    path.write_text('# %% tags=["excercise"]\nx = 1\n', "utf-8")
     with pytest.raises(ValueError, match=r"unknown tags .'excercise'"):
         r.read_source(path)
 

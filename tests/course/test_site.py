@@ -81,9 +81,9 @@ def test_the_figures_of_a_measurement_are_drawn(tmp_path):
                 "limits": {"copy_bytes_per_second": 1e12, "flops_per_second": 1e14},
                 "records": [measured(N, kernel, "forward") for N in (1, 4)
                             for kernel in (True, False)]}  # fmt: skip
-    (tmp_path / "card.json").write_text(json.dumps(document))
+    (tmp_path / "card.json").write_text(json.dumps(document), "utf-8")
     build.write_benchmarks(tmp_path, tmp_path)
-    text = (tmp_path / "benchmarks.md").read_text()
+    text = (tmp_path / "benchmarks.md").read_text("utf-8")
     assert "## card" in text and "- gpu: invented" in text and "Not measured" not in text
     files = re.findall(r"!\[[^\]]{40,}\]\((figures/[^)]+)\)", text)
     assert files == ["figures/card-roofline.png", "figures/card-cost-forward.png"]
@@ -92,10 +92,10 @@ def test_the_figures_of_a_measurement_are_drawn(tmp_path):
 
 def test_without_results_the_page_says_what_measures_them(tmp_path):
     build.write_benchmarks(tmp_path, tmp_path)
-    assert "Not measured yet" in (tmp_path / "benchmarks.md").read_text()
-    (tmp_path / "other.json").write_text("[1, 2]")
+    assert "Not measured yet" in (tmp_path / "benchmarks.md").read_text("utf-8")
+    (tmp_path / "other.json").write_text("[1, 2]", "utf-8")
     build.write_benchmarks(tmp_path, tmp_path)
-    assert "python -m kernels bench --json" in (tmp_path / "benchmarks.md").read_text()
+    assert "python -m kernels bench --json" in (tmp_path / "benchmarks.md").read_text("utf-8")
 
 
 def test_what_pyodide_packages_need_comes_with_them():
@@ -112,7 +112,7 @@ def test_modules_1_to_9_go_into_the_browser():
 def test_notebooks_for_the_browser_carry_their_pictures(tmp_path):
     lite.write_contents(tmp_path / "files", PATHS)
     for path in PATHS:
-        book = json.loads((tmp_path / "files" / f"{path.stem}.ipynb").read_text())
+        book = json.loads((tmp_path / "files" / f"{path.stem}.ipynb").read_text("utf-8"))
         assert book["cells"][1]["source"] == lite.INSTALL
         linked = [cell for cell in book["cells"] if "](targets/" in cell["source"]]
         attached = [cell for cell in book["cells"] if "attachments" in cell]
@@ -292,14 +292,14 @@ def lab(tmp_path):
                *(f"--{name}={value}" for name, value in options.items())]  # fmt: skip
     environment = {**os.environ, **render.ENVIRONMENT, "JUPYTER_CONFIG_DIR": str(tmp_path / "c"),
                    "JUPYTER_DATA_DIR": str(tmp_path / "d")}  # fmt: skip
-    log = (tmp_path / "log").open("w")
+    log = (tmp_path / "log").open("w", encoding="utf-8")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     for _ in range(SECONDS):
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0 or process.poll() is not None:
                 break
         time.sleep(1)
-    assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+    assert process.poll() is None, (tmp_path / "log").read_text("utf-8")[-2000:]
     yield f"http://127.0.0.1:{port}", folder
     process.terminate()
     process.wait(30)

@@ -111,11 +111,11 @@ def test_slides_replace_their_own_alone(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(vendor, name, lambda folder: folder.mkdir(exist_ok=True))
     for number in ("00", "00", "01"):
         assert slides.main([number, "--out", str(tmp_path)]) == 0
-    (tmp_path / "00.slides.html").write_text("mine")
+    (tmp_path / "00.slides.html").write_text("mine", "utf-8")
     assert slides.main(["01", "--out", str(tmp_path)]) == 0
     assert slides.main(["00", "--out", str(tmp_path)]) == 2
     assert "00.slides.html: in the way" in capsys.readouterr().err
-    assert (tmp_path / "00.slides.html").read_text() == "mine"
+    assert (tmp_path / "00.slides.html").read_text("utf-8") == "mine"
 
 
 def test_without_npm_one_line_says_what_is_needed(tmp_path, monkeypatch, capsys):

@@ -138,8 +138,10 @@ def test_measuring_runs_the_cells_of_one_rendering(tiny, tmp_path, monkeypatch):
     tiny.write_text(TINY.replace("1 / 0", "answer = 1"), encoding="utf-8")
     line = t.update(tiny, {})
     assert line.startswith("99_tiny: student ")
-    assert set(json.loads(t.FILE.read_text())["99"]) == {"student", "teacher", "machine"}
-    assert t.agrees(t.claim_in(tiny.read_text()), t.read()["99"]["student"]["processor_seconds"])
+    assert set(json.loads(t.FILE.read_text("utf-8"))["99"]) == {"student", "teacher", "machine"}
+    assert t.agrees(
+        t.claim_in(tiny.read_text("utf-8")), t.read()["99"]["student"]["processor_seconds"]
+    )
 
 
 def test_an_unknown_module_is_an_error_of_the_command_line(capsys):

@@ -115,7 +115,9 @@ def test_where_triton_is_missing_a_check_says_so(monkeypatch):
 
 def test_the_other_modules_need_no_torch():
     code = "import sys, notebooks; print([m for m in ('torch', 'triton') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

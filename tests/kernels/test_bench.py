@@ -434,7 +434,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "bench.json"
     options = ["--device", "cpu", "--quick", "--json", str(path), "--plots", str(tmp_path)]
     assert command_line.main(["bench", *options]) == 0
-    printed, document = capsys.readouterr().out, json.loads(path.read_text())
+    printed, document = capsys.readouterr().out, json.loads(path.read_text("utf-8"))
     assert "no GPU" in printed and "no kernel" in printed
     assert document["meta"].keys() >= {"date", "machine", "gpu", "driver", "torch", "triton"}
     assert document["meta"]["backend"] == "cpu" and not document["meta"]["kernels_timed"]
@@ -455,14 +455,14 @@ def test_case_chooses(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert command_line.main(["bench", "--device", "cpu", "--quick", "--case", "decode",
                               "--json", str(path), "--plots", str(tmp_path)]) == 0  # fmt: skip
-    records = json.loads(path.read_text())["records"]
+    records = json.loads(path.read_text("utf-8"))["records"]
     assert {r["entry"] for r in records} == {"decode_attention"}
     assert not (tmp_path / "cost_forward.png").exists()  # there is nothing to draw
-    (tmp_path / "roofline.png").write_text("mine")
+    (tmp_path / "roofline.png").write_text("mine", "utf-8")
     again = ["bench", "--device", "cpu", "--quick", "--plots", str(tmp_path)]
     assert command_line.main(again) == 2
     assert "roofline.png: in the way" in capsys.readouterr().err
-    assert (tmp_path / "roofline.png").read_text() == "mine"
+    assert (tmp_path / "roofline.png").read_text("utf-8") == "mine"
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,12 @@ BREAKAGES = {
 def broken(tmp_path, name):
     """The comparison of a copy of the kernel's file, changed as BREAKAGES says."""
     before, after, _ = BREAKAGES[name]
-    source = Path(image_causal_attention.__file__).read_text()
+    source = Path(image_causal_attention.__file__).read_text("utf-8")
     assert before in source, f"the kernel no longer contains {before!r}"
     source = source.replace(before, after) if before else source
     namespace = "broken_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(source.replace('@operator("', f'@operator("{namespace}_'))
+    path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -169,7 +169,7 @@ def test_a_wrong_peer_is_said_and_fails_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "KERNELS", [comparison])
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--json", str(path)]) == 0
-    printed, records = capsys.readouterr().out, json.loads(path.read_text())["records"]
+    printed, records = capsys.readouterr().out, json.loads(path.read_text("utf-8"))["records"]
     assert printed.count("ok  peer: NaN (plain torch on this processor)") == len(records) == 12
     assert all(r["peer_error"] is None and r["peer"] == "NaN" and r["ok"] for r in records)
 
@@ -200,7 +200,7 @@ def test_the_command_writes_the_table(tmp_path, capsys):
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--case", "R = 1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text("utf-8"))
     assert f"{len(document['records'])} comparisons, 0 failed" in printed
     assert document["meta"].keys() >= {"date", "machine", "torch", "triton", "numpy"}
     keys = {"kernel", "case", "dtype", "direction", "backend", "error", "peer_error", "bound", "ok"}
@@ -217,12 +217,12 @@ def test_a_failure_exits_with_1(tmp_path, monkeypatch, capsys):
     path = tmp_path / "compare.json"
     assert command_line.main(["compare", "--json", str(path)]) == 1
     assert "FAILED" in capsys.readouterr().out
-    path.write_text('{"records": "mine"}')
+    path.write_text('{"records": "mine"}', "utf-8")
     assert command_line.main(["compare", "--json", str(path)]) == 2
-    assert "in the way" in capsys.readouterr().err and "mine" in path.read_text()
+    assert "in the way" in capsys.readouterr().err and "mine" in path.read_text("utf-8")
     path.unlink()
     assert command_line.main(["compare", "--json", str(path)]) == 1
-    failed = [r for r in json.loads(path.read_text())["records"] if not r["ok"]]
+    failed = [r for r in json.loads(path.read_text("utf-8"))["records"] if not r["ok"]]
     assert failed and all(r["direction"] == "backward" and r["ratio"] is None for r in failed)
 
 

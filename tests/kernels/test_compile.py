@@ -49,7 +49,7 @@ def run_python(code):
     """Run a program in a process that compiles kernels instead of interpreting them."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT.parent)}
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8"
     )
 
 
@@ -60,7 +60,7 @@ def launched_kernels(calls=None):
     """
     functions = {}
     for path in ROOT.glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text("utf-8")).body:
             decorators = getattr(node, "decorator_list", [])
             if any(ast.unparse(d) == "triton.jit" for d in decorators):
                 found = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
@@ -72,7 +72,7 @@ def launched_kernels(calls=None):
 
 def runtime_functions():
     """The @triton.jit functions of runtime.py, none of which is launched."""
-    for node in ast.parse((ROOT / "runtime.py").read_text()).body:
+    for node in ast.parse((ROOT / "runtime.py").read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef):
             yield node.name
 
@@ -95,7 +95,7 @@ def test_the_committed_table_is_of_these_sources(committed):
 
 def test_compiling_again_gives_the_committed_table(compiler):
     command = [sys.executable, "-m", "kernels", "compile", "--check"]
-    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     if "compilers are others" in done.stdout:
         pytest.skip(done.stdout.splitlines()[-1])
@@ -151,7 +151,7 @@ def test_loads_are_128_bits_wide_where_a_tile_has_as_much_for_every_thread(recor
 
 
 def test_the_readme_quotes_the_table(records):
-    rows = [row.split(" | ") for row in (ROOT.parent / "README.md").read_text().splitlines()]
+    rows = [row.split(" | ") for row in (ROOT.parent / "README.md").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row[0].startswith("| `_")]
     found = {r["kernel"]: r for r in records if picked(r)}
     assert {row[0][3:-1] for row in rows} == {name for name, r in found.items() if r["tensor"]}
@@ -214,16 +214,16 @@ class Alone:
     ],
 )
 def test_the_digest_is_of_the_kernels_code(before, after, same, tmp_path):
-    (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "kernel.py").write_text(KERNEL, "utf-8")
     first = kernel_compile.kernel_code(tmp_path)
     assert KERNEL.count(before) >= 1 and "return x" in first["kernel.py"]
-    (tmp_path / "kernel.py").write_text(KERNEL.replace(before, after))
+    (tmp_path / "kernel.py").write_text(KERNEL.replace(before, after), "utf-8")
     assert (kernel_compile.kernel_code(tmp_path) == first) == same
 
 
 def test_files_without_kernels_are_left_out(tmp_path):
-    (tmp_path / "kernel.py").write_text(KERNEL)
-    (tmp_path / "layers.py").write_text("x = 1\n")
+    (tmp_path / "kernel.py").write_text(KERNEL, "utf-8")
+    (tmp_path / "layers.py").write_text("x = 1\n", "utf-8")
     assert kernel_compile.kernel_code(tmp_path).keys() == {"kernel.py"}
     assert {"runtime.py", "work_list.py"} <= kernel_compile.kernel_code().keys()
 
@@ -242,9 +242,9 @@ def replace_committed(committed, monkeypatch, tmp_path):
     """Let a file stand in for the committed one, with other entries in its meta."""
 
     def replace(**changes):
-        document = json.loads(kernel_compile.COMMITTED.read_text())
+        document = json.loads(kernel_compile.COMMITTED.read_text("utf-8"))
         document["meta"] |= changes
-        (tmp_path / "compiled.json").write_text(json.dumps(document))
+        (tmp_path / "compiled.json").write_text(json.dumps(document), "utf-8")
         monkeypatch.setattr(kernel_compile, "COMMITTED", tmp_path / "compiled.json")
 
     return replace

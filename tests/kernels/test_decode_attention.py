@@ -165,12 +165,14 @@ BREAKAGES = {
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_a_broken_kernel_turns_the_table_red(name, tmp_path):
     before, after, red = BREAKAGES[name]
-    source = Path(decode_attention.__file__).read_text()
+    source = Path(decode_attention.__file__).read_text("utf-8")
     assert before in source, f"the kernel no longer contains {before!r}"
     source = source.replace(before, after) if before else source
     namespace = "broken_decode_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'))
+    path.write_text(
+        source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'), "utf-8"
+    )
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

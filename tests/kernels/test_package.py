@@ -27,7 +27,7 @@ def run_python(code, **environment):
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = {**clean, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8"
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip().splitlines()[-1:]
 

@@ -366,12 +366,12 @@ RED = {  # more rows than layer norm then has programs, and a width that is no p
 def broken(tmp_path, name, before, after, label):
     """Forward and backward of a changed copy of a kernel's file."""
     function, _, branch = name.partition(", ")
-    source = Path(getattr(kernels, function).__file__).read_text()
+    source = Path(getattr(kernels, function).__file__).read_text("utf-8")
     assert before in source, f"the kernel no longer contains {before!r}"
     namespace = "broken_" + "".join(filter(str.isalnum, label))
     path = tmp_path / f"{namespace}.py"
     source = source.replace(before, after).replace('custom_op("mini', f'custom_op("{namespace}mini')
-    path.write_text(source.replace("PROGRAMS = 512", "PROGRAMS = 4"))
+    path.write_text(source.replace("PROGRAMS = 512", "PROGRAMS = 4"), "utf-8")
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -296,12 +296,14 @@ BREAKAGES = {
 def broken(tmp_path, name):
     """The comparison of a copy of the kernels' file, changed as BREAKAGES says."""
     before, after, _ = BREAKAGES[name]
-    source = Path(resampler_attention.__file__).read_text()
+    source = Path(resampler_attention.__file__).read_text("utf-8")
     assert before in source, f"the kernel no longer contains {before!r}"
     source = source.replace(before, after) if before else source
     namespace = "broken_resampler_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'))
+    path.write_text(
+        source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'), "utf-8"
+    )
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -42,7 +42,7 @@ def parts(tmp_path_factory):
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def assert_same_curve(ours, theirs, tolerance=2e-4):
@@ -77,7 +77,7 @@ def torchrun(*arguments, restarts=0):
         [*command, *arguments],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=root,
         timeout=600,
     )
@@ -95,7 +95,7 @@ def killed(parts, tmp_path_factory):
 
 
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on(killed, reference):
-    starts = [json.loads(line) for line in (killed / "starts").read_text().splitlines()]
+    starts = [json.loads(line) for line in (killed / "starts").read_text("utf-8").splitlines()]
     assert starts == [[0, 2], [4, 2]]  # checkpoints every 2 steps: step 5 was made again
     assert_same_curve(log_of(killed), log_of(reference))
 
@@ -134,7 +134,7 @@ def sharded(parts, out, resume=False, precision="fp32", **changes):
 def test_one_process_goes_on_where_two_were_asked_to_stop(parts, reference, tmp_path):
     torchrun(*parts, str(tmp_path), "SIGTERM", "1")  # to one of them: both end step 3 whole
     assert len(log_of(tmp_path)) == 3 and not (tmp_path / "model.safetensors").exists()
-    with open(tmp_path / "log.jsonl", "a") as log:
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 4, "loss')  # as of a process killed while it wrote
     assert sharded(parts, tmp_path, resume=True)[0]
     assert_same_curve(log_of(tmp_path), log_of(reference))
@@ -201,7 +201,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(parts, killed, tmp_path):
 def test_a_half_written_checkpoint_does_not_count(parts, killed):
     half = killed / "checkpoints" / "0000009"
     half.mkdir()
-    (half / "run.json").write_text("{}")
+    (half / "run.json").write_text("{}", "utf-8")
     with train.processes("cpu") as mesh:
         run = train.ShardedRun(train_worker.stage(*parts), killed, mesh, resume=True)
     run.release()
@@ -227,11 +227,11 @@ def finished(tmp_path_factory):
 
 
 def change_about(folder, seal=True, **changes):
-    about = json.loads((folder / "run.json").read_text())
+    about = json.loads((folder / "run.json").read_text("utf-8"))
     del about["sha256"]
     before, about = train._digest(about), about | changes
     about["sha256"] = train._digest(about) if seal else before
-    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "run.json").write_text(json.dumps(about), "utf-8")
 
 
 def flip(path):
@@ -261,7 +261,7 @@ DAMAGE = {
     "a flipped bit": (lambda f: flip(f / "__0_0.distcp"), "damaged files: __0_0.distcp"),
     "metadata": (lambda f: flip(f / ".metadata"), "damaged files: .metadata"),
     "a part": (lambda f: (f / "__0_0.distcp").unlink(), "damaged files: __0_0.distcp"),
-    "more": (lambda f: (f / "__9_0.distcp").write_text("x"), "damaged files: __9_0.distcp"),
+    "more": (lambda f: (f / "__9_0.distcp").write_bytes(b"x"), "damaged files: __9_0.distcp"),
     "no JSON": (lambda f: (f / "run.json").write_bytes(b"\xff\0"), "run.json is no JSON"),
     "step": (lambda f: change_about(f, step=5), r"step must be an integer in 0\.\.4, got 5"),
     "other step": (lambda f: change_about(f, step=3), "step must be that of its folder, got 3"),
@@ -303,17 +303,17 @@ def test_a_damaged_log_is_refused_and_a_lock_is_kept(finished, tmp_path):
 
 def test_only_our_own_checkpoints_are_removed_and_the_parts_add_up(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    whole = json.loads((tmp_path / "run" / "run.json").read_text())
+    whole = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert whole["parts"][0]["command"].startswith("python -m kernels")
     assert whole["processor_seconds"] == round(runs.seconds(whole["parts"]), 1) > 0
     (tmp_path / "run" / "checkpoints" / "mine").mkdir()
-    (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine")
-    (tmp_path / "run" / ".log.jsonl.0123abcd").write_text("half")
+    (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine", "utf-8")
+    (tmp_path / "run" / ".log.jsonl.0123abcd").write_text("half", "utf-8")
     assert small_run(tmp_path / "run")[0]
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"mine", "notes.txt", "0000004"}
     assert not (tmp_path / "run" / ".log.jsonl.0123abcd").exists()
-    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    about = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert about["parts"] == whole["parts"]  # nothing more was done
 
 
@@ -345,7 +345,7 @@ def two_processes(out):
     command = [sys.executable, "-m", "kernels", *LM, "--out", str(out), "--resume"]
     started = [
         subprocess.Popen(command, cwd=root, env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
         for rank in "01"
     ]  # fmt: skip
     said = [process.communicate(timeout=300)[1] for process in started]

@@ -60,7 +60,7 @@ def train_on(mesh, stage, out):
     """Train, and note down the step and the number of processes at the start."""
     run = train.ShardedRun(stage, out, mesh, resume=True, checkpoint_every=2)
     if run.rank == 0:
-        with open(f"{out}/starts", "a") as file:
+        with open(f"{out}/starts", "a", encoding="utf-8") as file:
             file.write(json.dumps([run.step, run.world]) + "\n")
     run.train(progress=False)
 

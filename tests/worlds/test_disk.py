@@ -473,7 +473,7 @@ def test_a_stream_whose_data_is_gone_stops(folder):
     path = write_lines(folder / "pairs.jsonl", [good()])
     stream = Stream(read_pairs(path))
     next(stream)
-    path.write_text("")
+    path.write_text("", "utf-8")
     with pytest.raises(ValueError, match=r"no usable record .* 1 read, 1 yielded"):
         next(stream)
 

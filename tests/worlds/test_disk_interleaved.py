@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def read(folder, *pages, **options):
     lines = "".join(json.dumps(page) + "\n" for page in pages)
-    (folder / "pages.jsonl").write_text(lines)
+    (folder / "pages.jsonl").write_text(lines, "utf-8")
     return read_documents(folder, **options)
 
 

@@ -67,7 +67,7 @@ def read(folder, *clips, strict=False, **options):
     for name, content in clips:
         (folder / name).write_bytes(content)
     lines = (json.dumps({"video": name, "caption": "a cat"}) + "\n" for name, _ in clips)
-    (folder / "clips.jsonl").write_text("".join(lines))
+    (folder / "clips.jsonl").write_text("".join(lines), "utf-8")
     return read_videos(folder, strict=strict, **options)
 
 
@@ -298,7 +298,7 @@ def test_captions_and_names_are_checked_as_those_of_pairs(tmp_path):
         {"video": "y.gif", "text": "a"}, {"image": "x.gif", "text": "a"},
         {"video": "x.gif", "text": "a"},
     ]  # fmt: skip
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     data = read_videos(tmp_path, tokenizer=TOKENIZER)
     assert len(list(data)) == 1
     assert data.report.skipped == {
