@@ -11,8 +11,8 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test compare check-compiled bench lint notebooks check-notebooks timings student-release \
-	slides site site-test weights lab clean
+.PHONY: demo test fuzz compare check-compiled bench lint notebooks check-notebooks timings \
+	student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -22,6 +22,9 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 
 test: $(READY)  ## all tests; those that need a GPU skip where there is none
 	@$(RUN) -m pytest $(ARGS)
+
+fuzz: $(READY)  ## damaged files, absurd options; ARGS="--minutes 5 --seed 123", ARGS=kills
+	@$(RUN) -m tests.fuzz $(ARGS)
 
 compare: $(READY)  ## every kernel beside its NumPy twin
 	@$(RUN) -m kernels compare $(ARGS)
