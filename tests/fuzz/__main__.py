@@ -43,6 +43,7 @@ if commands.HAS_TORCH:
     TARGETS += [
         Target("kernels and twins", contracts.draw_seed, contracts.act_kernel, judge_calls, 2),
         Target("what is unseen", contracts.draw_seed, contracts.act_unseen, judge_calls, 2),
+        Target("padded frames", contracts.draw_seed, contracts.act_padding, judge_calls, 2),
         Target("wrong arguments", contracts.draw_seed, contracts.act_arguments, judge_calls, 2),
     ]
 

@@ -87,8 +87,9 @@ def draw_command(rng, corpus):
     words = [*words, *base, *more]
     real = words[0] == "compile" or (rng.random() < 0.05 and not any(
         re.search("[\0\ud83d]", word) for word in words))  # fmt: skip
-    return {"module": module, "words": words, "real": bool(real),
-            "signal": pick(rng, ["SIGINT", "SIGINT", "SIGTERM"])}  # fmt: skip
+    asked = pick(rng, ["SIGINT", "SIGINT", "SIGTERM"])
+    return {"module": module, "words": words, "own": own_files([*words, "nowhere"]),
+            "real": bool(real), "signal": asked}  # fmt: skip
 
 
 try:
@@ -144,7 +145,13 @@ def draw_run(rng, corpus):
         else:
             path.write_bytes(_wound(rng, path.suffix, path.read_bytes()))
     module, words = pick(rng, WAYS[folder])
-    return {"module": module, "words": words, "own": [f"{folder}/"] * (words[0] == "train")}
+    return {"module": module, "words": words, "own": own_files(words)}
+
+
+def own_files(words):
+    """What a command may change: the files of the run that it goes on with."""
+    resumes = "--out" in words and {"--resume", "--export"} & {*words}
+    return [words[len(words) - words[::-1].index("--out")] + "/"] if resumes else []
 
 
 def _wound(rng, suffix, data):

@@ -162,10 +162,10 @@ def shard(rng):
 def act_shard(case):
     """Read it, and check that nothing got lost unnoticed."""
     prompts, report = read_all(read_pairs("shard.tar"))
-    got = {prompt[1]: np.asarray(prompt[0]).mean(axis=(0, 1)) for prompt in prompts}
-    for i in case["certain"]:
-        assert f"picture {i}" in got, f"picture {i}, before the damage, is lost: {report}"
-        assert abs(got[f"picture {i}"] - [40 * i, 0, 0]).max() < 4, f"picture {i} is another"
+    assert len(prompts) >= len(case["certain"]), f"lost before the damage: {report}"
+    for i, (image, caption) in zip(case["certain"], prompts):  # they come first
+        assert caption == f"picture {i}", f"picture {i} is lost: {report}"
+        assert abs(np.asarray(image).mean(axis=(0, 1)) - [40 * i, 0, 0]).max() < 4, caption
     noticed, read = sum(report.skipped.values()), len(prompts)
     assert noticed or read >= RECORDS, f"lost unnoticed: {report}"
     assert case["form"] != "joined" or noticed or read == 2 * RECORDS, f"joined: {report}"
@@ -178,7 +178,7 @@ def read_all(data):
     try:
         prompts.extend(data)
     except ValueError as error:
-        assert data.report.yielded == 0 and "no usable record" in str(error), error
+        assert data.report.yielded == 0, error
     report = data.report
     assert report.yielded == len(prompts) or not prompts
     assert report.read == report.yielded + sum(report.skipped.values()), report
