@@ -29,15 +29,15 @@ MARKERS = "<!-- fuzz: made by `python -m tests.fuzz table --write` -->\n", "<!--
 
 COMMAND = commands.act_command, judge_command
 TARGETS = [
-    Target("command lines", commands.draw_command, *COMMAND, short=12, patience=3.0),
-    Target("pictures", media.draw_picture, media.act_picture, judge_calls, 60),
-    Target("clips", media.draw_clip, media.act_clip, judge_calls, 40),
-    Target("prompts of files", media.draw_prompt, *COMMAND, 12),
+    Target("command lines", commands.draw_command, *COMMAND, short=8, patience=2.0),
+    Target("pictures", media.draw_picture, media.act_picture, judge_calls, 40),
+    Target("clips", media.draw_clip, media.act_clip, judge_calls, 25),
+    Target("prompts of files", media.draw_prompt, *COMMAND, 8),
     Target("shards", media.draw_shard, media.act_shard, judge_calls, 40),
     Target("JSON lines", media.draw_lines, media.act_lines, judge_calls, 40),
-    Target("checkpoints", commands.draw_checkpoint, commands.act_checkpoint, judge_calls, 40),
-    Target("runs", commands.draw_run, commands.act_run, judge_command, 16),
-    Target("texts", contracts.draw_seed, contracts.act_text, judge_calls, 5),
+    Target("checkpoints", commands.draw_checkpoint, commands.act_checkpoint, judge_calls, 30),
+    Target("runs", commands.draw_run, commands.act_run, judge_command, 10),
+    Target("texts", contracts.draw_seed, contracts.act_text, judge_calls, 3),
 ]
 if commands.HAS_TORCH:
     TARGETS += [
@@ -51,7 +51,7 @@ if commands.HAS_TORCH:
 def build_corpus(folder):
     """Write the whole files that are then damaged; AssertionError when that fails."""
     Path(folder).mkdir(parents=True)
-    builder = Target("corpus", None, lambda case: corpus.build(folder), None, 0, limit=300)
+    builder = Target("corpus", None, lambda case: corpus.build(folder), None, 0, limit=100)
     done = perform(builder, {}, folder)
     assert done.code == 0, done.err
     return folder
@@ -169,6 +169,8 @@ def main(argv=None):
     top.add_argument("--json", metavar="FILE", help="also write the figures")
     top.add_argument("--write", action="store_true", help="put the table into the README")
     arguments = top.parse_args(argv)
+    if not Path("/proc/self/statm").exists():
+        top.error("this needs Linux: processes are looked at through /proc")
     return COMMANDS[arguments.command](arguments)
 
 

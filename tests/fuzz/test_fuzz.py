@@ -85,7 +85,7 @@ def test_what_must_not_happen_is_noticed_and_kept(act, kind, tmp_path):
             file.write("theirs")
         return {}
 
-    target = case(act, draw=draw, limit=1 if act is hangs else 20)
+    target = case(act, draw=draw, limit=0.3 if act is hangs else 20)
     (result,) = runner.attack([target], None, tmp_path, say=lambda line: None)
     assert [*result.failures] and kind in next(iter(result.failures))
     (folder,) = result.again.values()
@@ -109,7 +109,7 @@ def test_what_may_happen_is_counted(code, text, outcome, tmp_path):
 
 
 def test_ctrl_c_is_pressed_once_it_takes_too_long(tmp_path):
-    target = case(hangs, patience=0.5)
+    target = case(hangs, patience=0.1)
     (result,) = runner.attack([target], None, tmp_path, say=lambda line: None)
     assert [*result.failures] == ["KeyboardInterrupt"]
 
