@@ -11,8 +11,8 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test test-machines compare check-compiled bench lint notebooks check-notebooks timings student-release \
-	slides site site-test weights lab clean
+.PHONY: demo test test-machines fuzz compare check-compiled bench lint notebooks check-notebooks \
+	timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -25,6 +25,9 @@ test: $(READY)  ## all tests; those that need a GPU skip where there is none
 
 test-machines: $(READY)  ## tests and course as other processors run them; ARGS="--turn 1/4": a part
 	@$(RUN) -m tests.machines $(ARGS)
+
+fuzz: $(READY)  ## damaged files, absurd options; ARGS="--minutes 5 --seed 123", ARGS=kills
+	@$(RUN) -m tests.fuzz $(ARGS)
 
 compare: $(READY)  ## every kernel beside its NumPy twin
 	@$(RUN) -m kernels compare $(ARGS)
