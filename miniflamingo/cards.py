@@ -22,7 +22,8 @@ from miniflamingo.command import some
 from miniflamingo.demo import read_alphas
 from miniflamingo.evaluation import TEST_SEED, probe, table
 from miniflamingo.module import load_tensors, write_atomically
-from miniflamingo.training import differences, load_flamingo
+from miniflamingo.runs import differences
+from miniflamingo.training import load_flamingo
 
 ABOUT = {
     "lm": (
