@@ -11,8 +11,8 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test test-machines compare check-compiled bench lint notebooks check-notebooks timings student-release \
-	slides site site-test weights lab clean
+.PHONY: demo test test-machines compare check-compiled bench lint notebooks check-notebooks timings \
+	student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
