@@ -86,7 +86,7 @@ def test_a_turn_that_does_not_exist_is_refused(text, capsys):
 def test_an_unknown_setting_is_refused_and_a_list_runs_nothing(capsys):
     with pytest.raises(SystemExit):
         m.main(["nehalim"])
-    assert "no setting is called nehalim: choose from nehalem" in capsys.readouterr().err
+    assert "no setting is called nehalim: choose from skylakex, nehalem" in capsys.readouterr().err
     assert m.main(["--list"]) == 0
     assert "OPENBLAS_CORETYPE=SkylakeX" in capsys.readouterr().out
 
@@ -94,9 +94,12 @@ def test_an_unknown_setting_is_refused_and_a_list_runs_nothing(capsys):
 # --- settings that would test nothing -------------------------------------------------------------
 
 
-def test_a_setting_that_the_processor_cannot_run_is_left_out():
+def test_a_setting_that_the_processor_cannot_run_is_left_out_and_what_needs_nothing_is_not():
     plain = {**PLAIN, "features": ["SSE2", "AVX2"]}
     assert "has no AVX512F" in m.reason_to_leave_out(setting("skylakex"), plain, ask=None)
+    arm = {**PLAIN, "features": ["NEON"]}
+    listens = ({"threads": "1"}, None)
+    assert m.reason_to_leave_out(setting("strange"), arm, lambda variables: listens) is None
 
 
 @pytest.mark.parametrize(
