@@ -570,7 +570,7 @@ check("8.5", opening)
 # %%
 from miniflamingo.evaluation import TASKS, Evaluation, coverage
 
-evaluation = Evaluation(shipped, samples=150, per_class=8)
+evaluation = Evaluation(shipped, samples=150, per_class=16)
 curve = {k: v["accuracy"] for k, v in evaluation.binding("binding_8way").items()}
 ceiling = {k: coverage(TASKS["binding_8way"].ways, int(k)) for k in curve}
 show(
