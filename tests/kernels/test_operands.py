@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._library.custom_ops import OPDEFS  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kernels import layers, unavailable  # noqa: E402
@@ -25,6 +26,10 @@ class OldOneDNN(TorchDispatchMode):
     products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "miniflamingo":  # an operator: look inside
+            body = OPDEFS[f"miniflamingo::{function.overloadpacket.__name__}"]._init_fn
+            with self:
+                return body(*args)
         out = function(*args, **(kwargs or {}))
         if not any(name in function.overloadpacket.__name__ for name in PRODUCTS):
             return out
@@ -124,4 +129,5 @@ def test_the_mode_shows_a_gap():
 def test_only_what_needs_it_is_copied():
     x = torch.ones(3, 33, dtype=torch.bfloat16)
     assert packed(x) is x and packed(gapped(x.float())).stride() == (66, 1)
-    assert packed(gapped(x).to("meta")).stride() == (66, 1)
+    elsewhere = torch.empty_strided((3, 33), (66, 1), dtype=torch.bfloat16, device="meta")
+    assert packed(elsewhere) is elsewhere
