@@ -115,7 +115,7 @@ def operator(name):
 
 
 def _may_have_tangent(x):
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return False
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):

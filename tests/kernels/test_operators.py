@@ -73,6 +73,7 @@ OPERATORS = {
     "gated_xattn_dense": (block, ((1, 3, 4), (1, 2, 3, 2, 2), (1, 2, 3, 2, 2))),
     "project_media": (keys, ((1, 2, 3, 3),)),
 }  # fmt: skip
+COMPOSED = ("gated_xattn_dense", "project_media")
 BACKWARDS = {
     "image_causal_attention_backward": (
         lambda *args: image_causal_attention_backward(*args, PHI)[0], (text, text, media, media),
@@ -88,7 +89,7 @@ BACKWARDS = {
         lambda *args: squared_relu_linear_backward(*args)[0], ((3, 5), (3, 4), (5, 4)),
     ),
     "layer_norm_backward": (
-        lambda *args: layer_norm_backward(*args)[0], ((3, 4), (3, 4), (4,), (4,)),
+        lambda dout, x, w: layer_norm_backward(dout, x, w, w)[0], ((3, 4), (3, 4), (4,)),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPERATORS)
@@ -148,7 +149,7 @@ def test_forward_mode_inside_a_compiled_function_is_an_error(name):
         compiled(*drawn(name))
 
 
-@each
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n not in COMPOSED])
 def test_a_constant_beside_a_tangent_is_no_error(name):
     f, args = drawn(name)
     x, expected = torch.ones(()), f(*args)
@@ -184,8 +185,4 @@ def test_every_operator_is_tried():
     registered = {name for name in torch._C._dispatch_get_all_op_names()}
     registered = {n.split("::")[1] for n in registered if n.startswith("miniflamingo::")}
     tried = {name.split(",")[0] for name in OPERATORS | BACKWARDS}
-    assert registered == tried - {
-        "padded_resampler_attention",
-        "gated_xattn_dense",
-        "project_media",
-    }
+    assert registered == tried - {"padded_resampler_attention", *COMPOSED}
