@@ -61,6 +61,33 @@ def test_generate_watches_a_clip(tmp_path, capsys):
         assert capsys.readouterr().out.split() == ["moving", direction]
 
 
+def test_generate_says_what_an_animation_and_a_cut_clip_are(tmp_path, capsys):
+    attributes = (np.zeros(1, int), np.zeros(1, int), np.ones(1, int), np.zeros(1, int))
+    clip = shapes.draw_clips(*attributes, np.random.default_rng(3), split="test")[0]
+    path = tmp_path / "clip.gif"
+    shapes.save_clip(path, clip)
+    assert main(["generate", "--image", str(path), "--text", "what color ?"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"miniflamingo: error: {path}: an animation of 8 frames, expected one picture;"
+        " --video reads it\n"
+    )
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    assert main(["generate", "--video", str(path)]) == 0
+    said = capsys.readouterr()
+    assert said.out and said.err.startswith(f"miniflamingo: warning: {path}: cut off after ")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--image", "--video"])
+@pytest.mark.parametrize("content", [b"", b"no picture", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF"])
+def test_generate_refuses_what_it_cannot_read_in_one_line(option, content, tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(content)
+    assert main(["generate", option, str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"miniflamingo: error: {tmp_path}/x.png: ")
+
+
 def test_generate_samples_from_a_seed(picture, capsys):
     prompt = ["generate", "--image", picture, "--max-new-tokens", "8"]
     for sampling in (

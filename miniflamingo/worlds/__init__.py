@@ -5,5 +5,5 @@ grammar.py has the words: captions, questions, and episodes that bind an invente
 datasets.py puts both together: what the bridge is trained on, and what it is asked.
 
 disk.py reads image and caption pairs from disk, interleaved.py whole pages and video.py clips;
-records.py is what they share: records, files, reports.
+records.py is what they share: records, files, reports; pictures come in through ../pictures.py.
 """

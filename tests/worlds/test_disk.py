@@ -415,6 +415,250 @@ def test_files_are_found_by_folder_glob_and_list(tmp_path):
         find_files(tmp_path / "d.txt", disk.LINES)
 
 
+# --- what others' computers write ---------------------------------------------------------------
+
+MAC = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(60)
+ADDED = ["._{}", "__MACOSX/._{}", "__MACOSX/x/{}", ".{}", "a/.thumbs/{}", "$RECYCLE.BIN/{}"]
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_an_operating_system_adds_to_a_shard_is_passed_over(name, tmp_path):
+    files = [f for n, c in pair_files(3) for f in ((name.format(n), MAC), (f"./{n}", c))]
+    files += [(".DS_Store", MAC), ("Thumbs.db", MAC), ("a/desktop.ini", MAC)]
+    data = read_pairs(write_shard(tmp_path / "x.tar", files))
+    assert len(list(data)) == 3
+    assert str(data.report) == "3 read, 3 yielded, 0 skipped"
+
+
+def test_what_an_operating_system_adds_to_a_folder_is_passed_over(folder):
+    write_lines(folder / "A.JSONL", [good()])
+    for name in ("._A.JSONL", ".x.jsonl", "._x.tar", "Thumbs.db", ".DS_Store"):
+        (folder / name).write_bytes(MAC)
+    for source in (folder, f"{folder}/*", f"{folder}/*.JSONL"):
+        if source != f"{folder}/*":
+            assert [path.name for path in find_files(source, disk.LINES)] == ["A.JSONL"]
+    assert len(list(read_pairs(folder))) == 1
+
+
+def test_texts_of_windows(folder, tmp_path):
+    line = json.dumps(good()).encode()
+    bom = b"\xef\xbb\xbf"
+    (folder / "x.jsonl").write_bytes(bom + line + b"\r\n" + bom + line + b"\r\n")  # joined
+    files = [("1.png", encoded()), ("1.txt", bom + b"a cat\r\n"), ("2.png", encoded())]
+    files += [("2.json", bom + b'{"text": "a cat"}\r\n')]
+    write_shard(folder / "x.tar", files)
+    data = read_pairs(folder, tokenizer=TOKENIZER)
+    assert [caption for _, caption in data] == ["a cat"] * 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+def test_other_encodings_are_counted(encoding, folder):
+    lines = "".join(json.dumps(good()) + "\n" for _ in range(3))
+    (folder / "x.jsonl").write_bytes(lines.encode(encoding))
+    data = read_pairs([write_lines(folder / "y.jsonl", [good()]), folder / "x.jsonl"])
+    assert len(list(data)) == 1
+    assert data.report.skipped.total() >= 1
+    assert "x.jsonl" in data.report.messages[0]
+
+
+JSON_OF_OTHERS = {
+    "nan": (b'{"image": "0.png", "caption": "a", "score": NaN}', None),
+    "huge": (b'{"image": "0.png", "caption": "a", "n": ' + b"9" * 5000 + b"}", "invalid JSON"),
+    "twice": (b'{"image": "0.png", "image": "1.png", "caption": "a"}', "invalid JSON"),
+    "nan text": (b'{"image": "0.png", "caption": NaN}', "bad field"),
+    "deep": (b'{"image": ' + b"[" * 800 + b"]" * 800 + b', "caption": "a"}', "bad field"),
+    "half": (b'{"image": "0.png", "caption": "a \\ud83d"}', "bad field"),
+    "half name": (b'{"image": "\\udcff.png", "caption": "a"}', "missing image"),
+    "zero": (b'{"image": "0.png", "caption": "a"}\0\0', "invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", JSON_OF_OTHERS)
+def test_json_of_others_is_used_or_counted_and_can_be_printed(name, folder):
+    line, reason = JSON_OF_OTHERS[name]
+    data = read_pairs(write_lines(folder / "x.jsonl", [good(), line]))
+    assert len(list(data)) == 2 - bool(reason)
+    assert data.report.skipped == ({reason: 1} if reason else {})
+    assert all(len(m.encode().splitlines()) == 1 for m in data.report.messages)
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, RuntimeError, IndexError, OverflowError])
+def test_a_tokenizer_that_raises_anything_skips_a_record_not_the_stream(fault, folder):
+    class Fails:
+        def encode(self, text):
+            if text == "b":
+                raise fault("no b")
+            return [1]
+
+    lines = [good(), {"image": "1.png", "caption": "b"}, good()]
+    data = read_pairs(write_lines(folder / "x.jsonl", lines), tokenizer=Fails())
+    assert len(list(data)) == 2
+    assert data.report.skipped == {"refused text": 1}
+    assert fault.__name__ in data.report.messages[0]
+
+
+def test_names_that_are_no_text_can_be_printed(tmp_path):
+    data = read_pairs(write_shard(tmp_path / "x.tar", [("\udcff\n.png", b"?"), *pair_files(1)]))
+    assert len(list(data)) == 1
+    (message,) = data.report.messages
+    assert message.encode() and "\n" not in message
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_joined_shards_are_read_to_the_last(mode, tmp_path):
+    one = write_shard(tmp_path / "1", pair_files(2), mode).read_bytes()
+    (tmp_path / "x.tar").write_bytes(one + one + one)
+    data = read_pairs(tmp_path / "x.tar")
+    assert len(list(data)) == 6
+    assert (data.report.skipped, data.report.remarks) == ({}, {"joined archives": 2})
+    with pytest.raises(ValueError, match="behind the end mark at byte"):
+        list(read_pairs(tmp_path / "x.tar", strict=True))
+
+
+@pytest.mark.parametrize("rest", [b"garbage", b"garbage " * 99, b"\x1f\x8b\x08 " * 300])
+def test_what_follows_the_end_mark_is_counted(rest, tmp_path):
+    content = write_shard(tmp_path / "1", pair_files(2)).read_bytes()
+    (tmp_path / "x.tar").write_bytes(content + rest)
+    data = read_pairs(tmp_path / "x.tar")
+    assert len(list(data)) == 2
+    assert data.report.skipped == {"damaged file": 1}
+
+
+def test_a_wrong_checksum_of_a_gzip_is_counted(tmp_path):
+    content = bytearray(write_shard(tmp_path / "1", pair_files(2), "w:gz").read_bytes())
+    content[-8] ^= 1
+    (tmp_path / "x.tgz").write_bytes(bytes(content))
+    data = read_pairs(tmp_path / "x.tgz")
+    assert len(list(data)) == 2
+    assert data.report.skipped == {"damaged file": 1}
+
+
+def test_a_shard_whose_rest_was_never_written_is_counted(tmp_path):
+    content = write_shard(tmp_path / "1", pair_files(30)).read_bytes()
+    (tmp_path / "x.tar").write_bytes(content[: 1024 * 8] + bytes(len(content) - 1024 * 8))
+    data = read_pairs(tmp_path / "x.tar")
+    assert len(list(data)) == 4
+    assert data.report.remarks == {"zeros at the end": 1}
+    hole = content[: 1024 * 8] + bytes(2048) + content[1024 * 10 :]
+    (tmp_path / "x.tar").write_bytes(hole)
+    data = read_pairs(tmp_path / "x.tar")
+    assert len(list(data)) == 29
+    assert data.report.remarks == {"joined archives": 1}
+
+
+def test_a_sample_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_SAMPLE", 2000)
+    big = [("9.png", bytes(1500)), ("9.json", bytes(501))]
+    data = read_pairs(write_shard(tmp_path / "x.tar", [*pair_files(1), *big, *pair_files(1)]))
+    assert len(list(data)) == 2
+    assert data.report.skipped == {"sample too large": 1}
+
+
+def test_a_line_that_is_too_long_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE", 64)
+    lines = [good(), good() | {"more": "x" * 50}, good(), good() | {"more": "x" * 500}]
+    data = read_pairs(write_lines(folder / "x.jsonl", lines))
+    assert len(list(data)) == 2
+    assert data.report.skipped == {"line too long": 2}
+
+
+def test_a_header_that_is_absurd_is_damage(tmp_path):
+    shard = write_shard(tmp_path / "x.tar", pair_files(1))
+    for size in (-512, 2**40):
+        info = tarfile.TarInfo("long")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+        header = info.tobuf(tarfile.GNU_FORMAT)
+        (tmp_path / "y.tar").write_bytes(header + bytes(2048))
+        data = read_pairs([shard, tmp_path / "y.tar"])
+        assert len(list(data)) == 1
+        assert data.report.skipped == {"damaged file": 1}
+
+
+def test_a_sample_of_links_alone_is_counted(tmp_path):
+    with tarfile.open(write_shard(tmp_path / "x.tar", pair_files(1)), "a") as shard:
+        for name in ("9.png", "9.txt"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, f"000{name[1:]}"
+            shard.addfile(link)
+    data = read_pairs(tmp_path)
+    assert len(list(data)) == 1
+    assert data.report.skipped == {"missing text": 1}
+
+
+def test_pax_and_gnu_headers_are_read(tmp_path):
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=form) as shard:
+            for name, content in pair_files(2):
+                info = tarfile.TarInfo(f"{'ä' * 120}/{name}")
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+        assert len(list(read_pairs(tmp_path))) == 2
+
+
+# --- damage at random -----------------------------------------------------------------------------
+
+KINDS = ("x.jsonl", "x.tar", "x.tar.gz")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same 12 records in three kinds of file, beside their images; captions 0 to 11."""
+    path = tmp_path_factory.mktemp("whole")
+    files = []
+    for i in range(12):
+        (path / f"{i}.png").write_bytes(encoded(i))
+        files += [(f"{i}.png", encoded(i)), (f"{i}.json", json.dumps({"text": str(i)}).encode())]
+    write_lines(path / "x.jsonl", [{"image": f"{i}.png", "text": str(i)} for i in range(12)])
+    write_shard(path / "x.tar", files)
+    write_shard(path / "x.tar.gz", files, "w:gz")
+    write_lines(path / "good.jsonl", [{"image": "0.png", "text": "good"}])
+    return path
+
+
+def damage(content, data):
+    """Bytes changed, cut out, put in, zeroed or doubled, at random."""
+    content, n = bytearray(content), len(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, length = data.draw(st.integers(0, n)), data.draw(st.integers(1, 1500))
+        piece = data.draw(st.sampled_from(["flip", "cut", "random", "zeros", "double", "end"]))
+        rng = np.random.default_rng(at)
+        if piece == "flip" and at < len(content):
+            content[at] ^= 1 << at % 8
+        elif piece == "end":
+            del content[at:]
+        elif piece == "double":
+            content[at:at] = content[at : at + length]
+        elif piece != "flip":
+            new = {"cut": b"", "zeros": bytes(length), "random": rng.bytes(length)}[piece]
+            content[at : at + length] = new
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_after_random_damage_nothing_is_lost_unnoticed(whole, tmp_path_factory, kind, data):
+    path = tmp_path_factory.mktemp("damaged") / kind
+    path.write_bytes(damage((whole / kind).read_bytes(), data))
+    reading = read_pairs([whole / "good.jsonl", path], root=whole)
+    prompts = list(reading)
+    report = reading.report
+    assert report.read == report.yielded + report.skipped.total()
+    assert report.yielded == len(prompts)
+    intact = {p[1] for p in prompts if p[1].isdigit() and int(p[1]) < 12
+              and (pixels(p) == picture(int(p[1]))).all()}  # fmt: skip
+    assert all(str(path) in message for message in report.messages)
+    if kind == "x.jsonl":  # a line that is gone cannot be missed, one that is there is used
+        lines = path.read_bytes().split(b"\n")
+        assert report.read == 1 + sum(bool(line.strip()) for line in lines)
+        whole_lines = (whole / kind).read_bytes().split(b"\n")
+        assert intact >= {str(i) for i in range(12) if whole_lines[i] in lines}
+    else:
+        changed = len(prompts) - 1 - len(intact)  # a text that is another now, or came twice
+        said = report.skipped.total() + report.remarks.total()
+        assert len(intact) == 12 or said or changed, str(report)
+
+
 # --- streams ------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,133 @@ def test_a_clock_that_does_not_begin_at_0_is_set_to_it(kind, tmp_path):
     assert levels(prompt) == [0, 4, 8]
 
 
+def clip(kind, times, codec="libx264", sound=0, size=64, pixels="yuv420p", **options):
+    """Frame i is grey, of level 8 * i, begins at times[i] / 10 seconds; seconds of silence."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=10, options={"crf": "5", **options})
+        stream.width = stream.height = size
+        stream.pix_fmt, stream.codec_context.time_base = pixels, Fraction(1, 10)
+        silence = container.add_stream("libopus", rate=48000) if sound else None
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 8 * i, np.uint8), "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for i in range(int(sound * 50)):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.int16), "s16", "stereo")
+            frame.sample_rate, frame.pts = 48000, 960 * i
+            container.mux(silence.encode(frame))
+        container.mux(silence.encode() if sound else [])
+    return file.getvalue()
+
+
+def shown(frames):
+    return [round(np.asarray(frame, float).mean() / 8) for frame in frames]
+
+
+KINDS = [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("mov", "libx264"),
+         ("mpegts", "libx264"), ("flv", "libx264")]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error:.*cut off")  # nothing is missing
+@pytest.mark.parametrize("kind, codec", KINDS)
+@pytest.mark.parametrize("first, sound", [(0, 0), (100, 0), (0, 12), (30, 12)])
+def test_a_clip_is_as_long_as_its_picture(kind, codec, first, sound, tmp_path):
+    sound = sound if kind in ("mp4", "matroska", "webm") else 0
+    (tmp_path / "x").write_bytes(clip(kind, range(first, first + 24), codec, sound))
+    assert shown(read_clip(tmp_path / "x", 8)) == [0, 3, 6, 9, 12, 15, 18, 21]
+
+
+@pytest.mark.filterwarnings("error:.*cut off")
+@pytest.mark.parametrize("kind", ["mp4", "matroska", "mov", "mpegts"])
+@pytest.mark.parametrize("bf", ["0", "3"])
+def test_a_picture_is_on_show_until_the_next_begins(kind, bf, tmp_path):
+    (tmp_path / "x").write_bytes(clip(kind, [0, 5, 10, 79], bf=bf))  # to 8.0 s
+    assert shown(read_clip(tmp_path / "x", 8)) == [0, 2, 2, 2, 2, 2, 2, 2]
+    assert shown(read_clip(tmp_path / "x", 16)) == [0, 1, *[2] * 14]
+
+
+def test_pictures_stored_in_another_order_and_without_times(tmp_path):
+    (tmp_path / "x").write_bytes(clip("avi", range(24), "libx264", bf="2"))  # AVI has no pts
+    got = shown(read_clip(tmp_path / "x", 8))
+    assert len(got) == 8 and got == sorted(got) and got[0] == 0 and got[-1] >= 20
+
+
+def test_a_file_that_does_not_say_how_long_it_is(tmp_path):
+    content = bytearray(clip("webm", range(24), "libvpx-vp9"))
+    at = content.index(b"\x44\x89\x88")  # Duration, 8 bytes
+    content[at : at + 11] = b"\xec\x89" + bytes(9)  # void, as in what a browser records
+    (tmp_path / "x").write_bytes(bytes(content))
+    assert shown(read_clip(tmp_path / "x", 8)) == [0, 3, 6, 9, 12, 15, 18, 21]
+
+
+def test_what_is_transparent_in_a_clip_is_white(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "x.mov"), "w") as container:
+        stream = container.add_stream("qtrle", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "argb"
+        hidden = np.zeros((16, 16, 4), np.uint8)
+        hidden[..., 0], hidden[8:, :, 3] = 255, 255  # red, seen below
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(hidden, "rgba")))
+        container.mux(stream.encode())
+    frame = np.asarray(read_clip(tmp_path / "x.mov", 2)[1])
+    assert (frame[2, 2].tolist(), frame[-2, 2].tolist()) == ([255] * 3, [255, 0, 0])
+
+
+@pytest.mark.parametrize("kind, codec", KINDS[:3])
+def test_a_clip_that_is_cut_off_gives_its_first_frames_and_says_so(kind, codec, tmp_path):
+    content = clip(kind, range(30), codec, sound=3, size=256)
+    if kind == "mp4":
+        content = with_its_index_in_front(content, tmp_path / "front.mp4")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.write_bytes(content)
+    cut.write_bytes(content[: int(0.7 * len(content))])
+    with pytest.warns(UserWarning, match=r"cut: cut off after \d\.\d+ s"):
+        got = shown(read_clip(cut, 8))
+    assert len(got) == 8 and got[0] == 0 and got == sorted(got) and 4 < got[-1] < 26
+    data = read(tmp_path, ("cut", cut.read_bytes()), ("whole", content))
+    assert len(list(data)) == 2
+    assert (data.report.skipped, data.report.remarks) == ({}, {"clip cut off": 1})
+    assert "1 remarks: 1 clip cut off" in str(data.report)
+    with pytest.raises(ValueError, match="cut off after"):
+        list(read(tmp_path, ("cut", cut.read_bytes()), strict=True))
+
+
+def with_its_index_in_front(content, path):
+    av = pytest.importorskip("av")
+    options = {"movflags": "faststart"}
+    with av.open(io.BytesIO(content)) as given, av.open(str(path), "w", options=options) as written:
+        streams = [written.add_stream_from_template(stream) for stream in given.streams]
+        for packet in given.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                written.mux(packet)
+    return path.read_bytes()
+
+
+def test_an_animation_that_is_cut_off_is_counted_and_used(tmp_path):
+    data = read(tmp_path, ("x.gif", gif([900] * 3)[:-40]))
+    (prompt,) = data
+    assert 1 <= len(prompt[0]) < 3
+    assert data.report.remarks == {"clip cut off": 1}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_frames_of_up_to_ten_milliseconds_last_a_hundred(kind, tmp_path):
+    (tmp_path / "x").write_bytes(gif([10, 0, 20, 80], kind))  # 100, 100, 20, 80: by its content
+    assert levels([read_clip(tmp_path / "x", 6)]) == [0, 0, 1, 1, 2, 3]
+
+
+def test_frames_that_are_kept_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("miniflamingo.pictures.MAX_CLIP_PIXELS", 3 * 16)
+    data = read(tmp_path, ("3.gif", gif([1000] * 3)), ("4.gif", gif([1000] * 4)))
+    assert len(list(data)) == 1
+    assert data.report.skipped == {"image too large": 1}
+
+
 def test_a_file_that_ends_before_its_time_gives_the_frames_it_has(tmp_path):
     whole = mp4(range(14), 4, "matroska")  # says 3.5 s at its beginning
     (prompt,) = read(tmp_path, ("x.mkv", whole[: int(0.6 * len(whole))]))
