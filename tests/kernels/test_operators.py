@@ -73,7 +73,7 @@ OPERATORS = {
     "gated_xattn_dense": (block, ((1, 3, 4), (1, 2, 3, 2, 2), (1, 2, 3, 2, 2))),
     "project_media": (keys, ((1, 2, 3, 3),)),
 }  # fmt: skip
-COMPOSED = ("gated_xattn_dense", "project_media")
+COMPOSED = ("padded_resampler_attention", "gated_xattn_dense", "project_media")
 BACKWARDS = {
     "image_causal_attention_backward": (
         lambda *args: image_causal_attention_backward(*args, PHI)[0], (text, text, media, media),
@@ -149,6 +149,7 @@ def test_forward_mode_inside_a_compiled_function_is_an_error(name):
         compiled(*drawn(name))
 
 
+# the others make tensors of their own on the way, which jvp wraps as if they might have tangents
 @pytest.mark.parametrize("name", [n for n in OPERATORS if n not in COMPOSED])
 def test_a_constant_beside_a_tangent_is_no_error(name):
     f, args = drawn(name)
@@ -182,7 +183,7 @@ def test_func_grad_is_an_error_where_it_is_not_right(name):
 
 
 def test_every_operator_is_tried():
-    registered = {name for name in torch._C._dispatch_get_all_op_names()}
-    registered = {n.split("::")[1] for n in registered if n.startswith("miniflamingo::")}
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {n.split("::")[1] for n in names if n.startswith("miniflamingo::")}
     tried = {name.split(",")[0] for name in OPERATORS | BACKWARDS}
-    assert registered == tried - {"padded_resampler_attention", *COMPOSED}
+    assert registered == tried - set(COMPOSED)
