@@ -12,6 +12,7 @@ Pictures of more than Image.MAX_IMAGE_PIXELS (89 million) are refused, as are fi
 off. Whatever is wrong is a BadRecord, one line that names the file.
 """
 
+import logging
 import warnings
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -25,6 +26,7 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 PROGRAMS = ("EPS",)  # Pillow would run Ghostscript on what a stranger wrote
 MAX_CLIP_PIXELS = 2**28  # of the frames that are kept: 0.8 GB in RGB, 8 frames of 8K
 MAX_DECODED_PIXELS = 2**32  # of all frames of an animation: 2,000 in full HD
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # a BadRecord says it, once
 SHORTEST, INSTEAD = 10, 100  # browsers show frames of up to 10 milliseconds for 100
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
