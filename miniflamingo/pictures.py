@@ -26,7 +26,6 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 PROGRAMS = ("EPS",)  # Pillow would run Ghostscript on what a stranger wrote
 MAX_CLIP_PIXELS = 2**28  # of the frames that are kept: 0.8 GB in RGB, 8 frames of 8K
 MAX_DECODED_PIXELS = 2**32  # of all frames of an animation: 2,000 in full HD
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # a BadRecord says it, once
 SHORTEST, INSTEAD = 10, 100  # browsers show frames of up to 10 milliseconds for 100
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,6 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # a BadRecord says it, once
 
 
 class BadRecord(ValueError):

@@ -475,7 +475,7 @@ def test_pillow_says_nothing_of_its_own(tmp_path, capfd):
     content = bytearray(tiff(16, b"\0\0\xff\xff"))
     at = content.index(struct.pack("<HHI", 277, 3, 1)) + 8
     content[at : at + 2] = b"\xff\0"  # 255 samples a pixel, which Pillow logs
-    with pytest.raises(BadRecord, match="^bytes: "):
+    with pytest.raises(BadRecord, match=r"^bytes: "):
         read_picture(bytes(content))
     assert capfd.readouterr() == ("", "")
 
