@@ -12,6 +12,7 @@ Pictures of more than Image.MAX_IMAGE_PIXELS (89 million) are refused, as are fi
 off. Whatever is wrong is a BadRecord, one line that names the file.
 """
 
+import logging
 import warnings
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -35,6 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # a BadRecord says it, once
 
 
 class BadRecord(ValueError):

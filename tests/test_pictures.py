@@ -471,6 +471,15 @@ def test_damaged_bytes_are_one_line_or_a_picture_and_nothing_else(kind, data):
         assert str(error).startswith("bytes: ")
 
 
+def test_pillow_says_nothing_of_its_own(tmp_path, capfd):
+    content = bytearray(tiff(16, b"\0\0\xff\xff"))
+    at = content.index(struct.pack("<HHI", 277, 3, 1)) + 8
+    content[at : at + 2] = b"\xff\0"  # 255 samples a pixel, which Pillow logs
+    with pytest.raises(BadRecord, match=r"^bytes: "):
+        read_picture(bytes(content))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_errors_inside_the_with_are_of_the_one_kind():
     with pytest.raises(BadRecord, match="x: MemoryError") as caught, open_picture(MANY["PNG"], "x"):
         raise MemoryError

@@ -13,6 +13,7 @@ pip install "miniflamingo[video]".
 """
 
 import warnings
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -88,17 +89,18 @@ def _read(name, source, draw, say=None):
     """A Path or BytesIO -> RGB images, those on show at the times that draw(duration) gives."""
     read = _read_animation if _is_animation(name, source) else _read_video
     frames, faults = read(name, source, draw)
-    for fault in faults:
-        (say or partial(warnings.warn, stacklevel=3))(f"{name}: {fault}")
+    if faults:
+        (say or partial(warnings.warn, stacklevel=3))(f"{name}: {'; '.join(faults)}")
     return frames
 
 
 def _is_animation(name, source):
     """By what the file holds; by its name, where that is neither."""
-    try:
-        head = source.open("rb").read(12) if isinstance(source, Path) else source.getvalue()[:12]
-    except OSError:
-        head = b""
+    head = b"" if isinstance(source, Path) else source.getvalue()[:12]
+    with suppress(OSError):
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                head = file.read(12)
     known = head[:4] in (b"GIF8", b"\x89PNG") or head[8:] == b"WEBP"
     return known or (head[4:8] != b"ftyp" and name.lower().endswith(ANIMATIONS))
 
@@ -185,8 +187,8 @@ def _measure(container):
 
     A frame lasts until the next begins; only of the last one, its own duration counts.
     """
-    stream, spans, latest = _stream(container), [], Fraction(0)
-    for packet in container.demux():
+    stream, spans, latest, faults = _stream(container), [], Fraction(0), []
+    for packet in _packets(container, faults):
         time = packet.dts if packet.pts is None else packet.pts
         if time is None or packet.is_corrupt or packet.is_discard:  # the latter by an edit list
             continue
@@ -196,14 +198,24 @@ def _measure(container):
         if packet.stream.index == stream.index:
             spans.append(span)
     if not spans:
-        return None, NO_RATE, []
+        return None, NO_RATE, faults
     spans.sort()
     step = min((b - a for (a, _), (b, _) in pairwise(spans) if b > a), default=NO_RATE)
     (first, _), (begin, end) = spans[0], spans[-1]
     duration = (end if end > begin else begin + step) - first
     missing = _promised(container, stream, latest - duration) - duration
-    cut = f"cut off after {float(duration):.2f} s, {float(missing):.2f} s are missing"
-    return duration, step, [cut] * (missing > max(step, NO_RATE) * 9 / 10)
+    if missing > max(step, NO_RATE) * 9 / 10:
+        says = f"cut off after {float(duration):.2f} s, {float(missing):.2f} s are missing"
+        faults.insert(0, says)
+    return duration, step, faults
+
+
+def _packets(container, faults, *streams):
+    """Yield a file's packets up to where it is damaged."""
+    try:
+        yield from container.demux(*streams)
+    except Exception as error:
+        faults.append(f"damaged: {error}")
 
 
 def _promised(container, stream, outside):
@@ -228,7 +240,7 @@ def _timed_frames(container, duration, step, faults):
             yield begin, after, now
         begin, now = after, frame
     if lost:
-        faults.append(f"{len(lost)} packets could not be decoded: {lost[0]}")
+        faults.append(f"{len(lost)} packets cannot be decoded: {lost[0]}")
     if now is not None:  # what was lost may have been all of the rest
         end = begin + step
         yield begin, end if lost or duration is None else max(end, duration), now
@@ -236,7 +248,7 @@ def _timed_frames(container, duration, step, faults):
 
 def _decode(container, lost):
     """Yield the frames; errors go to `lost`, as players go on behind them."""
-    for packet in container.demux(_stream(container)):  # the last one is empty: it flushes
+    for packet in _packets(container, lost, _stream(container)):  # the last is empty: it flushes
         try:
             frames = packet.decode() if not packet.is_corrupt else lost.append("damaged")
         except (ValueError, OSError, EOFError) as error:  # PyAV's are of these kinds

@@ -236,7 +236,7 @@ def test_a_clip_that_is_cut_off_gives_its_first_frames_and_says_so(kind, codec, 
     cut.write_bytes(content[: int(0.7 * len(content))])
     with pytest.warns(UserWarning, match=r"cut: cut off after \d\.\d+ s"):
         got = shown(read_clip(cut, 8))
-    assert len(got) == 8 and got[0] == 0 and got == sorted(got) and 4 < got[-1] < 26
+    assert len(got) == 8 and got[0] == 0 and got == sorted(got) and 0 < got[-1] < 26
     data = read(tmp_path, ("cut", cut.read_bytes()), ("whole", content))
     assert len(list(data)) == 2
     assert (data.report.skipped, data.report.remarks) == ({}, {"clip cut off": 1})
