@@ -36,13 +36,17 @@ def load_model(path, stage):
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     model.check_header(file)
-    kinds = Counter(d for d in file.dtypes.values() if d != "F32")
     model.load_state_dict(file.arrays())
+    _say_what_was_converted(file)
+    return model
+
+
+def _say_what_was_converted(file):
+    kinds = Counter(d for d in file.dtypes.values() if d != "F32")
     if kinds:
         found = ", ".join(f"{count} tensors of {kind}" for kind, count in kinds.items())
         # as if from the file, so that it is one line, without a line of source
-        warnings.warn_explicit(f"{found} converted to float32", UserWarning, f"<{path}>", 0)
-    return model
+        warnings.warn_explicit(f"{found} converted to float32", UserWarning, f"<{file.path}>", 0)
 
 
 def _what_else(file):
@@ -71,23 +75,13 @@ def check_size(config, file):
 
 def _needs(config):
     """Yield (field, its value, how many layers and how many numbers it stands for at least)."""
-    c = config
-    if isinstance(c, FlamingoConfig):
+    if isinstance(config, FlamingoConfig):
         for part in ("lm", "vision"):
-            yield from ((f"{part}.{field}", *rest) for field, *rest in _needs(getattr(c, part)))
-        inserted = len(range(0, c.lm.depth, c.xattn_every))
-        yield "media_dim", c.media_dim, 0, c.media_dim * inserted
-        yield "num_frames", c.num_frames, 0, c.num_frames * c.media_dim
-        yield "num_latents", c.num_latents, 0, c.num_latents
-        yield "xattn_heads", c.xattn_heads, 0, c.xattn_heads * c.lm.dim
-        yield "xattn_head_dim", c.xattn_head_dim, 0, c.xattn_head_dim * c.lm.dim
-        depth, heads = c.resampler_depth, c.resampler_heads
-        yield "resampler_depth", depth, depth, depth * c.media_dim
-        if c.resampler != "mlp":
-            yield "resampler_heads", heads, 0, heads
-        if c.resampler == "perceiver":
-            yield "resampler_head_dim", c.resampler_head_dim, 0, c.resampler_head_dim * heads
-    elif isinstance(c, LanguageConfig):
+            inner = _needs(getattr(config, part))
+            yield from ((f"{part}.{field}", *rest) for field, *rest in inner)
+        yield from _needs_of_the_bridge(config)
+    elif isinstance(config, LanguageConfig):
+        c = config
         yield "dim", c.dim, 0, c.dim * c.dim
         yield "depth", c.depth, c.depth, c.depth * c.dim
         yield "vocab_size", c.vocab_size, 0, c.vocab_size * c.dim
@@ -95,7 +89,23 @@ def _needs(config):
         if c.positions == "learned":
             yield "max_positions", c.max_positions, 0, c.max_positions * c.dim
     else:
+        c = config
         yield "stem", c.stem, len(c.stem), sum(c.stem)
         yield "depths", c.depths, sum(c.depths), sum(c.depths)
         yield "widths", c.widths, 0, sum(d * w for d, w in zip(c.depths, c.widths))
         yield "final_width", c.final_width, 0, c.final_width or 0
+
+
+def _needs_of_the_bridge(c):
+    inserted = len(range(0, c.lm.depth, c.xattn_every))
+    yield "media_dim", c.media_dim, 0, c.media_dim * inserted
+    yield "num_frames", c.num_frames, 0, c.num_frames * c.media_dim
+    yield "num_latents", c.num_latents, 0, c.num_latents
+    yield "xattn_heads", c.xattn_heads, 0, c.xattn_heads * c.lm.dim
+    yield "xattn_head_dim", c.xattn_head_dim, 0, c.xattn_head_dim * c.lm.dim
+    depth, heads = c.resampler_depth, c.resampler_heads
+    yield "resampler_depth", depth, depth, depth * c.media_dim
+    if c.resampler != "mlp":
+        yield "resampler_heads", heads, 0, heads
+    if c.resampler == "perceiver":
+        yield "resampler_head_dim", c.resampler_head_dim, 0, c.resampler_head_dim * heads

@@ -137,15 +137,14 @@ def load_tensors(path):
 
 
 def write_atomically(path, data):
-    """Write bytes to `path` through a neighbouring temporary file, so that no reader sees half.
+    """Write bytes to `path` through a temporary file beside it, so that no reader sees half.
 
     A link stays one: its target is written. A file that was there keeps its permissions, a new one
     gets the usual ones. What is no file (/dev/stdout) is written to as it is.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
+        return path.write_bytes(data)
     path = Path(os.path.realpath(path))
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -160,7 +159,7 @@ def write_atomically(path, data):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # not that of the temporary file
+            error.filename, error.filename2 = str(path), None  # not the temporary one
         raise
     _sync_folder(path.parent)
 

@@ -349,15 +349,7 @@ class Run:
         step = runs.checked_step(about["step"], self.stage.config.optimiser.steps, file.path)
         rng = runs.checked_rng(about["rng"], file.path)
         self._check_header(file, own)
-        state = file.arrays()
-        for name, array in state.items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"{file.path}: {name} is not finite")
-            if name.startswith("adamw.square.") and (array < 0).any():
-                raise ValueError(f"{file.path}: {name} has values below 0")
-        first_edition = file.metadata.keys().isdisjoint(("sha256", "parts"))
-        if not first_edition and file.metadata.get("sha256") != _digest(state, file.metadata):
-            raise ValueError(f"{file.path} is damaged: it does not hold what its sha256 stands for")
+        state = _checked_arrays(file)
         self.costs.load(about["parts"], file.path)
         runs.cut_log(self.log_path, step)
         for name, parameter in self.stage.model.named_parameters():
@@ -381,6 +373,20 @@ class Run:
                 faults.append(f"{name} must be {expected}, got {file.dtypes[name]}")
         if faults:
             raise ValueError(f"{file.path} does not fit the run: {listed(sorted(faults), '; ')}")
+
+
+def _checked_arrays(file):
+    """The arrays of a checkpoint; ValueError unless they are finite, and as they were saved."""
+    state = file.arrays()
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{file.path}: {name} is not finite")
+        if name.startswith("adamw.square.") and (array < 0).any():
+            raise ValueError(f"{file.path}: {name} has values below 0")
+    first_edition = file.metadata.keys().isdisjoint(("sha256", "parts"))
+    if not first_edition and file.metadata.get("sha256") != _digest(state, file.metadata):
+        raise ValueError(f"{file.path} is damaged: it does not hold what its sha256 stands for")
+    return state
 
 
 def _digest(state, metadata):

@@ -1,6 +1,7 @@
 """Parameters by name, freezing, and checkpoints that are whole or not there."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -166,3 +167,59 @@ def test_a_file_is_replaced_whole_and_readable(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "no" / "folder", b"")
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.ones((3, 2), np.int64), "not floating point: first.weight is int64"),
+        (np.ones((3, 2), bool), "is bool"),
+        (np.ones((3, 2), complex), "is complex128"),
+        (np.full((3, 2), None), "is object"),
+        (np.full((3, 2), "1"), "is <U1"),
+        (np.full((3, 2), 1e300), "not finite: first.weight"),  # in float32 it is infinite
+        ([[1, 2]] * 3, "is int64"),
+    ],
+)
+def test_only_floats_that_fit_are_loaded(array, message):
+    model = Nested()
+    before = model.first.weight.data.copy()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.load_state_dict(model.state_dict() | {"first.weight": array})
+    np.testing.assert_array_equal(model.first.weight.data, before)
+
+
+def test_ten_faults_are_shown_of_many():
+    state = Nested().state_dict() | {f"x\n{i:03}": np.ones(1) for i in range(322)}
+    with pytest.raises(ValueError) as error:
+        Nested().load_state_dict(state)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 11 and lines[0].endswith("(322 faults):")
+    assert lines[-1].endswith(r"unexpected: x\n009, ... and 312 more")
+
+
+def test_a_header_is_enough_to_refuse_a_file(tmp_path, monkeypatch):
+    save_tensors(tmp_path / "x", {"first.weight": np.ones((3, 3))})
+    monkeypatch.setattr(np, "fromfile", None)  # no number is read
+    with pytest.raises(ValueError, match=r"x does not fit the model \(6 faults\)"):
+        Nested().load(tmp_path / "x")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links")
+def test_permissions_and_links_stay(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "new", b"1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new").chmod(0o600)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "new")
+    write_atomically(tmp_path / "folder" / "link", b"2")
+    assert (tmp_path / "folder" / "link").is_symlink()
+    assert (tmp_path / "new").read_bytes() == b"2"
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new"]
+    write_atomically("/dev/null", b"3")
+    assert not os.path.isfile("/dev/null")
