@@ -21,6 +21,7 @@ import io
 import os
 import re
 import sys
+import threading
 import time
 from itertools import repeat
 from pathlib import Path
@@ -126,13 +127,30 @@ def execute(notebook, folder):
         coalesce_streams=True,  # a slow loop prints in pieces, differently at every run
     )  # fmt: skip
     try:
-        client.execute(env={**os.environ, **ENVIRONMENT})
+        _execute_aside(client)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise ValueError(f"a cell fails:\n{error}") from None
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             _refuse_noise(cell, output)
+
+
+def _execute_aside(client):
+    """Execute in a thread: in the main one nbclient would take the signals from the command."""
+    failed = []
+
+    def work():
+        try:
+            client.execute(env={**os.environ, **ENVIRONMENT})
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _refuse_noise(cell, output):
