@@ -285,6 +285,7 @@ def attempt(target, corpus, keep, seed, result, say):
                 result.again[kind] = folder
                 _keep(target, seed, number, corpus, folder, failure)
                 say(f"{target.name}: {kind}\n    python -m tests.fuzz again {folder}")
+                sys.stdout.flush()
     result.tried += 1
     result.seconds += time.monotonic() - begin
 
