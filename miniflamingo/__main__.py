@@ -153,11 +153,19 @@ def checkpoint_file(path):
     return path
 
 
+def load_speaker(path):
+    """A Flamingo of the small world; ValueError unless it has exactly the world's words."""
+    model = training.load_flamingo(path)
+    if (words := model.config.lm.vocab_size) != len(TOKENIZER):
+        raise ValueError(f"{path}: expected a model of {len(TOKENIZER)} words, got one of {words}")
+    return model
+
+
 def evaluate(arguments):
     """Ask a checkpoint everything, print the table, write the JSON where that is asked for."""
     outputs.check_file(arguments.json, EVALUATE)
     checkpoint = checkpoint_file(arguments.checkpoint)
-    model = training.load_flamingo(checkpoint)
+    model = load_speaker(checkpoint)
     seed = VALIDATION_SEED if arguments.validation else TEST_SEED
     bar = lambda work: tqdm(work, desc="pictures")  # noqa: E731
     metrics = Evaluation(model, arguments.samples, seed, progress=bar).run()
@@ -185,7 +193,7 @@ def read_part(option, value, num_frames):
     if not Path(value).exists():
         raise ValueError(f"no image or video at {value}")
     if option == "--video":
-        return read_clip(value, num_frames, warn)
+        return read_clip(value, num_frames)
     try:
         return read_picture(Path(value), still=True)
     except BadRecord as error:
@@ -194,16 +202,11 @@ def read_part(option, value, num_frames):
         raise
 
 
-def warn(text):
-    """One line on stderr, and on it goes."""
-    print(f"miniflamingo: warning: {text}", file=sys.stderr)
-
-
 def generate(arguments):
     """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
     if not arguments.parts:
         raise ValueError("a prompt needs at least one --text, --image or --video")
-    model = training.load_flamingo(checkpoint_file(arguments.checkpoint))
+    model = load_speaker(checkpoint_file(arguments.checkpoint))
     size, most = model.config.vision.image_size, arguments.max_new_tokens
     prompt = [read_part(*part, model.config.num_frames) for part in arguments.parts]
     batch = build_batch([prompt], TOKENIZER, size, close=False)

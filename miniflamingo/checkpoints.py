@@ -45,8 +45,7 @@ def _say_what_was_converted(file):
     kinds = Counter(d for d in file.dtypes.values() if d != "F32")
     if kinds:
         found = ", ".join(f"{count} tensors of {kind}" for kind, count in kinds.items())
-        # as if from the file, so that it is one line, without a line of source
-        warnings.warn_explicit(f"{found} converted to float32", UserWarning, f"<{file.path}>", 0)
+        warnings.warn(f"{file.path}: {found} converted to float32", stacklevel=4)
 
 
 def _what_else(file):

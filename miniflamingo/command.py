@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -44,11 +45,13 @@ class Failed(RuntimeError):
 
 
 def run_command(name, work):
-    """Call work() as the command `name` -> its exit code; what stops it is one line on stderr.
+    """Call work() as the command `name` -> its exit code; what stops it is one line on stderr, and
+    so is a warning.
 
     An exception that is nobody's bad input stays a traceback: it is a mistake in the code.
     """
-    with _Interruptible():
+    with _Interruptible(), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(name, f"warning: {message}", 0)
         try:
             return _flushed(work)
         except KeyboardInterrupt:

@@ -59,14 +59,14 @@ def _clip(record, rng, report, tokenizer, fps, max_frames):
     return [_read(*record.media("video", VIDEO_SUFFIXES), draw, say), caption]
 
 
-def read_clip(path, num_frames=8, say=None):
+def read_clip(path, num_frames=8):
     """One file -> num_frames PIL images, spread evenly over its whole length.
 
-    What read_videos samples once a second, for a clip of any length. A clip that is cut off is
-    told by say(message), by default a warning. ValueError (a BadRecord) for a file without frames
+    What read_videos samples once a second, for a clip of any length. A clip that is cut off gives
+    its first frames, and a warning. ValueError (a BadRecord) for a file without frames
     or that cannot be read, and for PyAV not being installed where it is needed.
     """
-    return _read(str(path), Path(path), partial(spread_times, count=num_frames), say)
+    return _read(str(path), Path(path), partial(spread_times, count=num_frames))
 
 
 def spread_times(duration, count):

@@ -70,10 +70,11 @@ def about():
 def run_attack(arguments):
     """Attack for some minutes, print the table; 1 if anything was found."""
     chosen = [t for t in TARGETS if arguments.only in t.name]
-    print(f"seed {arguments.seed}, {arguments.minutes} minutes; failing cases in {arguments.keep}")
+    seconds = None if arguments.short else 60 * arguments.minutes
+    much = "the short run" if arguments.short else f"{arguments.minutes:g} minutes"
+    print(f"seed {arguments.seed}, {much}; failing cases in {arguments.keep}", flush=True)
     with tempfile.TemporaryDirectory() as place:
         files = build_corpus(Path(place) / "corpus")
-        seconds = 60 * arguments.minutes
         results = attack(chosen, files, arguments.keep, arguments.seed, seconds)
     rows = [result.row() for result in results]
     print("\n" + "\n".join(attack_table(rows)))
@@ -98,8 +99,8 @@ def record(path, part):
     """Put a part of the figures into a JSON file, if there is one to be written."""
     if path:
         path = Path(path)
-        whole = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(whole | part, indent=1) + "\n")
+        whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(whole | part, indent=1) + "\n", "utf-8")
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -139,12 +140,12 @@ def markdown(results):
 
 def run_table(arguments):
     """Print the README's tables; with --write, put them there."""
-    text = markdown(json.loads(RESULTS.read_text()))
+    text = markdown(json.loads(RESULTS.read_text("utf-8")))
     if not arguments.write:
         print(text)
         return 0
-    head, rest = README.read_text().split(MARKERS[0])
-    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1])
+    head, rest = README.read_text("utf-8").split(MARKERS[0])
+    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1], "utf-8")
     return 0
 
 
@@ -162,6 +163,7 @@ def main(argv=None):
     top.add_argument("command", nargs="?", default="attack", choices=COMMANDS)
     top.add_argument("folder", nargs="?", help="of a kept case, for `again`")
     top.add_argument("--minutes", type=float, default=5)
+    top.add_argument("--short", action="store_true", help="the test suite's part, a minute or so")
     top.add_argument("--seed", type=int, default=0)
     top.add_argument("--only", default="", metavar="TEXT", help="targets with TEXT in their names")
     top.add_argument("--each", type=int, default=20, help="kills of each training")

@@ -130,7 +130,7 @@ def _user_files():
     rng = np.random.default_rng(1)
     for name in ("notes.txt", "metrics.json", "out/live/mine.txt", "out/metrics.json",
                  "out/index.html", "weights/flamingo/card.md"):  # fmt: skip
-        Path(name).write_text("my own notes\n")
+        Path(name).write_text("my own notes\n", "utf-8")
     picture(rng).save("picture.png")
     picture(rng).save("clip.gif", save_all=True, append_images=[picture(rng)], duration=500)
     os.chdir("..")
@@ -148,7 +148,7 @@ def _runs():
         training.Run.step = lambda run: os._exit(0) if run.optimiser.step == 4 else step(run)
         train("miniflamingo", "lm", *RUN)
     os.waitpid(pid, 0)
-    assert len(Path("run/log.jsonl").read_text().splitlines()) == 4
+    assert len(Path("run/log.jsonl").read_text("utf-8").splitlines()) == 4
     train("kernels", "lm", *RUN[:1], "sharded", *RUN[2:], "--checkpoint-every", "4")
     Path("sharded/model.safetensors").unlink()
 

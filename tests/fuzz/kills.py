@@ -134,7 +134,7 @@ def descendants(pid):
 
 def _read(path):
     try:
-        return Path(path).read_text()
+        return Path(path).read_text("utf-8")
     except OSError:  # it has just ended
         return ""
 
@@ -155,7 +155,7 @@ def finish(training, out):
         for pid in [*descendants(process.pid), process.pid]:
             _kill(pid)
         return "hang: going on took more than 300 s"
-    return f"exit code {code}: {Path(f'{out}.txt').read_text()[-600:]}" if code else None
+    return f"exit code {code}: {Path(f'{out}.txt').read_text('utf-8')[-600:]}" if code else None
 
 
 def differences(whole, out):

@@ -65,7 +65,9 @@ def act_picture(case):
         except Exception:  # this is between the user and Pillow
             print('{"refused": 1}')
             return
-    Path("x.jsonl").write_text(json.dumps({"image": case["file"], "caption": "a red circle"}))
+    Path("x.jsonl").write_text(
+        json.dumps({"image": case["file"], "caption": "a red circle"}), "utf-8"
+    )
 
     def work():
         if way == "loader":
@@ -99,7 +101,9 @@ def act_clip(case):
 
     def work():
         if case["way"] == "loader":
-            Path("x.jsonl").write_text(json.dumps({"video": path.name, "caption": "a red circle"}))
+            Path("x.jsonl").write_text(
+                json.dumps({"video": path.name, "caption": "a red circle"}), "utf-8"
+            )
             prompts = list(read_videos("x.jsonl", fps=2, max_frames=most, strict=True))
         else:
             prompts = [[read_clip(path, most), "a red circle"]]

@@ -113,7 +113,7 @@ def _become(act, case, folder, out, err):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.resetwarnings()  # those of the tests are stricter than a user's
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        now = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
         code = act(case) or 0
     except BaseException:
@@ -144,7 +144,7 @@ def _wait(pid, target, asked):
 def _seconds(pid, begin):
     """What a process has computed; where that is more, a sixth of the time since it began: other
     work on the machine is not its fault."""
-    ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    ticks = Path(f"/proc/{pid}/stat").read_text("utf-8").rsplit(")", 1)[1].split()[11:13]
     computed = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return max(computed, (time.monotonic() - begin) / 6)
 
@@ -162,7 +162,7 @@ def _end_group(group, grace=2.0):
 def _members(group):
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            name, rest = path.read_text().split("(", 1)[1].rsplit(")", 1)
+            name, rest = path.read_text("utf-8").split("(", 1)[1].rsplit(")", 1)
         except OSError:  # it has just ended
             continue
         if int(rest.split()[2]) == group and rest.split()[0] != "Z":
@@ -294,13 +294,13 @@ def _keep(target, seed, number, corpus, folder, failure):
     shutil.rmtree(folder, ignore_errors=True)
     case = make(target, seed, number, corpus, folder / "files")
     about = {"target": target.name, "seed": seed, "number": number, "case": case}
-    (folder / "case.json").write_text(json.dumps(about, indent=1))
-    (folder / "found.txt").write_text(str(failure), errors="backslashreplace")
+    (folder / "case.json").write_text(json.dumps(about, indent=1), "utf-8")
+    (folder / "found.txt").write_text(str(failure), errors="backslashreplace", encoding="utf-8")
 
 
 def again(targets, folder):
     """Run a kept case once more -> Done, what became of it (a dict, or the Failure)."""
-    about = json.loads((Path(folder) / "case.json").read_text())
+    about = json.loads((Path(folder) / "case.json").read_text("utf-8"))
     target = next(target for target in targets if target.name == about["target"])
     with tempfile.TemporaryDirectory() as place:
         files = shutil.copytree(Path(folder) / "files", Path(place) / "case", symlinks=True)

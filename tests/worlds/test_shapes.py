@@ -154,6 +154,33 @@ def test_a_digit_comes_from_its_class_and_split():
         assert (image == large[starts[d] : starts[d + 1]]).all(axis=(1, 2)).any()
 
 
+def test_a_handwritten_image_can_be_chosen():
+    (small, large), starts = shapes.glyphs("test")
+    digit, middle = np.repeat(np.arange(10), 2), np.full(20, 12.0)
+    number = np.tile([0, 31], 10)
+    for size, images in ((0, small), (1, large)):
+        w = images.shape[1]
+        place = slice(12 - w // 2, 12 + w // 2)
+        cover = shapes.glyph_cover(
+            digit, middle, middle, np.full(20, size), "test", np.random.default_rng(0), number
+        )
+        assert np.array_equal(cover[:, place, place], images[starts[digit] + number])
+    shape, rng = digit + NUM_GEOMETRIC, np.random.default_rng
+    first, again = (shapes.draw_objects(digit % 8, shape, digit % 2, rng(0), "test", None, number)
+                    for _ in range(2))  # fmt: skip
+    other = shapes.draw_objects(digit % 8, shape, digit % 2, rng(0), "test", None, number[::-1])
+    assert np.array_equal(first, again)
+    assert (first != other).any(axis=(1, 2, 3)).all()
+
+
+def test_variety_counts_handwritten_images():
+    assert shapes.variety("test")[NUM_GEOMETRIC : len(SHAPES)].sum() == 347
+    assert (shapes.variety("test")[:NUM_GEOMETRIC] == shapes.ANEW).all()
+    upright = dict(zip(SHAPES, shapes.variety("train")))
+    turned = [upright[word] for word, _ in shapes.TURNED]
+    assert shapes.variety("train")[len(SHAPES) :].tolist() == turned
+
+
 def test_unknown_split_is_named():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="train, validation, test, got 'tset'"):
