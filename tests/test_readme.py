@@ -309,7 +309,7 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
         assert "runs/0/lm/model.safetensors" in capsys.readouterr().err
     else:
         assert main(options) == 0
-        if "--json" in options or module.startswith("notebooks"):
+        if "--json" in options or module == "notebooks.release":
             assert main(options) == 0  # again: what it has made itself is not in its way
 
 
