@@ -684,9 +684,9 @@ for name, model in broken.items():
 # %% [markdown]
 # Golden logits catch every one, at the price of a few numbers beside the file. The examination does
 # not: `tan` is nearly `tanh` as long as the gates are nearly shut, and shows only in a model that
-# opened them wide; the wrong heads cost one caption in ten, which a tired reader takes for a poorly
-# trained model. The last row is treacherous in another way. With shut gates the model *is* the
-# language model: its text is flawless, and it has never looked at a picture.
+# opened them wide; the wrong heads cost two captions in ten, which a tired reader takes for a
+# poorly trained model. The last row is treacherous in another way. With shut gates the model *is*
+# the language model: its text is flawless, and it has never looked at a picture.
 #
 # ## Takeaways
 #
