@@ -74,7 +74,8 @@ class Ablation(BridgeStage):
             model=replace(PRESETS["mini"], resampler_depth=1, **CONFIGS[row]),
             weights=(*weights, 0, 0),
             batches=(6, 12, 1, 1),
-            pool_per_class=20, pool_per_turned=0, pool_pairs=1, pool_clips=1, seed=seed,
+            wordless=0.0, pool_per_class=20, pool_per_turned=0, pool_pairs=1, pool_clips=1,
+            seed=seed,
         )  # fmt: skip
         super().__init__(config, WEIGHTS / "lm", WEIGHTS / "vision")
         change(self.model, row, seed)
