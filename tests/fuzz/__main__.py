@@ -173,6 +173,8 @@ def main(argv=None):
     arguments = top.parse_args(argv)
     if not Path("/proc/self/statm").exists():
         top.error("this needs Linux: processes are looked at through /proc")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        top.error(f"--json: expected a file in a folder that exists, got {arguments.json}")
     return COMMANDS[arguments.command](arguments)
 
 

@@ -39,6 +39,7 @@ def short_run(tmp_path_factory):
     options = "--short", "--keep", folder, "--json", folder / "results.json"
     said = python("-m", "tests.fuzz", *options)[1]
     found = "\n".join(path.read_text("utf-8") for path in folder.rglob("found.txt"))
+    assert (folder / "results.json").exists(), said
     rows = json.loads((folder / "results.json").read_text("utf-8"))["attack"]["rows"]
     return {row["target"]: row for row in rows}, f"{said}\n{found}"
 
