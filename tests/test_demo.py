@@ -14,7 +14,7 @@ from miniflamingo import demo, training
 def small_demo():
     """demo.demo with a small pool of pictures, so that most of its time is not drawing them."""
     small = partial(training.BridgeRun, pool_per_class=4, pool_pairs=40, pool_clips=20)
-    few = partial(demo.Evaluation, per_class=2)
+    few = partial(demo.Evaluation, per_class=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "BridgeRun", small)
         patch.setattr(demo, "Evaluation", few)
