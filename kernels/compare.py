@@ -194,7 +194,7 @@ def attention_case(phi, R=64, H=2, K=64, N=None, strided=False):
         q, k, v = (rng.normal(size=s) for s in ((B, L, H, K), (B, N, R, H, K), (B, N, R, H, K)))
         if strided:  # as from one projection of [.., 3, K]: only the last axis is contiguous
             q, k, v = (np.repeat(x[..., None, :], 3, axis=-2)[..., 1, :] for x in (q, k, v))
-        return q, k, v, phi
+        return q, k, v, np.asfortranarray(phi) if strided else phi
 
     return draw
 

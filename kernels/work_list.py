@@ -45,7 +45,9 @@ def _same(x, y, may_wait):
     memories = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (x, y)]
     if memories[0] == memories[1]:
         return True
-    return (may_wait or x.device.type == "cpu") and torch.equal(x, y.to(x.dtype))
+    if not (may_wait or x.device.type == "cpu") or x.device != y.device:
+        return False
+    return torch.equal(x.long(), y.long())  # in either's own dtype the other's might wrap
 
 
 def check_chunk(chunk):
@@ -89,7 +91,8 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
     runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
     items, splits = cut_runs(runs, L, chunk)
-    return WorkList(order.int(), items.int(), splits.int(), (B, L, N), chunk, source)
+    order = order.int().contiguous()  # sorting keeps phi's strides
+    return WorkList(order, items.int(), splits.int(), (B, L, N), chunk, source)
 
 
 def cut_runs(runs, L, chunk):

@@ -134,7 +134,7 @@ def train(arguments):
     run = training.Run(build_stage(arguments), out, arguments.resume, arguments.checkpoint_every)
     if not run.train():
         return False
-    if run.parts:  # those of the first edition's checkpoints are not known
+    if run.parts and not (out / "run.json").exists():  # unknown of the first edition's checkpoints
         cards.record_run(out, runs.seconds(run.parts), run.parts)
     return True
 

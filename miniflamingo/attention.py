@@ -38,10 +38,14 @@ def attention_weights(q, k, mask=None, bias=None):  # [.., Lq, K], [.., Lk, K] -
     scores *= q.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
-    visible = visible_pairs(mask, bias)
-    if visible is not None:  # a choice, not a sum: NaN - inf would be NaN
-        scores = np.where(visible, scores, -np.inf)
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
     top = row_max(scores)
+    if (
+        bias is not None and np.isnan(top).any()
+    ):  # NaN - inf is NaN: choose, where a sum will not do
+        scores = np.where(visible_pairs(mask, bias), scores, -np.inf)
+        top = row_max(scores)
     scores -= np.where(np.isfinite(top), top, 0)
     weights = np.exp(scores, out=scores)  # in place: a large array costs more to get than to fill
     total = row_sum(weights)
@@ -74,7 +78,7 @@ def attention_backward(dout, q, k, v, mask=None, bias=None):
     # out = p @ v
     dv = weigh(p.swapaxes(-1, -2), dout, seen_by)
     dscores = dout @ v.swapaxes(-1, -2)  # so far dp
-    if visible is not None:
+    if visible is not None and not np.isfinite(dscores).all():
         dscores = np.where(visible, dscores, 0)
     # p = softmax(scores): a row of zeros stays a row of zeros
     dscores -= row_dot(p, dscores)

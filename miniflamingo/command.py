@@ -71,7 +71,8 @@ def _flushed(work):
     try:
         return work()
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed, `>&-`
+            sys.stdout.flush()
 
 
 def _explained(error):

@@ -159,7 +159,7 @@ def write_atomically(path, data):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # not the temporary one
+            raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary one
         raise
     _sync_folder(path.parent)
 

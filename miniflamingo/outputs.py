@@ -208,7 +208,7 @@ def check_file(file, command, option="--json"):
     if file.is_symlink() or (file.exists() and not file.is_file()):
         kind = "link" if file.is_symlink() else "folder" if file.is_dir() else "device"
         raise ValueError(f"{option}: expected a file, found a {kind}: {file}")
-    if file.exists() and not _made_by(file).startswith(command):
+    if file.exists() and _made_by(file) != command:
         raise ValueError(
             f"{option}: {file}: in the way; `{command}` has not made it, and does not overwrite "
             "it: move it, or choose another name"
@@ -228,6 +228,6 @@ def _made_by(file):
         document = json.loads(file.read_bytes()) if file.stat().st_size < LARGEST else None
         if isinstance(document, dict):
             for part in (document, document.get("meta"), document.get("about")):
-                if isinstance(part, dict) and (maker := part.get("made_by", part.get("command"))):
-                    return str(maker)
+                if isinstance(part, dict) and "made_by" in part:
+                    return str(part["made_by"])
     return ""

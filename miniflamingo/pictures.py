@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 PROGRAMS = ("EPS",)  # Pillow would run Ghostscript on what a stranger wrote
@@ -58,6 +58,8 @@ def open_picture(source, name=None):
     there is a FileNotFoundError.
     """
     name = name or _described(source)
+    if isinstance(source, (str, Path)):
+        check_file(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow; `check_size` is stricter
@@ -70,11 +72,21 @@ def open_picture(source, name=None):
         raise
     except BadRecord as error:
         raise BadRecord(error.reason, f"{name}: {error}") from None
+    except UnidentifiedImageError:
+        formats = "no picture in a format that is read (PNG, JPEG, WebP, GIF, TIFF, ...; HEIC, SVG"
+        raise BadRecord("unreadable image", f"{name}: {formats} and PDF are not)") from None
     except Image.DecompressionBombError as error:
         raise BadRecord("image too large", f"{name}: image too large: {error}") from None
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
         message = f"{name}: {type(error).__name__}: {error}"
         raise BadRecord("unreadable image", message) from None
+
+
+def check_file(path, kind="image"):
+    """BadRecord for what is there and no file, such as a pipe, which may have no end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise BadRecord(f"unreadable {kind}", f"{path}: expected a file, got a folder or a pipe")
 
 
 def _described(source):

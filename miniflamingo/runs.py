@@ -6,8 +6,10 @@ Shared by miniflamingo.training.Run and the runs of kernels/train.py.
 import hashlib
 import io
 import json
+import os
 import shlex
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
@@ -44,11 +46,13 @@ class Lock:
             return
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held until release)
+            flags = (
+                os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            )  # not where a link leads
+            self.file = open(os.open(self.folder / ".lock", flags, 0o644), "wb")  # noqa: SIM115 (held until release)
         self._lock()
         with self._writing():
-            (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
 
     @contextmanager
     def _writing(self):
@@ -97,11 +101,20 @@ def check_free(folder, resume, checkpoint_every, beginning=("log.jsonl",)):
         raise ValueError(
             f"{folder} already holds a run: choose another folder, or resume it (found {found[0]})"
         )
-    log = folder / "log.jsonl"
-    steps = log.read_bytes().count(b"\n") if "log.jsonl" in found else 0
+    steps = count_records(folder / "log.jsonl") if "log.jsonl" in found else 0
     if set(found) - set(beginning) or steps > checkpoint_every:
         found = f"{', '.join(found)} of {steps} steps"
         raise ValueError(f"{folder} holds {found}, but no checkpoint to go on from")
+
+
+def check_unfinished(folder, step, steps):
+    """ValueError if a run that has not reached its last step has what only its end writes."""
+    found = [name for name in ("model.safetensors", "run.json") if (folder / name).exists()]
+    if found and step < steps:
+        raise ValueError(
+            f"{folder / found[0]} is in the way: the run is at step {step} of {steps}, and has not "
+            "made it: move it, or choose another folder"
+        )
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -124,6 +137,16 @@ def cut_log(path, step):
     kept = b"".join(lines[:step])
     if kept != data or not path.exists():
         write_atomically(path, kept)
+
+
+def count_records(path):
+    """How many steps a log of a run without a checkpoint has; ValueError if it is none."""
+    lines = io.BytesIO(path.read_bytes()).readlines()
+    for number, line in enumerate(lines, 1):
+        cut_off = number == len(lines) and not line.endswith(b"\n")
+        if not cut_off and (fault := _fault(line, number)):
+            raise ValueError(f"{path} is in the way, no log of a run: line {number}: {fault}")
+    return len(lines)
 
 
 def _fault(line, step):

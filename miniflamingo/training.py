@@ -240,6 +240,8 @@ class Run:
         """Take up what lies in the folder, and clear away what killed processes left there."""
         if self.checkpoint.exists() and resume:
             self.load()
+            steps = self.stage.config.optimiser.steps
+            runs.check_unfinished(self.out, self.optimiser.step, steps)
         else:
             runs.check_free(self.out, resume, self.checkpoint_every)
             runs.cut_log(self.log_path, 0)
@@ -276,7 +278,8 @@ class Run:
             done = self.optimiser.step
             print(f"Interrupted after step {done}; go on with --resume --out {self.out}")
             return False
-        self.stage.save(self.out / "model.safetensors")
+        if not (model := self.out / "model.safetensors").exists():  # else it was finished before
+            self.stage.save(model)
         return True
 
     def step(self):

@@ -194,6 +194,7 @@ def run(given):
     rows = measure(given.seeds, given.steps, given.samples, given.jobs)
     config = asdict(Ablation("baseline", steps=given.steps).config)
     about = {
+        "made_by": COMMAND,
         "command": f"{COMMAND} --seeds {given.seeds} --steps {given.steps} "
                    f"--samples {given.samples}",
         "date": date.today().isoformat(), "samples": given.samples, "steps": given.steps,

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miniflamingo.command import Parser
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "Flämingo, mit Leerzeichen"  # of the folder that the strange setting runs in
 
@@ -341,7 +343,7 @@ def turn(text):
 
 def main(argv=None):
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tests.machines", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     names = [setting.name for setting in SETTINGS]

@@ -209,3 +209,9 @@ def test_a_training_that_is_interrupted_says_how_to_go_on_and_does(tmp_path):
     assert_interrupted(Command(*words, cwd=tmp_path), printed("loss="), INT, line)
     assert Command(*words, "--resume", cwd=tmp_path).end()[0] == 0
     assert len((tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()) == 40
+
+
+def test_a_closed_output_is_no_traceback():
+    code = "import sys; sys.stdout = None; from miniflamingo.__main__ import main; main(['sizes'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """The one way into the model: whatever a picture is, it becomes 8-bit RGB, or one line says why."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from miniflamingo import pictures
 from miniflamingo.pictures import BadRecord, open_picture, read_picture
 from miniflamingo.prompt import read_frames
 from miniflamingo.worlds.records import load_image
+from miniflamingo.worlds.video import read_clip
 
 WHITE, RED, GREEN = [255, 255, 255], [255, 0, 0], [0, 128, 0]
 
@@ -484,3 +486,12 @@ def test_errors_inside_the_with_are_of_the_one_kind():
     with pytest.raises(BadRecord, match="x: MemoryError") as caught, open_picture(MANY["PNG"], "x"):
         raise MemoryError
     assert caught.value.reason == "unreadable image"
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, what):
+    path = tmp_path / "x.gif"
+    {"a pipe": os.mkfifo, "a folder": Path.mkdir}[what](path)
+    for read in (read_picture, read_clip):
+        with pytest.raises(BadRecord, match=r"x\.gif: expected a file, got"):
+            read(path)

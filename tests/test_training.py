@@ -715,3 +715,47 @@ def test_asked_twice_a_run_ends_at_once():
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("line", ['{"chat": 1}', '{"step": 2}', "notes"])
+def test_a_log_of_another_program_is_in_the_way(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{line}\n", "utf-8")
+    with pytest.raises(ValueError, match=r"log\.jsonl is in the way, no log of a run: line 1"):
+        training.Run(Quadratic({"a": 1.0}), tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_text("utf-8") == f"{line}\n{line}\n"
+
+
+def test_a_run_overwrites_no_model_that_it_has_not_made(tmp_path):
+    for finished in (False, True):
+        out = tmp_path / str(finished)
+        run = training.Run(Quadratic({"a": 1.0}), out)
+        if finished:
+            run.train(progress=False)
+        else:
+            run.step()
+            with open(run.log_path, "w", encoding="utf-8") as log:
+                log.write('{"step": 1}\n')
+                run.save(log)
+            run.lock.release()
+        (out / "model.safetensors").write_bytes(b"mine")
+        if finished:
+            assert training.Run(Quadratic({"a": 1.0}), out, resume=True).train(progress=False)
+        else:
+            with pytest.raises(
+                ValueError, match=r"model\.safetensors is in the way: the run is at"
+            ):
+                training.Run(Quadratic({"a": 1.0}), out, resume=True)
+        assert (out / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_a_lock_follows_no_link_and_takes_nobodys_file(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".writable").write_bytes(b"mine")
+    training.Run(Quadratic({"a": 1.0}), out).lock.release()
+    assert (out / ".writable").read_bytes() == b"mine"
+    (out / ".lock").unlink()
+    (out / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="cannot write to the folder"):
+        training.Run(Quadratic({"a": 1.0}), out, resume=True)
+    assert not (tmp_path / "elsewhere").exists()

@@ -330,9 +330,10 @@ def check_text(text, tokenizer=None):
         text.encode()
     except UnicodeEncodeError as error:  # tokenizers refuse it, each in a way of its own
         raise BadRecord("bad field", f"half a character: {error} in {quote(text)}") from None
-    if not text.strip() or (tokenizer is not None and not len(encode(text, tokenizer))):
+    stripped = text.strip().strip("\ufeff").strip()  # a byte-order mark is no text
+    if not stripped or (tokenizer is not None and not len(encode(text, tokenizer))):
         raise BadRecord("empty text", f"expected some text, got {quote(text)}")
-    return text.strip()
+    return stripped
 
 
 def encode(text, tokenizer):

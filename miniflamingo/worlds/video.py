@@ -22,7 +22,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from miniflamingo.pictures import BadRecord, check_size, iterate_frames, keep, open_picture, to_rgb
+from miniflamingo.pictures import (
+    BadRecord,
+    check_file,
+    check_size,
+    iterate_frames,
+    keep,
+    open_picture,
+    to_rgb,
+)
 from miniflamingo.worlds.disk import Dataset
 from miniflamingo.worlds.records import check_text
 
@@ -87,6 +95,8 @@ def draw_times(duration, fps, count, rng):
 
 def _read(name, source, draw, say=None):
     """A Path or BytesIO -> RGB images, those on show at the times that draw(duration) gives."""
+    if isinstance(source, Path):
+        check_file(source, "video")
     read = _read_animation if _is_animation(name, source) else _read_video
     frames, faults = read(name, source, draw)
     if faults:

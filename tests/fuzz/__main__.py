@@ -10,7 +10,6 @@ hang, or a loss. Exit code 1 when something else was found. --json FILE writes t
 (into a file that is there already, its own part of them). Needs Linux.
 """
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -20,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from miniflamingo import outputs
+from miniflamingo.command import Parser, real, run_command, whole
 from tests.fuzz import commands, contracts, corpus, kills, media
 from tests.fuzz.runner import OUTCOMES, Target, again, attack, judge_calls, judge_command, perform
 
@@ -27,6 +28,7 @@ RESULTS = Path(__file__).with_name("results.json")
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = "<!-- fuzz: made by `python -m tests.fuzz table --write` -->\n", "<!-- end of fuzz -->"
 
+COMMAND_LINE = "python -m tests.fuzz"
 COMMAND = commands.act_command, judge_command
 TARGETS = [
     Target("command lines", commands.draw_command, *COMMAND, short=8, patience=2.0),
@@ -69,7 +71,8 @@ def about():
 
 def run_attack(arguments):
     """Attack for some minutes, print the table; 1 if anything was found."""
-    chosen = [t for t in TARGETS if arguments.only in t.name]
+    if not (chosen := [t for t in TARGETS if arguments.only in t.name]):
+        raise ValueError(f"--only: no target has {arguments.only!r} in its name")
     seconds = None if arguments.short else 60 * arguments.minutes
     much = "the short run" if arguments.short else f"{arguments.minutes:g} minutes"
     print(f"seed {arguments.seed}, {much}; failing cases in {arguments.keep}", flush=True)
@@ -99,8 +102,9 @@ def record(path, part):
     """Put a part of the figures into a JSON file, if there is one to be written."""
     if path:
         path = Path(path)
-        whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        path.write_text(json.dumps(whole | part, indent=1) + "\n", "utf-8")
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        text = json.dumps({"made_by": COMMAND_LINE} | before | part, indent=1) + "\n"
+        outputs.write_file(path, text.encode(), COMMAND_LINE)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -158,23 +162,32 @@ def run_again(arguments):
 
 def main(argv=None):
     """Run a command; returns the exit code."""
-    top = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    return run_command("tests.fuzz", lambda: run(parser().parse_args(argv)))
+
+
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m tests.fuzz", description=__doc__)
     top.add_argument("command", nargs="?", default="attack", choices=COMMANDS)
     top.add_argument("folder", nargs="?", help="of a kept case, for `again`")
-    top.add_argument("--minutes", type=float, default=5)
+    top.add_argument("--minutes", type=real(0, 10**4, above=True), default=5)
     top.add_argument("--short", action="store_true", help="the test suite's part, a minute or so")
-    top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     top.add_argument("--only", default="", metavar="TEXT", help="targets with TEXT in their names")
-    top.add_argument("--each", type=int, default=20, help="kills of each training")
+    top.add_argument("--each", type=whole(1, 10**4), default=20, help="kills of each training")
     top.add_argument("--keep", default="out/fuzz", metavar="DIR", help="where failing cases go")
     top.add_argument("--json", metavar="FILE", help="also write the figures")
     top.add_argument("--write", action="store_true", help="put the table into the README")
-    arguments = top.parse_args(argv)
+    return top
+
+
+def run(arguments):
+    """Run a parsed command; returns the exit code."""
     if not Path("/proc/self/statm").exists():
-        top.error("this needs Linux: processes are looked at through /proc")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        top.error(f"--json: expected a file in a folder that exists, got {arguments.json}")
+        raise ValueError("this needs Linux: processes are looked at through /proc")
+    if (arguments.command == "again") != bool(arguments.folder):
+        raise ValueError("`again` and it alone takes the folder of a kept case")
+    outputs.check_file(arguments.json, COMMAND_LINE)
     return COMMANDS[arguments.command](arguments)
 
 

@@ -339,7 +339,7 @@ BREAKAGES = {
         "gated_linear, fused", "shares.sum()", "shares[:1].sum()", {"backward"},
     ),
     "da without the gate": (
-        "gated_linear, fused", "da = (rows @ _fold(gate, weight))", "da = (rows @ weight)",
+        "gated_linear, fused", "(packed(rows) @ _fold(gate, weight))", "(packed(rows) @ weight)",
         {"backward"},
     ),
     "relu, not squared": ("squared_relu_linear, fused", "r * r", "r", {"forward", "backward"}),
@@ -370,7 +370,7 @@ def broken(tmp_path, name, before, after, label):
     assert before in source, f"the kernel no longer contains {before!r}"
     namespace = "broken_" + "".join(filter(str.isalnum, label))
     path = tmp_path / f"{namespace}.py"
-    source = source.replace(before, after).replace('custom_op("mini', f'custom_op("{namespace}mini')
+    source = source.replace(before, after).replace('@operator("', f'@operator("{namespace}_')
     path.write_text(source.replace("PROGRAMS = 512", "PROGRAMS = 4"), "utf-8")
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)

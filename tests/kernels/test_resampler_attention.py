@@ -301,9 +301,7 @@ def broken(tmp_path, name):
     source = source.replace(before, after) if before else source
     namespace = "broken_resampler_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
-    path.write_text(
-        source.replace('custom_op("miniflamingo::', f'custom_op("{namespace}::'), "utf-8"
-    )
+    path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
     spec = importlib.util.spec_from_file_location(namespace, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -142,8 +142,8 @@ BAD_LINES = {
     "link": ({"image": "link.png", "text": "a"}, "path outside the folder", "'link.png'"),
     "cut png": ({"image": "cut.png", "text": "a"}, "unreadable image", "cut.png: "),
     "cut jpg": ({"image": "cut.jpg", "text": "a"}, "unreadable image", "truncated"),
-    "no png": ({"image": "text.png", "text": "a"}, "unreadable image", "cannot identify"),
-    "empty": ({"image": "empty.png", "text": "a"}, "unreadable image", "cannot identify"),
+    "no png": ({"image": "text.png", "text": "a"}, "unreadable image", "no picture in a format"),
+    "empty": ({"image": "empty.png", "text": "a"}, "unreadable image", "no picture in a format"),
     "absurd": ({"image": "absurd.png", "text": "a"}, "image too large", "10000000000 pixels"),
 }
 
