@@ -118,6 +118,7 @@ def dense_image_causal_attention(q, k, v, phi, only_last=True):
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
     sees = (image == phi[:, :, None]) if only_last else (image <= phi[:, :, None])
     has_image = sees.any(dim=-1, keepdim=True)  # [B, L, 1]
+    q = torch.where(has_image[..., None], q, 0)  # of a token that looks at nothing, NaN is unseen
     out = attend(q, k.flatten(1, 2), v.flatten(1, 2), (sees | ~has_image)[:, None])
     return torch.where(has_image[..., None], out, 0)
 
@@ -219,7 +220,7 @@ class Resampler(nn.Module):
         B, N, T, S, _ = features.shape
         frames = np.full((B, N), T) if num_frames is None else np.asarray(num_frames)
         mask = None
-        if num_frames is not None:
+        if (frames < T).any():  # else nothing is padded, and nothing to be paid for
             mask = np.repeat(np.arange(T) < frames[..., None], S, axis=-1).reshape(B * N, T * S)
             mask = torch.from_numpy(mask).to(features.device)
             real = mask.view(B, N, T, S, 1)

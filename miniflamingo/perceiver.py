@@ -141,6 +141,7 @@ class Resampler(Module):
         mask, frames = None, np.full((B, N), T)
         if num_frames is not None:
             frames = check_num_frames(num_frames, B, N, T)
+        if (frames < T).any():  # else nothing is padded, and nothing to be paid for
             real = np.arange(T) < frames[..., None]  # [B, N, T]
             features = keep(features, real[..., None, None])
             mask = np.repeat(real, S, axis=-1).reshape(B * N, T * S)

@@ -193,8 +193,8 @@ def test_demo_takes_all_steps_or_some(capsys):
 def small_pool(monkeypatch):
     draw = training.datasets.Pool.draw
 
-    def few(encoder, seed, split, *sizes):
-        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1)
+    def few(encoder, seed, split, *sizes, distinct):
+        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1, distinct=distinct)
 
     monkeypatch.setattr(training.datasets.Pool, "draw", few)
 
@@ -254,7 +254,7 @@ def test_a_folder_without_a_model_names_the_option(option, tmp_path, capsys):
 
 
 def test_evaluate_replaces_its_own_file_alone(tmp_path, capsys, monkeypatch):
-    small = functools.partial(main_module.Evaluation, per_class=2)
+    small = functools.partial(main_module.Evaluation, per_class=20)
     monkeypatch.setattr(main_module, "Evaluation", small)
     file = tmp_path / "metrics.json"
     ask = ["evaluate", "--samples", "4", "--json", str(file)]

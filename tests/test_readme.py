@@ -71,6 +71,11 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m pytest": "these tests",
     "python -m pytest tests/course": "these tests",
     "python -m pytest tests/course/test_site.py -rs": "these tests",
+    "python -m tests.fuzz": "tests/fuzz/test_fuzz.py runs its short run",
+    "python -m tests.fuzz kills --each 20": "its figures are in tests/fuzz/results.json",
+    "python -m tests.fuzz table": "tests/fuzz/test_fuzz.py compares it with the README",
+    "python -m tests.fuzz table --write": "tests/fuzz/test_fuzz.py compares it with the README",
+    "python -m tests.machines": "tests/test_machines.py",
     "python -m ruff check .": "CI runs it",
     "python -m ruff format --check .": "CI runs it",
 }
@@ -207,9 +212,9 @@ def shrink(patch, tmp_path):
     draw = datasets.Pool.draw
 
     def few(encoder, seed, split, *sizes, **others):
-        if others:  # an evaluation's, which is small by its samples
+        if "per_class" in others:  # an evaluation's, which is small by its samples
             return draw(encoder, seed, split, **others)
-        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1)
+        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1, **others)
 
     patch.setattr(training, "asked_to_stop", lambda: contextlib.nullcontext(Stop()))
     patch.setattr(training.datasets.Pool, "draw", few)
@@ -217,7 +222,7 @@ def shrink(patch, tmp_path):
 
     def brief(model, samples, *args, **kwargs):
         assert samples in (300, 1000)  # the defaults of demo and evaluate
-        return examine(model, 8, per_class=2)
+        return examine(model, 8, per_class=20)
 
     patch.setattr(miniflamingo_main, "Evaluation", brief)
     patch.setattr(demo, "Evaluation", brief)

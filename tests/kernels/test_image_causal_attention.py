@@ -385,3 +385,17 @@ def test_a_compiled_step_shares_a_work_list_and_refuses_another(device):
     assert torch.equal(outside(q, k, v, phi, work), expected)
     with pytest.raises(Exception, match="work must be built from the phi given"):
         outside(q, k, v, phi, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_a_transposed_phi_is_read_as_it_is(dtype, device):
+    phi = torch.tensor([[0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1]], dtype=dtype, device=device)
+    q, k, v = torch.randn(2, 6, 2, 16), *torch.randn(2, 2, 3, 4, 2, 16)
+    q, k, v = (x.to(device) for x in (q, k, v))
+    expected = image_causal_attention(q, k, v, phi)
+    assert torch.equal(image_causal_attention(q, k, v, phi.T.contiguous().T), expected)
+    wide = torch.tensor([[257, 258]], device=device)
+    work = build_work_list(wide, 300)
+    q, (k, v) = torch.randn(1, 2, 1, 16, device=device), torch.randn(2, 1, 300, 1, 1, 16).to(device)
+    with pytest.raises(ValueError, match="work must be built from the phi given"):
+        image_causal_attention(q, k, v, wide.to(torch.uint8), work)

@@ -587,3 +587,14 @@ def test_the_padding_of_a_text_reaches_nothing(bad):
 def test_a_shut_gate_gives_y_where_the_branch_is_finite(y, x, same):
     out = layers.gated_add(*(torch.tensor(z) for z in ([y], 0.0, [x], [[1.0]])))
     assert np.array_equal(out.numpy(), np.float32([y]), equal_nan=True) == (same or np.isnan(y))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_a_token_without_an_image_holds_reaches_nothing(wrong):
+    q = torch.randn(1, 4, 2, 16)
+    q[:, 0] = wrong
+    k, v = torch.randn(2, 1, 2, 3, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = layers.dense_image_causal_attention(*leaves, torch.tensor([[0, 1, 1, 2]]))
+    out.sum().backward()
+    assert all(x.isfinite().all() for x in (out, *(leaf.grad for leaf in leaves)))

@@ -185,5 +185,6 @@ def test_func_grad_is_an_error_where_it_is_not_right(name):
 def test_every_operator_is_tried():
     names = torch._C._dispatch_get_all_op_names()
     registered = {n.split("::")[1] for n in names if n.startswith("miniflamingo::")}
+    registered = {n for n in registered if not n.startswith("broken_")}  # other tests' copies
     tried = {name.split(",")[0] for name in OPERATORS | BACKWARDS}
     assert registered == tried - set(COMPOSED)
