@@ -115,7 +115,7 @@ def blas(core, threads, needs=""):
 
 
 def torch(capability, isa, shown, threads):
-    """torch and oneDNN, confined to narrower instructions; inductor's tests skip under "default"."""
+    """torch and oneDNN, confined to narrower instructions; tests of inductor skip without any."""
     environment = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": isa}
     shows = {"torch": capability, "onednn": shown}
     jobs = ("kernels", "compare", "torch's notebooks")
