@@ -51,10 +51,9 @@ from kernels import layers
 from miniflamingo import __main__ as command_line
 from miniflamingo import cards, outputs, runs, training
 from miniflamingo.checks import from_json
-from miniflamingo.command import Parser, exclude
+from miniflamingo.command import Parser, exclude, some
 from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE, PAD
-from miniflamingo.tensorfile import listed
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
@@ -275,9 +274,11 @@ class ShardedRun:
 
         FloatingPointError when the loss or the gradient is not finite: the last checkpoint stays.
         """
+        before = self.step == self.stage.config.optimiser.steps  # and what it has written then,
+        before = before and (self.out / "model.safetensors").exists()  # whoever changed it, stays
         try:
             finished = self._train(progress)
-            if finished:
+            if finished and not before:
                 self.export()
         finally:
             self.release()
@@ -434,7 +435,7 @@ class ShardedRun:
             with together():
                 wrong = sorted(n for n in kept.keys() | sums.keys() if kept.get(n) != sums.get(n))
                 if wrong:
-                    raise ValueError(f"{folder} has missing or damaged files: {listed(wrong)}")
+                    raise ValueError(f"{folder} has missing or damaged files: {some(wrong)}")
         state = self.state()
         with together():
             self.check_stored(folder, state)
@@ -455,7 +456,7 @@ class ShardedRun:
         path = folder / "run.json"
         about = from_json(path.read_bytes().decode(errors="replace"), path)
         if missing := {"step", "rng", "config"} - set(about if isinstance(about, dict) else ()):
-            raise ValueError(f"{path} has no {listed(sorted(missing))}")
+            raise ValueError(f"{path} has no {some(sorted(missing))}")
         runs.check_identity(self.out, about["config"], self.identity())
         runs.checked_step(about["step"], self.stage.config.optimiser.steps, path)
         runs.checked_rng(about["rng"], path)
@@ -476,7 +477,7 @@ class ShardedRun:
             if kind != (expected := (list(own.shape), own.dtype)):
                 faults.append(f"{name} expected {expected}, got {kind}")
         if faults:
-            raise ValueError(f"{folder} does not fit the run: {listed(faults, '; ')}")
+            raise ValueError(f"{folder} does not fit the run: {some(faults, '; ')}")
 
     def export(self):
         """Write model.safetensors, the file of the NumPy model; its frozen parts as they came."""
@@ -564,7 +565,7 @@ def run(options):
     try:
         with processes(arguments.device) as mesh:
             with together():
-                outputs.check_run(arguments.out)
+                outputs.check_folder(arguments.out)
                 stage = command_line.build_stage(arguments)
             return train(stage, mesh, arguments)
     except Agreed:

@@ -4,7 +4,6 @@ Errors are one line and exit code 2; a training that broke down ends with exit c
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -130,7 +129,7 @@ def build_stage(arguments):
 
 def train(arguments):
     """Train one of the three stages; returns whether it reached its last step."""
-    out = outputs.check_run(arguments.out)
+    out = outputs.check_folder(arguments.out)
     run = training.Run(build_stage(arguments), out, arguments.resume, arguments.checkpoint_every)
     if not run.train():
         return False
@@ -171,8 +170,8 @@ def evaluate(arguments):
     metrics = Evaluation(model, arguments.samples, seed, progress=bar).run()
     print("\n".join(table(metrics)))
     if arguments.json:
-        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        document = {"made_by": EVALUATE, "checkpoint": digest, **metrics}
+        made = {"made_by": EVALUATE, "checkpoint": runs.file_digest(checkpoint)}
+        document = made | metrics
         outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), EVALUATE)
 
 

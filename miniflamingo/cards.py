@@ -5,7 +5,6 @@ its weights and a card.md, and for the bridged model also the history of its gat
 those of the same training from other seeds.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from miniflamingo.command import some
 from miniflamingo.demo import read_alphas
 from miniflamingo.evaluation import TEST_SEED, probe, table
 from miniflamingo.module import load_tensors, write_atomically
-from miniflamingo.runs import differences
+from miniflamingo.runs import differences, file_digest
 from miniflamingo.training import load_flamingo
 
 ABOUT = {
@@ -161,7 +160,7 @@ def check_run(run):
         check_finished(stage, run / stage)
     frozen = read_config(run / "flamingo").get("frozen", {})
     for part, checksum in frozen.items():
-        if checksum != _sha256(run / part / MODEL):
+        if checksum != file_digest(run / part / MODEL):
             raise ValueError(f"{run}: the bridge was not trained on the {part} beside it")
     model, path = load_flamingo(run / "flamingo" / MODEL), run / "flamingo" / "metrics.json"
     metrics = read_json(path.read_text("utf-8"), path)
@@ -170,7 +169,7 @@ def check_run(run):
         own = metrics["alpha"] == model.alphas()
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what evaluate writes, got no {error}") from None
-    checksum = _sha256(run / "flamingo" / MODEL)
+    checksum = file_digest(run / "flamingo" / MODEL)
     if not own or metrics.get("checkpoint", checksum) != checksum:
         raise ValueError(f"{path} is of another checkpoint: evaluate this one again")
     return metrics
@@ -234,10 +233,6 @@ def read_json(text, path):
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {text[:40]!r}")
     return values
-
-
-def _sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- a card ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import get_args, get_origin
 
-from miniflamingo.tensorfile import listed, shown
+from miniflamingo.command import some
+from miniflamingo.tensorfile import shown
 
 LONGEST = 1_000_000  # characters of a config in a file's metadata; ours have about 1,000
 
@@ -110,7 +111,7 @@ def _build(kind, values, where):
     missing = [name for name in types if name not in values]
     for what, names in (("unknown", unknown), ("missing", missing)):
         if names:
-            raise ValueError(f"{where} has {what} fields: {listed(names)}")
+            raise ValueError(f"{where} has {what} fields: {some(names)}")
     for name, value in values.items():
         if is_dataclass(types[name]):
             values[name] = _build(types[name], value, f"{where}.{name}")

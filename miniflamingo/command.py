@@ -100,8 +100,8 @@ def one_line(message):
 def some(names, separator=", "):
     """At most ten names of a list, and how many more there are."""
     names = list(map(str, names))
-    more = [f"and {len(names) - MOST} more"] if len(names) > MOST else []
-    return separator.join(names[:MOST] + more)
+    more = f", ... and {len(names) - MOST} more" if len(names) > MOST else ""
+    return separator.join(names[:MOST]) + more
 
 
 def missing(error):

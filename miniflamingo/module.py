@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import save as to_bytes
 
 from miniflamingo.autograd import Tensor
-from miniflamingo.tensorfile import TensorFile, listed, misfits
+from miniflamingo.command import some
+from miniflamingo.tensorfile import TensorFile, misfits
 
 
 class Parameter(Tensor):
@@ -109,7 +110,7 @@ class Module:
 
 def _refuse(faults, what):
     if faults:
-        faults = f"({len(faults)} faults):\n  " + listed(sorted(faults), "\n  ")
+        faults = f"({len(faults)} faults):\n  " + some(sorted(faults), "\n  ")
         raise ValueError(f"{what} does not fit the model {faults}")
 
 

@@ -7,7 +7,6 @@ where anything else is in the way. A single file says by whom it was made (`chec
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from miniflamingo.command import some
 from miniflamingo.module import write_atomically
+from miniflamingo.runs import file_digest
 
 NOBODYS = ("__pycache__", ".DS_Store")  # left by Python and macOS
 LARGEST = 2**28  # bytes of a file that is asked who made it
@@ -111,11 +111,7 @@ def _tree(base):
 def _checksum(path):
     if path.is_symlink() or not path.is_file():
         return None
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def _refuse(folder, command, names, option):
@@ -178,19 +174,6 @@ def _check_writable(folder, option):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from None
-
-
-def check_run(out, option="--out"):
-    """A folder for a run of training: ValueError where files of a run's names are no run's."""
-    out = check_folder(out, option)
-    if not any((out / name).exists() for name in ("checkpoint.safetensors", "checkpoints")):
-        names = ("model.safetensors", "run.json")
-        if found := [str(out / name) for name in names if os.path.lexists(out / name)]:
-            raise ValueError(
-                f"{option}: {some(found)}: in the way; no run stands beside it, and a run would "
-                "overwrite it: move it, or choose another folder"
-            )
-    return out
 
 
 def check_file(file, command, option="--json"):

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from miniflamingo.checks import from_json
+from miniflamingo.command import some
 from miniflamingo.module import write_atomically
-from miniflamingo.tensorfile import listed, shown
+from miniflamingo.tensorfile import shown
 
 try:
     import fcntl
@@ -46,9 +47,8 @@ class Lock:
             return
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            flags = (
-                os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            )  # not where a link leads
+            # not where a link leads
+            flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.file = open(os.open(self.folder / ".lock", flags, 0o644), "wb")  # noqa: SIM115 (held until release)
         self._lock()
         with self._writing():
@@ -171,7 +171,7 @@ def _fault(line, step):
 def check_identity(folder, theirs, ours):
     """ValueError that lists the differences of a run's config from the one to be resumed."""
     if different := list(differences(theirs, json.loads(json.dumps(ours)))):
-        different = listed(different, "\n  ")
+        different = some(different, "\n  ")
         raise ValueError(f"the run in {folder} has another config:\n  {different}")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from miniflamingo.command import some
+
 # what loads: the numbers as they lie in the file. bfloat16, which NumPy has not, is the upper half
 # of a float32
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
@@ -24,7 +26,6 @@ LOOKS = {  # how files that get renamed or fetched by mistake begin
     b"\x1f\x8b": "a gzip archive",
     b"<": "a web page",
 }
-MOST_SHOWN = 10
 
 
 class TensorFile:
@@ -56,7 +57,7 @@ class TensorFile:
         refused = [f"{shown(n)} is {d}" for n, d in self.dtypes.items() if d not in DTYPES]
         if refused:
             kinds = ", ".join(DTYPES)
-            raise ValueError(f"{path} holds numbers other than {kinds}: {listed(refused)}")
+            raise ValueError(f"{path} holds numbers other than {kinds}: {some(refused)}")
 
     def _header(self, length):
         with open(self.path, "rb") as file:
@@ -100,12 +101,6 @@ def misfits(own, theirs):
             expected, got = list(own[name]), list(theirs[name])
             faults.append(f"mis-shaped: {name} expected {expected}, got {got}")
     return sorted(faults)
-
-
-def listed(faults, separator=", "):
-    """The first ten of a list of texts, and how many more there are."""
-    more = f", ... and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
-    return separator.join(faults[:MOST_SHOWN]) + more
 
 
 def shown(value, most=80):

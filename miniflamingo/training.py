@@ -36,12 +36,13 @@ from miniflamingo.checks import (
     check_types,
     from_json,
 )
+from miniflamingo.command import some
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
 from miniflamingo.functional import cross_entropy
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import load_tensors, save_tensors  # noqa: F401 (load_tensors: for users)
 from miniflamingo.prompt import IMAGE, PAD
-from miniflamingo.tensorfile import TensorFile, listed, misfits
+from miniflamingo.tensorfile import TensorFile, misfits
 from miniflamingo.vision import ContrastiveModel, NormalizerFreeResNet, TextEncoder, VisionConfig
 from miniflamingo.worlds import datasets, grammar, shapes
 from miniflamingo.worlds.datasets import IGNORED
@@ -375,7 +376,7 @@ class Run:
             if (expected := kinds[own[name].dtype.name]) != file.dtypes[name]:
                 faults.append(f"{name} must be {expected}, got {file.dtypes[name]}")
         if faults:
-            raise ValueError(f"{file.path} does not fit the run: {listed(sorted(faults), '; ')}")
+            raise ValueError(f"{file.path} does not fit the run: {some(sorted(faults), '; ')}")
 
 
 def _checked_arrays(file):

@@ -228,13 +228,3 @@ def test_a_folder_that_cannot_be_is_one_line(path, tmp_path, monkeypatch):
     Path("file").write_text("mine", "utf-8")
     with pytest.raises(ValueError, match=r"^--out: expected a folder"):
         outputs.check_folder(path)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
-def test_a_run_does_not_overwrite_what_no_run_has_made(name, tmp_path):
-    outputs.check_run(tmp_path)
-    (tmp_path / name).write_text("mine", "utf-8")
-    with pytest.raises(ValueError, match=f"{name}: in the way"):
-        outputs.check_run(tmp_path)
-    (tmp_path / "checkpoint.safetensors").write_text("a run's", "utf-8")
-    outputs.check_run(tmp_path)

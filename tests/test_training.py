@@ -725,6 +725,15 @@ def test_a_log_of_another_program_is_in_the_way(tmp_path, line):
     assert (tmp_path / "log.jsonl").read_text("utf-8") == f"{line}\n{line}\n"
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
+def test_a_run_does_not_overwrite_what_no_run_has_made(name, resume, tmp_path):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=rf"holds .*{name}"):
+        training.Run(Quadratic({"a": 1.0}), tmp_path, resume=resume)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
 def test_a_run_overwrites_no_model_that_it_has_not_made(tmp_path):
     for finished in (False, True):
         out = tmp_path / str(finished)

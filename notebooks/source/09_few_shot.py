@@ -544,8 +544,9 @@ beside(evaluation.ensemble(shots=8, orders=6), shipped["ensemble"])
 # 2. **The query is in its own support.** RICES then finds it, label and all. The library's own
 #    evaluation has had this bug twice. First here: a finite pool, 160 draws, and nothing that
 #    forbade the query, worth 0.990 instead of 0.987. Then in the curves, where pictures were drawn
-#    with replacement: after 32 shots the asked one had stood among them in 9 to 23 % of the
-#    episodes, and of digits, the same handwritten image in 26 to 41 %.
+#    with replacement: of $w$ classes with 40 pictures each, a shot is the asked one with a
+#    probability of $1/40w$, so after 32 shots it had stood among them in $1 - (1 - 1/40w)^{32}$ of
+#    the episodes: 10 % for eight classes, 23 % for three.
 # 3. **A wrong offset in the score**: token ℓ is scored with the logits *at* ℓ.
 # 4. **The most similar first.**
 #
