@@ -36,7 +36,7 @@ def load_model(path, stage):
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     model.check_header(file)
-    model.load_state_dict(file.arrays())
+    model.load_state_dict(file.arrays(), path)
     _say_what_was_converted(file)
     return model
 

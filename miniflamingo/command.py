@@ -147,8 +147,13 @@ def starting():
     sys.excepthook = explain
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. A class of its own, because Python remembers a plain KeyboardInterrupt
+    that leaves an exec("...") of a library, and then ends by SIGINT although it was caught."""
+
+
 class _Interruptible:
-    """SIGINT and SIGTERM end all children and raise KeyboardInterrupt; the second leaves at once.
+    """SIGINT and SIGTERM end all children and raise Interrupted; the second leaves at once.
 
     A library may swallow the exception where Python ignores what is raised (in a `__del__`): the
     process then leaves at once, as well. Signals reach the main thread alone.
@@ -172,7 +177,7 @@ class _Interruptible:
         if self.asked:
             os._exit(130)
         self.asked = True
-        raise KeyboardInterrupt
+        raise Interrupted
 
     def swallowed(self, unraisable):
         if self.asked and issubclass(unraisable.exc_type, KeyboardInterrupt):

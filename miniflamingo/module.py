@@ -68,8 +68,9 @@ class Module:
         """{name: array}. The arrays are the module's own, not copies."""
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
-    def load_state_dict(self, state):
-        """Copy `state` {name: array} into the parameters, each in the parameter's own dtype.
+    def load_state_dict(self, state, what="checkpoint"):
+        """Copy `state` {name: array} into the parameters, each in the parameter's own dtype; errors
+        call it `what`, such as its file.
 
         Raises ValueError that lists missing, unexpected and mis-shaped names, arrays that are not
         floating point, and those with a NaN or an infinity (also one that only the parameter's
@@ -87,7 +88,7 @@ class Module:
                 loaded[name] = np.array(array, dtype=own[name].dtype)
             if not np.isfinite(loaded[name]).all():
                 faults.append(f"not finite: {name}")
-        _refuse(faults, "checkpoint")
+        _refuse(faults, what)
         for name, parameter in own.items():
             parameter.data = loaded[name]
         return self
@@ -95,7 +96,7 @@ class Module:
     def check_header(self, file):
         """ValueError unless a TensorFile's names and shapes are this module's; reads no numbers."""
         own = {name: parameter.shape for name, parameter in self.named_parameters()}
-        _refuse(misfits(own, file.shapes), str(file.path))
+        _refuse(misfits(own, file.shapes), file.path)
 
     def save(self, path, metadata=None):
         """Write the state_dict as safetensors, atomically; metadata is {str: str}."""
@@ -105,7 +106,7 @@ class Module:
         """Load a file that `save` wrote; ValueError when it is damaged or does not fit."""
         file = TensorFile(path)
         self.check_header(file)
-        return self.load_state_dict(file.arrays())
+        return self.load_state_dict(file.arrays(), file.path)
 
 
 def _refuse(faults, what):

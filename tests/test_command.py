@@ -154,6 +154,20 @@ def test_a_signal_while_a_command_is_being_imported(words, wait, which, tmp_path
     assert_interrupted(started, later(minds_signals, wait), which)
 
 
+ENDS_IN_EXEC = """
+import sys
+from miniflamingo.command import run_command
+code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print(list(range(9)))"
+sys.exit(run_command("x", lambda: exec(code)))
+"""
+
+
+@needs_proc
+def test_a_signal_inside_an_exec_of_a_library_is_the_same_exit_code(tmp_path):
+    (tmp_path / "in_exec.py").write_text(ENDS_IN_EXEC, encoding="utf-8")
+    assert Command("in_exec", cwd=tmp_path).end() == (130, "", "x: interrupted\n")
+
+
 MOMENTS = {
     "evaluate, pictures": ("miniflamingo evaluate", printed("pictures"), INT),
     "evaluate, questions": ("miniflamingo evaluate --samples 200",

@@ -368,7 +368,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(tmp_path, change, messa
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(tmp_path):
     stopped_at_7(tmp_path)
-    path, rng = tmp_path / "checkpoint.safetensors", np.random.default_rng()
+    path, rng = tmp_path / "checkpoint.safetensors", np.random.default_rng(0)
     whole, log = path.read_bytes(), (tmp_path / "log.jsonl").read_bytes()
     for place in [*rng.integers(0, len(whole), 60), whole.index(b"sha256"), whole.index(b"parts")]:
         flipped = bytearray(whole)
