@@ -20,8 +20,8 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 	@if $(RUN) -c "import triton" 2>/dev/null; then $(RUN) -m kernels compare; else echo \
 	"Triton exists for Linux only: the comparison with the kernels is left out here."; fi
 
-test: $(READY)  ## all tests; those that need a GPU skip where there is none
-	@$(RUN) -m pytest $(ARGS)
+test: $(READY)  ## all tests, on two cores; those that need a GPU skip where there is none
+	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-machines: $(READY)  ## tests and course as other processors run them; ARGS="--turn 1/4": a part
 	@$(RUN) -m tests.machines $(ARGS)

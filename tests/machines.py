@@ -76,11 +76,27 @@ def count_comparisons(output):
     return total - failed, failed, 0
 
 
-NOT_NUMPY = ("--ignore=tests/kernels", "--ignore=tests/test_machines.py")
+# what asks the system, the shell or the compiler, and no processor: `make test` alone runs it, and
+# all but the kernels' the strange setting
+SYSTEM = (
+    *("fuzz", "test_command.py", "test_house.py", "test_outputs.py", "test_packaging.py"),
+    *("test_readme.py", "course/test_release.py", "course/test_render.py", "course/test_site.py"),
+    *("course/test_slides.py", "course/test_timings.py"),
+)
+KERNELS_SYSTEM = ("test_compile.py", "test_package.py", "test_train.py")
+
+
+def without(*names):
+    """pytest's options that leave out files and folders of tests/."""
+    return [f"--ignore=tests/{name}" for name in names]
+
+
+NOT_NUMPY = without("kernels", "test_machines.py")
 JOBS = {
-    "rooms": tests("tests", *NOT_NUMPY),
+    "rooms": tests("tests", *NOT_NUMPY, *without(*SYSTEM)),
+    "rooms, commands": tests("tests", *NOT_NUMPY, "-n2", "--dist=loadfile"),
     "notebooks": notebooks(),
-    "kernels": tests("tests/kernels"),
+    "kernels": tests("tests/kernels", *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM))),
     "compare": Job(("-m", "kernels", "compare"), count_comparisons, r"^ *(.*FAILED)"),
     "torch's notebooks": notebooks("11", "12", "13", "14"),
 }
@@ -144,7 +160,7 @@ SETTINGS = [
     torch("avx2", "AVX2", "Intel AVX2", 2),
     torch("default", "SSE41", "Intel SSE4.1", 2),
     torch("avx2", "AVX2", "Intel AVX2", 1),
-    Setting("strange", ("rooms",), 1, STRANGE, elsewhere=True),
+    Setting("strange", ("rooms, commands",), 1, STRANGE, elsewhere=True),
 ]
 
 
