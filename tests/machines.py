@@ -94,7 +94,7 @@ def without(*names):
 NOT_NUMPY = without("kernels", "test_machines.py")
 JOBS = {
     "rooms": tests("tests", *NOT_NUMPY, *without(*SYSTEM)),
-    "rooms, commands": tests("tests", *NOT_NUMPY, "-n2", "--dist=loadfile"),
+    "commands": tests(*(f"tests/{name}" for name in SYSTEM)),
     "notebooks": notebooks(),
     "kernels": tests("tests/kernels", *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM))),
     "compare": Job(("-m", "kernels", "compare"), count_comparisons, r"^ *(.*FAILED)"),
@@ -160,7 +160,7 @@ SETTINGS = [
     torch("avx2", "AVX2", "Intel AVX2", 2),
     torch("default", "SSE41", "Intel SSE4.1", 2),
     torch("avx2", "AVX2", "Intel AVX2", 1),
-    Setting("strange", ("rooms, commands",), 1, STRANGE, elsewhere=True),
+    Setting("strange", ("rooms", "commands"), 1, STRANGE, elsewhere=True),
 ]
 
 

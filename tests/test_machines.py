@@ -38,7 +38,7 @@ def job(code, job=m.JOBS["compare"]):
         ("ATEN_CPU_CAPABILITY", "avx2", {"kernels", "compare", "torch's notebooks"}),
         ("ONEDNN_MAX_CPU_ISA", "SSE41", {"kernels", "compare", "torch's notebooks"}),
         ("ONEDNN_MAX_CPU_ISA", "AVX2", {"kernels", "compare", "torch's notebooks"}),
-        ("LC_ALL", "C", {"rooms, commands"}),
+        ("LC_ALL", "C", {"rooms", "commands"}),
     ],
 )
 def test_every_processor_has_a_setting_that_runs_all_that_concerns_it(variable, value, jobs):
@@ -59,7 +59,7 @@ class NotEmpty:
         return bool(other)
 
 
-@pytest.mark.parametrize("job", [job for job in m.JOBS if job != "rooms, commands"])
+@pytest.mark.parametrize("job", [job for job in m.JOBS if job != "commands"])
 def test_every_job_runs_on_one_thread_and_on_two(job):
     assert {s.threads for s in m.SETTINGS if job in s.jobs} == {1, 2}
 
