@@ -96,10 +96,13 @@ JOBS = {
     "rooms": tests("tests", *NOT_NUMPY, *without(*SYSTEM)),
     "commands": tests(*(f"tests/{name}" for name in SYSTEM)),
     "notebooks": notebooks(),
-    "kernels": tests("tests/kernels", *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM))),
+    "kernels": tests(
+        "tests/kernels", "-n2", "--dist=loadfile",
+        *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM)),
+    ),
     "compare": Job(("-m", "kernels", "compare"), count_comparisons, r"^ *(.*FAILED)"),
     "torch's notebooks": notebooks("11", "12", "13", "14"),
-}
+}  # fmt: skip
 
 
 # --- the settings ---------------------------------------------------------------------------------
