@@ -10,6 +10,7 @@ started in: see `give_way`.
 import importlib
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
@@ -65,16 +66,13 @@ def give_way(name):
 
 
 def _placeholder(name):
-    module, own = (
-        types.ModuleType(name),
-        f"miniflamingo.{'course' if name == 'notebooks' else name}",
-    )
-    module.__version__ = "0"
+    module = types.ModuleType(name)
+    module.__spec__, module.__version__ = ModuleSpec(name, None), "0"
 
     def __getattr__(wanted):
         if wanted.startswith("__"):
             raise AttributeError(wanted)
-        raise ImportError(f"the folder {name}/ of miniflamingo is imported as {own}", name=name)
+        raise ImportError(f"the folder {name}/ of miniflamingo is imported as {name_of(name)}")
 
     module.__getattr__ = __getattr__
     return module

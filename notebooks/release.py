@@ -257,6 +257,7 @@ def main(argv=None):
 
 def run(arguments):
     """Run the parsed command; returns the exit code. Failed where a solution would be given out."""
+    timings.chosen()
     names = ("student-release", "student-release.zip")
     with staged(arguments.out, "release", names) as new:
         write_release(new / names[0])

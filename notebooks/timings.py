@@ -50,7 +50,9 @@ def sources(numbers=()):
 
 
 def chosen(numbers=()):
-    """The same; ValueError for a number or name that is no module's."""
+    """The same; ValueError for a number or name that is no module's, or without any sources."""
+    if not sources():
+        raise ValueError(f"the course is made in its repository; no sources in {render.HERE}")
     if unknown := [number for number in numbers if not sources([number])]:
         raise ValueError(f"no module is called {' or '.join(unknown)}")
     return sources(numbers)

@@ -377,7 +377,7 @@ print("fused up to a width of", gated_linear.FUSED_UP_TO)
 #
 # Triton compiles for GPUs that are not there (`python -m miniflamingo compile`). A binary says how
 # many registers a thread needs. Registers decide how many *warps* (32 threads each) a
-# multiprocessor (SM) can hold. Many warps hide the wait for memory: while one waits, others compute.
+# multiprocessor (SM) can hold. Many warps hide the wait for memory: one waits, others compute.
 #
 # An SM has four schedulers. Each has 512 registers for each of a warp's 32 lanes, holds at most 16
 # warps, and gives a warp a multiple of 8. Only whole programs (of `num_warps` warps) are resident:

@@ -496,7 +496,7 @@ assert ours.shape == theirs.shape and np.allclose(ours, theirs, atol=1e-4)
 # ### Another decoder
 #
 # A pre-trained LM of another project brings names of its own. `kernels/model/adapter.py` leaves
-# them alone: a hook in front of every n-th block passes the hidden states through one of our blocks,
+# them alone: a hook in front of every n-th block passes the hidden states through a block of ours,
 # and the inserted layers are saved apart. (Tested with GPT-2 and LLaMA of `transformers`.)
 
 # %%
