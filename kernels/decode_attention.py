@@ -22,7 +22,7 @@ results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256). Not te
 CUDA graphs with it; the launch options were not chosen by measured time.
 """
 
-from kernels.runtime import (
+from .common.runtime import (
     LOG2E,
     allocate,
     check_alike,
@@ -38,7 +38,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import INTEGERS
+from .common.work_list import INTEGERS
 
 
 @triton.jit

@@ -45,8 +45,8 @@ float64; strided x, a, dout, weight. No register spills for sm_80, sm_90 and gfx
 branch uses for dW'. Not handled: autocast (one dtype for x, a and weight; alpha may have another).
 """
 
-from kernels.operands import packed
-from kernels.products import (
+from .common.operands import packed
+from .common.products import (
     accumulator,
     as_rows,
     locate_tile,
@@ -55,7 +55,7 @@ from kernels.products import (
     place_tile,
     tiles,
 )
-from kernels.runtime import (
+from .common.runtime import (
     allocate,
     cast,
     check_alike,
@@ -69,7 +69,7 @@ from kernels.runtime import (
 )
 
 # The largest I for which the fused product is taken. It is 0, so always addmm, until a file in
-# kernels/results has measured it (`python -m kernels bench --case gated_linear`).
+# kernels/results has measured it (`python -m miniflamingo bench --case gated_linear`).
 FUSED_UP_TO = 0
 
 

@@ -30,8 +30,8 @@ process. The launch options were chosen for fitting in registers, not by measure
 checking gradients, exists in the interpreter alone.
 """
 
-from kernels import image_causal_attention_blocks as in_blocks
-from kernels.runtime import (
+from . import image_causal_attention_blocks as in_blocks
+from .common.runtime import (
     LOG2E,
     allocate,
     cast,
@@ -49,7 +49,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
+from .common.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -141,8 +141,8 @@ def _backward(
 
 
 # (kernel, K > 64, float32) -> tokens of a tile, warps of a program: wide ones that compile without
-# spilling for sm_80, sm_90 and gfx942 (`python -m kernels compile`, Triton 3.7.1; 3.6.0 spills 8
-# bytes in _backward, float32, K > 64, R <= 16); not yet chosen by time
+# spilling for sm_80, sm_90 and gfx942 (`python -m miniflamingo compile`, Triton 3.7.1; 3.6.0 spills
+# 8 bytes in _backward, float32, K > 64, R <= 16); not yet chosen by time
 OPTIONS = {
     ("_forward", False, False): (64, 4),
     ("_forward", True, False): (64, 4),

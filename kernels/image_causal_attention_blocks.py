@@ -17,7 +17,7 @@ rounding error of a number of the size of m.
 Tested and untested: as in `image_causal_attention.py`.
 """
 
-from kernels.runtime import (
+from .common.runtime import (
     ALL_REGISTERS,
     LOG2E,
     allocate,
@@ -31,7 +31,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import load_item, store_zeros, sum_partials
+from .common.work_list import load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
 

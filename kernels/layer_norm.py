@@ -29,8 +29,8 @@ strided x and dout. No register spills for sm_80, sm_90 and gfx942 at D = 2048 a
 (results/compiled.json). Not tested: any GPU. Wider than MAX_D, torch's own backward is taken.
 """
 
-from kernels.products import accumulator, as_rows
-from kernels.runtime import (
+from .common.products import accumulator, as_rows
+from .common.runtime import (
     allocate,
     cast,
     check_alike,

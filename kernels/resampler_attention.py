@@ -42,13 +42,8 @@ The launch options and the split were not chosen by measured time. float64, for 
 exists in the interpreter alone.
 """
 
-from kernels.feature_list import (
-    FeatureList,
-    build_feature_list,
-    build_padded_list,
-    load_features,
-)
-from kernels.runtime import (
+from .common.feature_list import FeatureList, build_feature_list, build_padded_list, load_features
+from .common.runtime import (
     ALL_REGISTERS,
     LOG2E,
     allocate,
@@ -67,7 +62,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import sum_partials
+from .common.work_list import sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
 

@@ -38,8 +38,8 @@ two products reads 2 MF in place of 1 in each, several times over, and saves 2.
 Tested (interpreter), compiled: as `gated_linear.py`. Not tested: any GPU.
 """
 
-from kernels.operands import packed
-from kernels.products import (
+from .common.operands import packed
+from .common.products import (
     accumulator,
     as_rows,
     locate_tile,
@@ -48,7 +48,7 @@ from kernels.products import (
     place_tile,
     tiles,
 )
-from kernels.runtime import (
+from .common.runtime import (
     allocate,
     cast,
     check_alike,
@@ -63,7 +63,7 @@ from kernels.runtime import (
 )
 
 # The largest D for which the fused product is taken. It is 0, so always cuBLAS and a pass, until a
-# file in kernels/results has measured it (`python -m kernels bench --case squared_relu_linear`).
+# file in kernels/results has measured it (`miniflamingo bench --case squared_relu_linear`).
 FUSED_UP_TO = 0
 
 

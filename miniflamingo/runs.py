@@ -1,6 +1,6 @@
 """A run's folder: one process in it, what killed ones left behind, its log, what it has cost.
 
-Shared by miniflamingo.training.Run and the runs of kernels/train.py.
+Shared by miniflamingo.training.Run and the runs of kernels/model/train.py.
 """
 
 import hashlib

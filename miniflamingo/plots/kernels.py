@@ -15,7 +15,7 @@ MARKERS = "osD^v<>P"
 def plot_cost(document, entry, direction):
     """Microseconds against the number of images N, one line an implementation, one panel a shape.
 
-    document is what `python -m kernels bench --json` writes; the floor is the counted one.
+    document is what `python -m miniflamingo bench --json` writes; the floor is the counted one.
     ValueError when it holds no time for the entry and direction.
     """
     rows = [r for r in _timed(document) if (r["entry"], r["direction"]) == (entry, direction)]

@@ -4,8 +4,9 @@ import numpy as np
 
 from miniflamingo.attention import attention
 from miniflamingo.functional import softmax
-from notebooks.checks.core import call, exercise, expect
-from notebooks.checks.kernel_runs import expect_stored
+
+from .core import call, exercise, expect
+from .kernel_runs import expect_stored
 
 # --- 11.1: vector add -----------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from notebooks.checks.core import call, exercise, expect
+from .core import call, exercise, expect
 
 # --- 13.1: bytes and flops of the forward pass ----------------------------------------------------
 

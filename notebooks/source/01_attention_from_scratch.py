@@ -25,6 +25,7 @@
 
 # %%
 import numpy as np
+from miniflamingo.course import check, show, source
 
 from miniflamingo import plots
 from miniflamingo.attention import (
@@ -36,7 +37,6 @@ from miniflamingo.attention import (
 from miniflamingo.functional import softmax
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 lm = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors").lm.astype(np.float64)

@@ -26,6 +26,7 @@
 
 # %%
 import numpy as np
+from miniflamingo.course import check, show, source
 
 from miniflamingo import plots
 from miniflamingo.attention import TransformerBlock, attention
@@ -35,7 +36,6 @@ from miniflamingo.module import Module
 from miniflamingo.perceiver import Perceiver, PerceiverLayer
 from miniflamingo.training import AdamW, OptimiserConfig
 from miniflamingo.worlds.shapes import draw_objects
-from notebooks import check, show, source
 
 # %%
 show(

@@ -29,12 +29,12 @@
 import copy
 
 import numpy as np
+from miniflamingo.course import check, show, source
 
 from miniflamingo import perceiver, plots
 from miniflamingo.functional import layer_norm, softmax
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import shapes
-from notebooks import check, show, source
 
 # %%
 show(

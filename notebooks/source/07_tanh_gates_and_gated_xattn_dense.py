@@ -30,6 +30,7 @@ import copy
 from unittest.mock import patch
 
 import numpy as np
+from miniflamingo.course import check, show, source
 
 from miniflamingo import demo, plots, xattn
 from miniflamingo.autograd import Tape, array_of
@@ -37,7 +38,6 @@ from miniflamingo.functional import softmax
 from miniflamingo.prompt import build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 show(
@@ -203,7 +203,7 @@ check("7.2", slopes)
 # The notebook's own copy of the same, for the rest of the module:
 
 # %%
-from notebooks.checks.module_07 import differences
+from miniflamingo.course.checks.module_07 import differences
 
 some = np.array([-1.5, 0.0, 0.8])
 numeric = differences(lambda a: np.vdot(dout, xattn.tanh_gate(y, a, branch)), some)
@@ -390,7 +390,7 @@ show(
 # Turn the gates yourself, and watch the next word leave the frozen LM's:
 
 # %%
-from notebooks.widgets import turn_alpha
+from miniflamingo.course.widgets import turn_alpha
 
 turn_alpha("what color ?")
 
@@ -691,6 +691,6 @@ print("bug 2:", check("7.5", lambda d, a, alpha, w: np.einsum("gmd,gmi,gdi->g", 
 #
 # **In the paper:** section 3.1.2 and figure 4; the ablation table; the sizes of the blocks, in the
 # appendix. **In the library:** `miniflamingo/xattn.py` from "the gate" on; `Flamingo.read` in
-# `miniflamingo/flamingo.py`; `kernels/gated_linear.py` and `kernels/gated_block.py`.
+# `miniflamingo/flamingo.py`; `kernels/gated_linear.py` and `kernels/model/gated_block.py`.
 #
 # **Next:** module 08, training: the mixture, and how alpha evolves.

@@ -34,6 +34,7 @@ import tempfile
 from unittest.mock import patch
 
 import numpy as np
+from miniflamingo.course import check, show, source
 
 from miniflamingo import plots, training, xattn
 from miniflamingo.autograd import Tape
@@ -41,7 +42,6 @@ from miniflamingo.flamingo import PRESETS
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.training import WEIGHTS, AdamW, BridgeRun, BridgeStage, OptimiserConfig, Run
 from miniflamingo.worlds.datasets import IGNORED
-from notebooks import check, show, source
 
 # %%
 config = BridgeRun(

@@ -26,10 +26,10 @@
 
 # %%
 import numpy as np
+from miniflamingo.course import check, show, source
+from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 from miniflamingo import plots, xattn
-from notebooks import check, show, source
-from notebooks.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 # %%
 show(
@@ -392,7 +392,7 @@ check("11.3", attend)
 # list is built on the device, with items of at most 3 tokens here:
 
 # %%
-from kernels.work_list import build_work_list
+from miniflamingo.kernels.common.work_list import build_work_list
 
 words = ["<BOS>", "Cute", "pets!", "<EOC>"]
 words += ["<image>", "A", "puppy.", "<EOC>", "<image>", "A", "cat.", "<EOC>"]
@@ -475,8 +475,8 @@ def program(pid, q, k, v, order, items, out):
 # rows of a tile, with both masks; `dot` is `tl.dot` in full float32 precision.
 
 # %%
-from kernels import image_causal_attention as forward
-from kernels import runtime, work_list
+from miniflamingo.kernels import image_causal_attention as forward
+from miniflamingo.kernels.common import runtime, work_list
 
 source(forward._forward.fn)
 
@@ -611,11 +611,11 @@ for bug, (old, new) in {"none": ("item, h", "item, h"), **bugs}.items():
 # on a GPU, where the order is open, it is a race that shows on some days.
 #
 # So test with sizes that are *not* round, several images and heads, text first. That is what the
-# cases of `python -m kernels compare` are: "R = 37, K = 40", "text before the first image",
+# cases of `python -m miniflamingo compare` are: "R = 37, K = 40", "text before the first image",
 # "adjacent images". It compares with NumPy in float64 and allows twice the error of plain torch:
 
 # %%
-from kernels.compare import KERNELS, compare
+from miniflamingo.kernels.tools.compare import KERNELS, compare
 
 for name in ("R = 37, K = 40", "text before the first image"):
     record = next(compare(KERNELS[0], name, "fp32", "cpu"))
@@ -624,8 +624,8 @@ for name in ("R = 37, K = 40", "text before the first image"):
 # %% [markdown]
 # **What the interpreter does not show.** It runs one program after the other, so a race never
 # shows; it knows no registers, so it does not say whether a tile fits; and its times mean nothing.
-# The same source, compiled, does. `python -m kernels compile` compiles it without a GPU and lists
-# the registers.
+# The same source, compiled, does. `python -m miniflamingo compile` compiles it without a GPU and
+# lists the registers.
 
 # %% [markdown]
 # ## Takeaways
@@ -642,7 +642,8 @@ for name in ("R = 37, K = 40", "text before the first image"):
 # - Test with R, K and runs that are not round.
 #
 # **In the paper:** section 3.1.3 (what is computed); kernels are no subject of it. **In the
-# repository:** `kernels/image_causal_attention.py`, `kernels/work_list.py`, `kernels/runtime.py`.
+# repository:** `kernels/image_causal_attention.py`, `kernels/common/work_list.py`,
+# `kernels/common/runtime.py`.
 #
 # **Next:** module 12, the backward kernel: the same tiles, transposed, and the gradient of the
 # gate.

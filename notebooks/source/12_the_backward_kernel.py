@@ -25,12 +25,12 @@
 
 # %%
 import numpy as np
+from miniflamingo.course import check, show, source
+from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 from miniflamingo import plots, xattn
 from miniflamingo.attention import attention, attention_backward
 from miniflamingo.functional import softmax, softmax_backward
-from notebooks import check, show, source
-from notebooks.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 # %%
 products = [
@@ -291,8 +291,8 @@ def program(pid, dout, q, k, v, order, items, dq, dk, dv, parts):
 
 
 # %%
-from kernels import image_causal_attention as kernel
-from kernels import runtime, work_list
+from miniflamingo.kernels import image_causal_attention as kernel
+from miniflamingo.kernels.common import runtime, work_list
 
 source(kernel._backward.fn)
 
@@ -543,7 +543,7 @@ check("12.5", gate_gradients)
 # that tile's share of $\langle W, dW' \rangle$: a few operations on numbers that are there.
 
 # %%
-from kernels import gated_linear
+from miniflamingo.kernels import gated_linear
 
 source(gated_linear._gated_linear_dweight.fn)
 
@@ -661,7 +661,7 @@ print(check("12.5", lambda dout, a, alpha, w: ((w * (dout.T @ a)).sum(), dout.T 
 #
 # **In the paper:** section 3.1.2 (the gate) and 3.1.3 (the attention); gradients and kernels are no
 # subject of it. **In the repository:** `kernels/image_causal_attention.py`,
-# `kernels/gated_linear.py`, and `python -m kernels compare` for all cases.
+# `kernels/gated_linear.py`, and `python -m miniflamingo compare` for all cases.
 #
 # **Next:** module 13, speed: how many bytes and operations these kernels cost, and what a GPU makes
 # of them.

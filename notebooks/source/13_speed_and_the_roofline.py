@@ -36,11 +36,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from miniflamingo.course import check, show, source
 
-import kernels
-from miniflamingo import plots, xattn
+from miniflamingo import kernels, plots, xattn
 from miniflamingo.attention import attention
-from notebooks import check, show, source
 
 BANDWIDTH, PEAK = 4.3e12, 790e12  # assumed: bytes a second, flops a second
 
@@ -163,7 +162,7 @@ check("13.1", forward_work)
 # that no token looks at is not read. It counts numbers, not bytes:
 
 # %%
-from kernels import bench_entries
+from miniflamingo.kernels.tools import bench_entries
 
 source(bench_entries.attention_work)
 
@@ -369,16 +368,16 @@ for width in (2048, 4096, 8192):
 # keeps its fused products off:
 
 # %%
-from kernels import gated_linear
+from miniflamingo.kernels import gated_linear
 
 print("fused up to a width of", gated_linear.FUSED_UP_TO)
 
 # %% [markdown]
 # ## What compiled code tells
 #
-# Triton compiles for GPUs that are not there: `python -m kernels compile`. The binary says how many
-# registers a thread needs, and registers decide how many *warps* (32 threads each) a multiprocessor
-# (SM) can hold at a time. Many warps hide the wait for memory: while one waits, another computes.
+# Triton compiles for GPUs that are not there (`python -m miniflamingo compile`). A binary says how
+# many registers a thread needs. Registers decide how many *warps* (32 threads each) a
+# multiprocessor (SM) can hold. Many warps hide the wait for memory: one waits, others compute.
 #
 # An SM has four schedulers. Each has 512 registers for each of a warp's 32 lanes, holds at most 16
 # warps, and gives a warp a multiple of 8. Only whole programs (of `num_warps` warps) are resident:
@@ -423,7 +422,7 @@ check("13.4", resident_warps)
 # and their shared memory.
 
 # %%
-from kernels.compile import resident
+from miniflamingo.kernels.tools.compile import resident
 
 source(resident)
 
@@ -464,18 +463,18 @@ if (results / "compiled.json").exists():
         "compiled for sm_90 in bf16 at K = 128, R = 64, with its registers and its warps.",
     )
 else:
-    print("not compiled yet: python -m kernels compile --full --json kernels/results/compiled.json")
+    print("not compiled yet: python -m miniflamingo compile --full --json FILE")
 
 # %% [markdown]
 # ## How the benchmark measures
 #
-# `kernels/bench.py` first measures the machine's own two speeds, as we did. Every implementation is
-# then checked against a reference in float64 *before* it is timed; one that is wrong is listed with
-# the reason and gets no time. The worst *row* counts: a norm over everything would hide a few wrong
-# tokens.
+# `kernels/tools/bench.py` first measures the machine's own two speeds, as we did. Every
+# implementation is then checked against a reference in float64 *before* it is timed; one that is
+# wrong is listed with the reason and gets no time. The worst *row* counts: a norm over everything
+# would hide a few wrong tokens.
 
 # %%
-from kernels import bench
+from miniflamingo.kernels.tools import bench
 
 source(bench.worst_row)
 
@@ -488,7 +487,7 @@ source(bench.rotation)
 # %% [markdown]
 # Peers are what others would use: masked attention as open-flamingo writes it, torch's own under a
 # boolean mask, compiled FlexAttention, variable-length attention, and for the block a compiled
-# plain one (`kernels/peers.py`). The file has every time with its spread, its floor and its error.
+# plain one (`kernels/tools/peers.py`). The file has every time with its spread, floor and error.
 #
 # Is there one from a GPU?
 
@@ -503,7 +502,7 @@ for document in measured:
     )
 if not measured:
     print("not measured yet on a GPU. With one at hand:")
-    print("python -m kernels bench --json kernels/results/bench-NAME.json")
+    print("python -m miniflamingo bench --json kernels/results/bench-NAME.json")
 
 # %% tags=["volatile"]
 name = "image_causal_attention"
@@ -561,7 +560,7 @@ print("four copies of 32 MB into new memory, ms:", " ".join(f"{t:.1f}" for t in 
 # of its own in microseconds, so that the experiment gives the same everywhere:
 
 # %%
-from notebooks.checks.module_13 import Device
+from miniflamingo.course.checks.module_13 import Device
 
 source(Device)
 

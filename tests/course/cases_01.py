@@ -1,10 +1,10 @@
 """Right and wrong answers to the exercises of module 01, for test_checks.py."""
 
 import numpy as np
+from miniflamingo.course.checks.module_01 import heads
 
 from miniflamingo.attention import attention, attention_weights
 from miniflamingo.functional import softmax, softmax_backward
-from notebooks.checks.module_01 import heads
 
 # --- 1.1: attention -------------------------------------------------------------------------------
 

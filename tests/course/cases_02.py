@@ -1,10 +1,10 @@
 """Right and wrong answers to the exercises of module 02, for test_checks.py."""
 
 import numpy as np
+from miniflamingo.course.checks.module_02 import fourier, read_inputs, turns
 
 from miniflamingo.attention import attention
 from miniflamingo.functional import softmax
-from notebooks.checks.module_02 import fourier, read_inputs, turns
 
 # --- 2.1: counting --------------------------------------------------------------------------------
 

@@ -6,9 +6,8 @@ import io
 import nbformat
 import numpy as np
 import pytest
+from miniflamingo.course import render as r
 from PIL import Image
-
-from notebooks import render as r
 
 TINY = """# %% [markdown]
 # # 99 A tiny module
@@ -16,7 +15,7 @@ TINY = """# %% [markdown]
 # %%
 from matplotlib.figure import Figure
 
-from notebooks import check, show, source
+from miniflamingo.course import check, show, source
 
 # %% tags=["exercise"]
 def answer():

@@ -80,7 +80,7 @@ def act_text(text, others):
 @st.composite
 def comparisons(draw):
     """A kernel beside its twin, at a random shape and dtype."""
-    from kernels import block_twins, compare, twins
+    from miniflamingo.kernels.tools import block_twins, compare, twins
 
     size, strided = lambda: draw(st.integers(1, 40)), draw(st.booleans())
     heads = dict(R=size(), H=draw(st.integers(1, 2)), K=size(), strided=strided)
@@ -102,7 +102,7 @@ def comparisons(draw):
 @examples(4, AS_DRAWN, drawn=comparisons())
 def act_kernel(drawn):
     """The kernel's error is within the bound that `compare` sets."""
-    from kernels import compare
+    from miniflamingo.kernels.tools import compare
 
     kernel, dtype = drawn
     for record in compare.compare(kernel, "drawn", dtype, "cpu"):
@@ -131,9 +131,9 @@ POISON = st.sampled_from([np.nan, np.inf, -np.inf])
 def act_unseen(seed, poison):
     """NaN or infinity in an image that nobody sees, and in memory's gaps, changes nothing."""
     import torch
+    from miniflamingo.kernels.image_causal_attention import image_causal_attention
+    from miniflamingo.kernels.model.layers import dense_image_causal_attention
 
-    from kernels.image_causal_attention import image_causal_attention
-    from kernels.layers import dense_image_causal_attention
     from miniflamingo import xattn
 
     q, k, v, phi = attention_arguments(np.random.default_rng(seed))
@@ -155,8 +155,8 @@ def act_unseen(seed, poison):
 def act_padding(seed, poison):
     """NaN or infinity in padded frames changes nothing that the resampler makes of the others."""
     import torch
+    from miniflamingo.kernels.model.layers import PerceiverResampler as Torch
 
-    from kernels.layers import PerceiverResampler as Torch
     from miniflamingo.perceiver import PerceiverResampler
 
     rng = np.random.default_rng(seed)
@@ -180,8 +180,7 @@ def act_padding(seed, poison):
 
 def _other(kind):
     import torch
-
-    from kernels.work_list import build_work_list
+    from miniflamingo.kernels.common.work_list import build_work_list
 
     return {
         "another phi's work": lambda a: a | {"work": build_work_list((a["phi"] + 1) % 4, 3, 1)},
@@ -206,8 +205,7 @@ WRONG = ["another phi's work", "phi too large", "phi below 0", "phi of floats", 
 def act_arguments(seed, wrong):
     """Arguments that do not fit are refused."""
     import torch
-
-    from kernels.image_causal_attention import image_causal_attention
+    from miniflamingo.kernels.image_causal_attention import image_causal_attention
 
     values = map(torch.from_numpy, attention_arguments(np.random.default_rng(seed)))
     arguments = _other(wrong)(dict(zip(("q", "k", "v", "phi"), values)))

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from kernels.adapter import insert_into  # noqa: E402
-from kernels.layers import MISSING  # noqa: E402
+from miniflamingo.kernels.model.adapter import insert_into  # noqa: E402
+from miniflamingo.kernels.model.layers import MISSING  # noqa: E402
 
 SIZES = {"dim": 16, "media_dim": 12, "heads": 2, "head_dim": 8}
 PROMPT = torch.tensor([[5, 3, 7, 8, 3, 9], [5, 6, 7, 3, 8, 9]])  # 3 is <image>

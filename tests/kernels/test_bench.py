@@ -11,16 +11,16 @@ import types
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if importlib.util.find_spec("torch") is None:
     pytest.skip("the peers need torch, not installed here", allow_module_level=True)
 
 import torch
+from miniflamingo.kernels.model.layers import GatedCrossAttentionDense
+from miniflamingo.kernels.tools import bench, bench_entries, peers
 
-from kernels import __main__ as command_line
-from kernels import bench, bench_entries, peers
-from kernels.layers import GatedCrossAttentionDense
+from miniflamingo import __main__ as command_line
 from miniflamingo import plots, xattn
 
 ENTRIES = {entry.name: entry for entry in bench.ENTRIES}

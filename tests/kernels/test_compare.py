@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+from miniflamingo.kernels import image_causal_attention
+from miniflamingo.kernels.common.runtime import INTERPRET
+from miniflamingo.kernels.tools import compare
 
-from kernels import __main__ as command_line
-from kernels import compare, image_causal_attention
-from kernels.runtime import INTERPRET
+from miniflamingo import __main__ as command_line
 
 ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")
 DEVICE = "cpu" if INTERPRET.value else "cuda"
@@ -73,7 +74,7 @@ def broken(tmp_path, name):
     namespace = "broken_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
     path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kernel, backward = module.image_causal_attention, module.image_causal_attention_backward

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
-from kernels import compile as kernel_compile
-from kernels import image_causal_attention
-from kernels.__main__ import main
+from miniflamingo.kernels import image_causal_attention
+from miniflamingo.kernels.tools import compile as kernel_compile
+
+from miniflamingo.__main__ import main
 
 ROOT = Path(kernels.__file__).parent
 REFRESH = "renew the file: " + kernel_compile.RENEW
@@ -39,7 +40,7 @@ def records(committed):
 @pytest.fixture(scope="module")
 def compiler():
     """Skips where kernels cannot be compiled."""
-    code = "from kernels import compile; print(compile.missing() or '')"
+    code = "from miniflamingo.kernels.tools import compile; print(compile.missing() or '')"
     reason = run_python(code).stdout.strip()
     if reason:
         pytest.skip(reason)
@@ -59,7 +60,7 @@ def launched_kernels(calls=None):
     calls: only those in which this function is called, by themselves or by what they call.
     """
     functions = {}
-    for path in ROOT.glob("*.py"):
+    for path in ROOT.rglob("*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:
             decorators = getattr(node, "decorator_list", [])
             if any(ast.unparse(d) == "triton.jit" for d in decorators):
@@ -72,7 +73,7 @@ def launched_kernels(calls=None):
 
 def runtime_functions():
     """The @triton.jit functions of runtime.py, none of which is launched."""
-    for node in ast.parse((ROOT / "runtime.py").read_text("utf-8")).body:
+    for node in ast.parse((ROOT / "common" / "runtime.py").read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef):
             yield node.name
 
@@ -94,7 +95,7 @@ def test_the_committed_table_is_of_these_sources(committed):
 
 
 def test_compiling_again_gives_the_committed_table(compiler):
-    command = [sys.executable, "-m", "kernels", "compile", "--check"]
+    command = [sys.executable, "-m", "miniflamingo", "compile", "--check"]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     if "compilers are others" in done.stdout:
@@ -320,12 +321,13 @@ def test_warps_are_of_an_sm_and_waves_of_a_simd():
 
 def test_the_products_use_tensor_cores():
     reason = run_python(
-        "from kernels import compile; print(compile.missing() or '')"
+        "from miniflamingo.kernels.tools import compile; print(compile.missing() or '')"
     ).stdout.strip()
     if reason:
         pytest.skip(reason)
     code = """
-from kernels import compile as c, gated_linear
+from miniflamingo.kernels import gated_linear
+from miniflamingo.kernels.tools import compile as c
 c.EXAMPLES, driver = (gated_linear.launch_examples,), c._Driver()
 c.triton.runtime.driver.set_active(driver)
 for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "wgmma.mma_async")):
@@ -349,7 +351,7 @@ def test_shared_memory_must_fit():
 def test_registers_and_waves_are_those_that_llvm_reports(compiler):
     code = r"""
 import re
-from kernels import compile as c
+from miniflamingo.kernels.tools import compile as c
 for name, options, target, binary in c.binaries(
     ("bf16", 64, 64), {"_decode", "_forward", "_resample_merge"}, ("gfx942",)
 ):
@@ -370,7 +372,8 @@ for name, options, target, binary in c.binaries(
 
 def test_a_spill_is_seen(compiler):
     code = """
-from kernels import compile as c, image_causal_attention as ica
+from miniflamingo.kernels import image_causal_attention as ica
+from miniflamingo.kernels.tools import compile as c
 ica.OPTIONS["_backward", True, False] = (64, 16)
 print([r.ok for r in c.compile_one(("bf16", 128, 64), {"_backward"}, ("sm_90",))])
 """

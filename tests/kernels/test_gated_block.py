@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+from miniflamingo.kernels import gated_linear, squared_relu_linear
+from miniflamingo.kernels.common.runtime import INTERPRET, replaced
+from miniflamingo.kernels.image_causal_attention import build_work_list
+from miniflamingo.kernels.model import gated_block
+from miniflamingo.kernels.tools import bench_entries, peers
 
-from kernels import bench_entries, gated_block, gated_linear, peers, squared_relu_linear
-from kernels.image_causal_attention import build_work_list
-from kernels.runtime import INTERPRET, replaced
 from miniflamingo import functional, xattn
 from miniflamingo.autograd import Tape
 

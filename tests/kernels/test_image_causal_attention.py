@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miniflamingo.kernels.common.runtime import INTERPRET, cast, launch, poisoned, replaced
+from miniflamingo.kernels.common.work_list import build_work_list, choose_chunk
+from miniflamingo.kernels.image_causal_attention import (
+    image_causal_attention,
+    image_causal_attention_backward,
+)
+from miniflamingo.kernels.tools import compare
 
-from kernels import compare
-from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.runtime import INTERPRET, cast, launch, poisoned, replaced
-from kernels.work_list import build_work_list, choose_chunk
 from miniflamingo import xattn
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")

@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels import layers  # noqa: E402
+from miniflamingo.kernels.model import layers  # noqa: E402
+
 from miniflamingo import Flamingo, FlamingoConfig  # noqa: E402
 from tests.models import batch_of, tiny  # noqa: E402
 
@@ -189,7 +190,7 @@ def test_a_layer_alone_has_its_twin_s_output_and_gradients(backend, skip):
 @pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
 @pytest.mark.parametrize("skip", [False, True])
 def test_fused_products_change_nothing(skip, monkeypatch):
-    from kernels import gated_block
+    from miniflamingo.kernels.model import gated_block
 
     layer, y, media, phi = open_layer(torch.float64, skip_without_image=skip)
     expected, called = run_layer(layer, y, media, phi, "torch"), []
@@ -248,7 +249,7 @@ def test_under_autocast_the_attention_gets_one_dtype(backend, dtype, stream, mon
     layer, y, media, phi = open_layer()
     seen, attend = [], layers.dense_image_causal_attention
     if backend == "fused":
-        from kernels import image_causal_attention as module
+        from miniflamingo.kernels import image_causal_attention as module
 
         attend = module.image_causal_attention
     else:
@@ -350,7 +351,7 @@ def train_on_two(rank, folder, backend):
     grads = gradients_of_two(rank, backend, dist.init_device_mesh("cpu", (2,)))
     if rank == 0:
         torch.save(grads, f"{folder}/grads")
-    gc.collect()  # as in kernels/train.py
+    gc.collect()  # as in kernels/model/train.py
     dist.barrier()
     dist.destroy_process_group()
 

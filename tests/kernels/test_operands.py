@@ -1,14 +1,14 @@
-"""On a CPU in 16 bits torch's own products get matrices without gaps: see kernels/operands.py."""
+"""On a CPU in 16 bits torch's own products get matrices without gaps: see operands.py."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from miniflamingo.kernels import unavailable  # noqa: E402
+from miniflamingo.kernels.common.operands import packed  # noqa: E402
+from miniflamingo.kernels.model import layers  # noqa: E402
 from torch._library.custom_ops import OPDEFS  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-
-from kernels import layers, unavailable  # noqa: E402
-from kernels.operands import packed  # noqa: E402
 
 needs_triton = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "scaled_dot_product")
@@ -79,7 +79,8 @@ def products():
         yield f"resampler, {backend}", run_resampler, (draw(1, 2, 2, 3, 33),)
     if unavailable():
         return
-    from kernels import gated_block, gated_linear, squared_relu_linear
+    from miniflamingo.kernels import gated_linear, squared_relu_linear
+    from miniflamingo.kernels.model import gated_block
 
     weights = dict(layer.named_parameters())
     y, alpha, a, weight = gate

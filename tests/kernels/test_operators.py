@@ -2,27 +2,32 @@
 
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
-from torch.autograd import forward_ad
-
-from kernels.decode_attention import decode_attention
-from kernels.gated_block import TEXT_WEIGHTS, gated_xattn_dense, project_media
-from kernels.gated_linear import gated_linear, gated_linear_backward
-from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.layer_norm import layer_norm, layer_norm_backward
-from kernels.layers import GatedCrossAttentionDense
-from kernels.resampler_attention import (
+from miniflamingo.kernels.common.runtime import INTERPRET
+from miniflamingo.kernels.decode_attention import decode_attention
+from miniflamingo.kernels.gated_linear import gated_linear, gated_linear_backward
+from miniflamingo.kernels.image_causal_attention import (
+    image_causal_attention,
+    image_causal_attention_backward,
+)
+from miniflamingo.kernels.layer_norm import layer_norm, layer_norm_backward
+from miniflamingo.kernels.model.gated_block import TEXT_WEIGHTS, gated_xattn_dense, project_media
+from miniflamingo.kernels.model.layers import GatedCrossAttentionDense
+from miniflamingo.kernels.resampler_attention import (
     padded_resampler_attention,
     resampler_attention,
     resampler_attention_backward,
 )
-from kernels.runtime import INTERPRET
-from kernels.squared_relu_linear import squared_relu_linear, squared_relu_linear_backward
+from miniflamingo.kernels.squared_relu_linear import (
+    squared_relu_linear,
+    squared_relu_linear_backward,
+)
+from torch.autograd import forward_ad
 
 if not INTERPRET.value:
     pytest.skip("rules of torch, checked with the interpreter alone", allow_module_level=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -15,9 +15,9 @@ if kernels.unavailable():
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from kernels import block_twins, compare, gated_linear, layer_norm, squared_relu_linear
-from kernels.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels import gated_linear, layer_norm, squared_relu_linear
+from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels.tools import block_twins, compare
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 COMPARISONS = {c.name: c for c in compare.KERNELS if not c.name.endswith("attention")}
@@ -206,7 +206,7 @@ def test_a_gate_of_another_dtype_and_shape(fused, alpha_dtype, device):
     [(gated_linear, "_gated_linear"), (squared_relu_linear, "_squared_relu_linear")],
 )
 def test_one_line_chooses_the_product(module, kernel, monkeypatch):
-    name = module.__name__.removeprefix("kernels.")
+    name = module.__name__.removeprefix("miniflamingo.kernels.")
     _, *args = draw(f"{name}, fused")
     launched = []
 
@@ -372,7 +372,7 @@ def broken(tmp_path, name, before, after, label):
     path = tmp_path / f"{namespace}.py"
     source = source.replace(before, after).replace('@operator("', f'@operator("{namespace}_')
     path.write_text(source.replace("PROGRAMS = 512", "PROGRAMS = 4"), "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     options = {"fused": branch == "fused"} if branch else {}

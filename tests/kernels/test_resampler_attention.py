@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -15,11 +15,15 @@ if kernels.unavailable():
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from kernels import compare, resampler_attention, twins
-from kernels.feature_list import build_feature_list, build_padded_list, choose_chunk
-from kernels.resampler_attention import padded_resampler_attention
-from kernels.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels import resampler_attention
+from miniflamingo.kernels.common.feature_list import (
+    build_feature_list,
+    build_padded_list,
+    choose_chunk,
+)
+from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels.resampler_attention import padded_resampler_attention
+from miniflamingo.kernels.tools import compare, twins
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 ATTENTION = next(k for k in compare.KERNELS if k.name == "resampler_attention")
@@ -302,7 +306,7 @@ def broken(tmp_path, name):
     namespace = "broken_resampler_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
     path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return dataclasses.replace(

@@ -7,7 +7,7 @@ looks at images, or latents at features, `backend` chooses "torch" (plain torch:
 concatenation), "fused" (the kernels) or "auto" (the kernels on a GPU, where they can take the
 tensors; plain torch elsewhere).
 
-`GatedCrossAttentionDense` stands alone: kernels/adapter.py puts it into other projects' decoders.
+`GatedCrossAttentionDense` stands alone: adapter.py puts it into other projects' decoders.
 
 Letters: B batch, L text tokens, N images, T frames, S features of a frame, R visual tokens, H
 heads, K head width, D width, D_m width of the visual tokens, V words.
@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import unavailable
-from kernels.operands import packed
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
 from miniflamingo.vision import ACTIVATION_GAIN
 from miniflamingo.xattn import compute_phi
+
+from .. import unavailable
+from ..common.operands import packed
 
 BACKENDS = ("auto", "torch", "fused")
 MISSING = unavailable()  # why there is no kernel here, None where there is
@@ -51,7 +52,7 @@ def choose_backend(backend, x, K, R, only_last=True):
         _warn_once(f"plain torch stands in for the fused kernel: {MISSING}")
     if backend == "torch" or MISSING or (backend == "auto" and not (x.is_cuda and only_last)):
         return "torch"
-    from kernels.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
+    from ..common.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
 
     fits = x.dtype in DTYPES and K <= MAX_K and R <= MAX_R
     return "fused" if fits or backend == "fused" else "torch"
@@ -197,7 +198,7 @@ class PerceiverLayer(nn.Module):
 
     def _attend_fused(self, x, inputs, work):
         """The same attention without the concatenation: its two parts are projected apart."""
-        from kernels.resampler_attention import padded_resampler_attention
+        from ..resampler_attention import padded_resampler_attention
 
         a = self.attention
         q = a.project(a.q_proj, x)
@@ -264,7 +265,7 @@ class PerceiverResampler(Resampler):
 
     def _list_features(self, x_f, mask):
         """What the fused layers share: which of the features [B*N, T*S, D] are real."""
-        from kernels.feature_list import build_padded_list
+        from ..common.feature_list import build_padded_list
 
         images, M = x_f.shape[:2]
         lengths = torch.full((images,), M, device=x_f.device) if mask is None else mask.sum(1)
@@ -278,7 +279,7 @@ def share_work(phi, N, heads, backend):
     """phi's work list for all layers of a model, or None where no layer will want one."""
     if backend == "torch" or MISSING or (backend == "auto" and not phi.is_cuda):
         return None
-    from kernels.image_causal_attention import build_work_list
+    from ..image_causal_attention import build_work_list
 
     return build_work_list(phi, N, heads, check=False)
 
@@ -334,7 +335,7 @@ class ImageCausalCrossAttention(MultiHeadAttention):
         q = self.project(self.q_proj, x)
         k, v = (projected.to(q.dtype) for projected in keys_values)  # autocast may come in between
         if choose_backend(backend, q, q.shape[-1], k.shape[2], self.only_last) == "fused":
-            from kernels.image_causal_attention import image_causal_attention
+            from ..image_causal_attention import image_causal_attention
 
             return image_causal_attention(q, k, v, phi, work, check=False).flatten(-2)
         return dense_image_causal_attention(q, k, v, phi, self.only_last).flatten(-2)
@@ -386,7 +387,7 @@ class GatedCrossAttentionDense(nn.Module):
         if keys_values is None:
             keys_values = self.project_media(keep_seen(media, phi, self.attention.only_last))
         if self.fused_products and self._chooses_fused(backend, y, keys_values):
-            from kernels.gated_block import gated_xattn_dense
+            from .gated_block import gated_xattn_dense
 
             weights, skip = dict(self.named_parameters()), self.skip_without_image
             return gated_xattn_dense(

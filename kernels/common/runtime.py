@@ -10,7 +10,7 @@ that a kernel forgot to store is seen; `compile.py` records launches instead of 
 import contextlib
 import functools
 
-from kernels import unavailable
+from .. import unavailable
 
 if unavailable():
     raise ImportError(unavailable())
@@ -28,7 +28,7 @@ if INTERPRET.value:
     DTYPES += (torch.float64,)  # for checking gradients
 
 if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
-    raise ImportError("Triton was imported before `kernels`: import kernels first, or set "
+    raise ImportError("Triton came before `miniflamingo.kernels`: import that first, or set "
                       "TRITON_INTERPRET=1, where there is no GPU")  # fmt: skip
 
 # --- launching and allocating -------------------------------------------------------------------

@@ -10,8 +10,8 @@ padded image, `total` rows of features.
 
 from typing import NamedTuple
 
-from kernels.runtime import describe, tl, torch, triton
-from kernels.work_list import INTEGERS, Source, check_chunk, cut_runs
+from .runtime import describe, tl, torch, triton
+from .work_list import INTEGERS, Source, check_chunk, cut_runs
 
 
 class FeatureList(NamedTuple):

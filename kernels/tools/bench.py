@@ -1,4 +1,4 @@
-"""What the kernels cost on this machine, beside their peers: `python -m kernels bench`.
+"""What the kernels cost on this machine, beside their peers: `python -m miniflamingo bench`.
 
 First the machine's own limits are measured: the bandwidth of a large copy, and the rate of a large
 matrix product. Then every implementation of every entry (bench_entries.py), forward and forward +
@@ -41,11 +41,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels.bench_entries import DIRECTIONS, ENTRIES
 from miniflamingo import outputs
 from miniflamingo.command import some
 
-COMMAND = "python -m kernels bench"
+from .bench_entries import DIRECTIONS, ENTRIES
+
+COMMAND = "python -m miniflamingo bench"
 FIGURES = ("cost_forward.png", "cost_forward_backward.png", "roofline.png")
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # of the worst row: above what rounding does to it, below what one key too many among 64 would do

@@ -8,7 +8,7 @@ cores; float32 does not (no tf32: see `dot`).
 
 import math
 
-from kernels.runtime import dot, rows_contiguous, tl, torch, triton
+from .runtime import dot, rows_contiguous, tl, torch, triton
 
 # (float32 or wider) -> rows and columns of a tile, elements of a step, warps, stages of the
 # pipeline: wide ones that compile without spilling for sm_80, sm_90 and gfx942; not chosen by time.

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layers import GatedCrossAttentionDense
 from miniflamingo import xattn
 from miniflamingo.attention import attention, attention_backward, swap_heads
+
+from ..model.layers import GatedCrossAttentionDense
 
 
 def nothing(*args):
@@ -189,7 +190,7 @@ def varlen_attention(state, q, k, v, phi):
 
 def prepare_fused(q, k, v, phi):
     """The kernel, and phi's work list."""
-    kernel = import_module("kernels.image_causal_attention")
+    kernel = import_module("miniflamingo.kernels.image_causal_attention")
     work = kernel.build_work_list(phi, k.shape[1], heads=q.shape[2], check=False)
     return kernel.image_causal_attention, work
 
@@ -256,7 +257,7 @@ def gathered_attention(state, q, k, v, phi):
 
 def prepare_decode(*args):
     """The kernel; nothing depends on phi."""
-    return import_module("kernels.decode_attention").decode_attention
+    return import_module("miniflamingo.kernels.decode_attention").decode_attention
 
 
 def decode_attention(kernel, q, k, v, phi):
@@ -307,8 +308,8 @@ def numpy_resampler_backward(dout, q, k_x, v_x, k_latents, v_latents):
 
 def prepare_resampler(q, k_x, v_x, k_latents, v_latents):
     """The kernel, and the list of features: every image has all M."""
-    kernel = import_module("kernels.resampler_attention").padded_resampler_attention
-    build = import_module("kernels.feature_list").build_padded_list
+    kernel = import_module("miniflamingo.kernels.resampler_attention").padded_resampler_attention
+    build = import_module("miniflamingo.kernels.common.feature_list").build_padded_list
     (images, M), heads = k_x.shape[:2], q.shape[2]
     lengths = torch.full((images,), M, device=q.device)
     return kernel, lengths, build(lengths, M, heads, check=False)
@@ -414,7 +415,7 @@ def layer(name, backend, shape, needs=""):
     def prepare(y, media, phi, *weights):
         work = None
         if backend == "fused":
-            kernel = import_module("kernels.image_causal_attention")
+            kernel = import_module("miniflamingo.kernels.image_causal_attention")
             work = kernel.build_work_list(phi, media.shape[1], shape["H"], check=False)
         return block_module(shape), work
 
@@ -430,9 +431,9 @@ def fused_block(name, fused, shape):
     """The block of gated_block.py: its products by kernels, or as its files choose (None)."""
 
     def prepare(y, media, phi, *weights):
-        attention = import_module("kernels.image_causal_attention")
+        attention = import_module("miniflamingo.kernels.image_causal_attention")
         work = attention.build_work_list(phi, media.shape[1], shape["H"], check=False)
-        return import_module("kernels.gated_block"), work
+        return import_module("miniflamingo.kernels.model.gated_block"), work
 
     def run(state, y, media, phi, *weights):
         (functions, work), weights = state, dict(zip(BLOCK_NAMES, weights))
@@ -464,7 +465,7 @@ def product(name, file, fused, is_kernel):
     """A product of a kernel file, by its kernel or by cuBLAS and the file's passes."""
 
     def prepare(*args):
-        return partial(getattr(import_module(f"kernels.{file}"), file), fused=fused)
+        return partial(getattr(import_module(f"miniflamingo.kernels.{file}"), file), fused=fused)
 
     return Implementation(name, call_state, prepare, "cuda", is_kernel=is_kernel)
 

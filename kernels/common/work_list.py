@@ -9,7 +9,7 @@ N images of a row, R visual tokens of an image, H heads, K head width.
 
 from typing import NamedTuple
 
-from kernels.runtime import cast, launch, store_rows, tl, torch, triton
+from .runtime import cast, launch, store_rows, tl, torch, triton
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 

@@ -1,4 +1,6 @@
-"""Every kernel beside its NumPy twin: `python -m kernels compare [--json FILE] [--device DEVICE]`.
+"""Every kernel beside its NumPy twin, as a table.
+
+    python -m miniflamingo compare [--json FILE] [--device DEVICE]
 
 For each case, dtype and direction the inputs are drawn in float64 and rounded to the dtype once.
 The reference is the NumPy twin in float64 on these rounded inputs. Two errors against it are
@@ -36,15 +38,17 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from kernels import block_twins, gated_linear, layer_norm, squared_relu_linear, twins
-from kernels.decode_attention import decode_attention
-from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.resampler_attention import resampler_attention, resampler_attention_backward
-from kernels.runtime import INTERPRET, poisoned, torch, triton
 from miniflamingo import functional, outputs, xattn
 from miniflamingo.command import some
 
-COMMAND = "python -m kernels compare"
+from .. import gated_linear, layer_norm, squared_relu_linear
+from ..common.runtime import INTERPRET, poisoned, torch, triton
+from ..decode_attention import decode_attention
+from ..image_causal_attention import image_causal_attention, image_causal_attention_backward
+from ..resampler_attention import resampler_attention, resampler_attention_backward
+from . import block_twins, twins
+
+COMMAND = "python -m miniflamingo compare"
 BOUND = 2
 LUCK = 4  # floors of a single number's error
 WRONG = 64  # floors of a peer that is wrong itself

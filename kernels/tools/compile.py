@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be here: `python -m kernels compile`.
+"""Compile every kernel for GPUs that need not be here: `python -m miniflamingo compile`.
 
 Triton compiles without a GPU and without a driver. This command records the launches that the
 kernels' own launchers make, hands each to Triton's JIT as on a GPU (so with the same specialisation
@@ -42,7 +42,10 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
-from kernels import (
+from miniflamingo import outputs
+from miniflamingo.command import in_processes
+
+from .. import (
     decode_attention,
     gated_linear,
     image_causal_attention,
@@ -50,9 +53,7 @@ from kernels import (
     resampler_attention,
     squared_relu_linear,
 )
-from kernels.runtime import INTERPRET, replaced, torch, triton
-from miniflamingo import outputs
-from miniflamingo.command import in_processes
+from ..common.runtime import INTERPRET, replaced, torch, triton
 
 # of each kernel file: (K, dtype, R) -> None
 EXAMPLES = (
@@ -63,9 +64,9 @@ EXAMPLES = (
     squared_relu_linear.launch_examples,
     layer_norm.launch_examples,
 )
-COMMITTED = Path(__file__).parent / "results" / "compiled.json"
-COMMAND = "python -m kernels compile"
-RENEW = "python -m kernels compile --full --json kernels/results/compiled.json"
+COMMITTED = Path(__file__).parent.parent / "results" / "compiled.json"
+COMMAND = "python -m miniflamingo compile"
+RENEW = "python -m miniflamingo compile --full --json kernels/results/compiled.json"
 
 # --- the architectures --------------------------------------------------------------------------
 
@@ -329,14 +330,14 @@ def digest():
     return hashlib.sha256(repr((kernel_code(), launches)).encode()).hexdigest()
 
 
-def kernel_code(folder=Path(__file__).parent):
-    """The code of a folder's @triton.jit functions and the constants beside them, file by file.
+def kernel_code(folder=Path(__file__).parent.parent):
+    """The code of all @triton.jit functions below a folder and the constants beside them, by file.
 
     Comments, docstrings, blank lines, imports, classes and all other functions are left out:
     whatever they change in what is compiled shows in the launches.
     """
     code = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py"), key=lambda path: path.name):
         text = path.read_text("utf-8")
         if re.search(r"^@triton\.jit", text, re.M):
             code[path.name] = _reduced(text)

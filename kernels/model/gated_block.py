@@ -25,13 +25,13 @@ Tested (interpreter) against the NumPy module and plain torch, forward and backw
 GPU.
 """
 
-from kernels.gated_linear import gated_linear
-from kernels.image_causal_attention import image_causal_attention
-from kernels.layer_norm import layer_norm
-from kernels.layers import keep_seen
-from kernels.operands import packed
-from kernels.runtime import describe, torch
-from kernels.squared_relu_linear import squared_relu_linear
+from ..common.operands import packed
+from ..common.runtime import describe, torch
+from ..gated_linear import gated_linear
+from ..image_causal_attention import image_causal_attention
+from ..layer_norm import layer_norm
+from ..squared_relu_linear import squared_relu_linear
+from .layers import keep_seen
 
 MEDIA_WEIGHTS = (
     *("media_norm.weight", "media_norm.bias"),

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from kernels.runtime import torch
 from miniflamingo import xattn
 from miniflamingo.attention import attention, attention_backward
+
+from ..common.runtime import torch
 
 # --- the resampler's attention ------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What `python -m kernels bench` times: shapes, arguments, and the work counted by hand.
+"""What `python -m miniflamingo bench` times: shapes, arguments, and the work counted by hand.
 
 To add an entry, add an Entry to ENTRIES; its implementations are in `peers.py`. Letters: B batch, L
 text tokens, N images, R visual tokens of an image, H heads, K head width, D and D_m the widths of
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import peers
+from . import peers
 
 DIRECTIONS = ("forward", "forward + backward")
 
