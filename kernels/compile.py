@@ -46,9 +46,7 @@ from kernels import (
     decode_attention,
     gated_linear,
     image_causal_attention,
-    layer_norm,
     resampler_attention,
-    squared_relu_linear,
 )
 from kernels.runtime import INTERPRET, replaced, torch, triton
 from miniflamingo import outputs
@@ -60,8 +58,6 @@ EXAMPLES = (
     resampler_attention.launch_examples,
     decode_attention.launch_examples,
     gated_linear.launch_examples,
-    squared_relu_linear.launch_examples,
-    layer_norm.launch_examples,
 )
 COMMITTED = Path(__file__).parent / "results" / "compiled.json"
 COMMAND = "python -m kernels compile"
