@@ -352,13 +352,7 @@ class GatedCrossAttentionDense(nn.Module):
     gradient, NaN or not. It runs under torch.compile (fullgraph), autocast, activation
     checkpointing, DDP and, after `without_scalars`, FSDP2. only_last and skip_without_image as in
     miniflamingo.xattn.
-
-    fused_products = True, set on a layer, makes the fused backend take the text's norms, gates and
-    feed-forward from gated_block.py as well. Not the default: nothing is measured yet. It does not
-    run under autocast, and reads the layer's weights without calling the modules that hold them.
     """
-
-    fused_products = False
 
     def __init__(
         self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False
@@ -386,13 +380,6 @@ class GatedCrossAttentionDense(nn.Module):
         self._check(y, media, phi, keys_values, check)
         if keys_values is None:
             keys_values = self.project_media(keep_seen(media, phi, self.attention.only_last))
-        if self.fused_products and self._chooses_fused(backend, y, keys_values):
-            from .gated_block import gated_xattn_dense
-
-            weights, skip = dict(self.named_parameters()), self.skip_without_image
-            return gated_xattn_dense(
-                y, keys_values, phi, weights, work, skip_without_image=skip, check=False
-            )
         a = self.attention.heads_output(self.norm(y), keys_values, phi, backend, work)
         y = gated_add(y, self.alpha_xattn, a, self.attention.out_proj.weight)
         if not self.skip_without_image:
@@ -401,11 +388,6 @@ class GatedCrossAttentionDense(nn.Module):
         h = self.ffw.hidden(torch.where(has_image, y, 0))  # what is skipped may overflow there
         h = torch.where(has_image, h, 0)
         return gated_add(y, self.alpha_dense, h, self.ffw.down.weight)
-
-    def _chooses_fused(self, backend, y, keys_values):
-        a = self.attention
-        R = keys_values[0].shape[2]
-        return choose_backend(backend, y, a.head_dim, R, a.only_last) == "fused"
 
     def _check(self, y, media, phi, keys_values, check):
         a, (D,), x = self.attention, self.norm.normalized_shape, media

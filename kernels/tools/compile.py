@@ -49,9 +49,7 @@ from .. import (
     decode_attention,
     gated_linear,
     image_causal_attention,
-    layer_norm,
     resampler_attention,
-    squared_relu_linear,
 )
 from ..common.runtime import INTERPRET, replaced, torch, triton
 
@@ -61,8 +59,6 @@ EXAMPLES = (
     resampler_attention.launch_examples,
     decode_attention.launch_examples,
     gated_linear.launch_examples,
-    squared_relu_linear.launch_examples,
-    layer_norm.launch_examples,
 )
 COMMITTED = Path(__file__).parent.parent / "results" / "compiled.json"
 COMMAND = "python -m miniflamingo compile"

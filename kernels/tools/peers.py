@@ -10,7 +10,6 @@ M features of an image or a clip.
     decoding    the same with L = 1
     resampler   q [I, R, H, K]; of the features k, v [I, M, H, K]; of the latents k, v [I, R, H, K]
     block       y [B, L, D]; media [B, N, R, D_m]; phi int[B, L]; the weights, in BLOCK_NAMES' order
-    products    of the gate y, x, alpha, weight; of the squared ReLU x, weight (see the functions)
 
 Needs torch alone; kernels are imported when they are used.
 """
@@ -366,11 +365,6 @@ def folded_gate(y, x, alpha, weight):
     return out.view_as(y)
 
 
-def squared_relu_linear(x, weight):
-    """relu(x W^T)^2."""
-    return F.relu(F.linear(x, weight)).square()
-
-
 def block(attend, heads, gate, y, media, phi, *weights):
     """The whole block in plain torch; attend(q, k, v, phi) is its attention, heads = (H, K)."""
     w = dict(zip(BLOCK_NAMES, weights))
@@ -385,7 +379,7 @@ def block(attend, heads, gate, y, media, phi, *weights):
     q, k, v = project("q", norm("norm", y)), project("k", media), project("v", media)
     attended = attend(q, k, v, phi).flatten(-2)
     y = gate(y, attended, w["alpha_xattn"], w["attention.out_proj.weight"])
-    hidden = squared_relu_linear(norm("ffw.norm", y), w["ffw.up.weight"])
+    hidden = F.relu(F.linear(norm("ffw.norm", y), w["ffw.up.weight"])).square()
     return gate(y, hidden, w["alpha_dense"], w["ffw.down.weight"])
 
 
@@ -427,78 +421,12 @@ def layer(name, backend, shape, needs=""):
     return Implementation(name, run, prepare, needs)
 
 
-def fused_block(name, fused, shape):
-    """The block of gated_block.py: its products by kernels, or as its files choose (None)."""
-
-    def prepare(y, media, phi, *weights):
-        attention = import_module("miniflamingo.kernels.image_causal_attention")
-        work = attention.build_work_list(phi, media.shape[1], shape["H"], check=False)
-        return import_module("miniflamingo.kernels.model.gated_block"), work
-
-    def run(state, y, media, phi, *weights):
-        (functions, work), weights = state, dict(zip(BLOCK_NAMES, weights))
-        keys_values = functions.project_media(media, weights, (shape["H"], shape["K"]))
-        return functions.gated_xattn_dense(
-            y, keys_values, phi, weights, work, fused=fused, check=False
-        )
-
-    return Implementation(name, run, prepare, "cuda", is_kernel=True)
-
-
 def block_implementations(shape):
     """The whole block: compiled around the kernel, then its peers."""
     return [
         compiled_block("fused, torch.compile", FUSED, shape),
         layer("fused, layers.py", "fused", shape, "cuda"),
-        fused_block("fused products", True, shape),
-        fused_block("fused, products as chosen", None, shape),
         layer("eager, layers.py", "torch", shape),
         compiled_block("torch.compile, dense mask", SDPA, shape),
         compiled_block("torch.compile, varlen_attn", VARLEN, shape),
-    ]
-
-
-# --- the block's products -------------------------------------------------------------------------
-
-
-def product(name, file, fused, is_kernel):
-    """A product of a kernel file, by its kernel or by cuBLAS and the file's passes."""
-
-    def prepare(*args):
-        return partial(getattr(import_module(f"miniflamingo.kernels.{file}"), file), fused=fused)
-
-    return Implementation(name, call_state, prepare, "cuda", is_kernel=is_kernel)
-
-
-def call_state(function, *args):
-    """run of an implementation whose state is the function itself."""
-    return function(*args)
-
-
-def plain_and_compiled(name, function):
-    """A plain torch function, and torch.compile of it."""
-    return [
-        Implementation(name, lambda state, *args: function(*args)),
-        Implementation(
-            f"torch.compile of {name}", call_state, lambda *args: compiled(function), "cuda"
-        ),
-    ]
-
-
-def gated_linear_implementations(shape):
-    """The gated product: the kernel, then its peers."""
-    return [
-        product("fused", "gated_linear", True, True),
-        product("fused, addmm", "gated_linear", False, False),
-        *plain_and_compiled("eager", gate),
-        *plain_and_compiled("addmm", folded_gate),
-    ]
-
-
-def squared_relu_linear_implementations(shape):
-    """The squared ReLU of a product: the kernel, then its peers."""
-    return [
-        product("fused", "squared_relu_linear", True, True),
-        product("fused, cuBLAS and a pass", "squared_relu_linear", False, False),
-        *plain_and_compiled("eager", squared_relu_linear),
     ]

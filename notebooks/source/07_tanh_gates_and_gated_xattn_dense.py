@@ -623,10 +623,9 @@ folded = y + a @ (np.tanh(0.8) * W).T
 assert np.allclose(folded, xattn.tanh_gate(y, 0.8, a @ W.T), rtol=1e-12)
 
 # %% [markdown]
-# Numbers moved in the forward pass beside reading a and W and writing y', as
-# `kernels/gated_linear.py` counts them: 5MD as written above; 3MD + 2DI with addmm; MD for a fused
-# kernel that scales the sums while they are still in registers. For the 3B model's feed-forward, 8
-# pages of 2,048 tokens:
+# Numbers moved in the forward pass beside reading a and W and writing y': 5MD as written above;
+# 3MD + 2DI with addmm; MD for a kernel that scales the sums while they are still in registers. For
+# the 3B model's feed-forward, 8 pages of 2,048 tokens:
 
 # %%
 M, D, I = 8 * 2048, 2048, 4 * 2048
@@ -636,8 +635,9 @@ for name, numbers in moved.items():
 
 # %% [markdown]
 # Bytes are not time: the product itself is long, and a kernel's product may be slower than the
-# vendor's. The library therefore uses addmm until a measurement on a GPU says otherwise, and says
-# so in the kernel's header. The backward pass has one more use of the same thought: equation (4).
+# vendor's. Of a whole block's time, the step from addmm to such a kernel is about one per cent
+# (counted in `kernels/gated_linear.py`), so the library takes addmm. The backward pass has one more
+# use of the same thought: equation (4).
 #
 # ### Exercise 7.5: the gate's gradient without the branch
 #
@@ -691,6 +691,6 @@ print("bug 2:", check("7.5", lambda d, a, alpha, w: np.einsum("gmd,gmi,gdi->g", 
 #
 # **In the paper:** section 3.1.2 and figure 4; the ablation table; the sizes of the blocks, in the
 # appendix. **In the library:** `miniflamingo/xattn.py` from "the gate" on; `Flamingo.read` in
-# `miniflamingo/flamingo.py`; `kernels/gated_linear.py` and `kernels/model/gated_block.py`.
+# `miniflamingo/flamingo.py`; `kernels/gated_linear.py`.
 #
 # **Next:** module 08, training: the mixture, and how alpha evolves.

@@ -363,14 +363,19 @@ for width in (2048, 4096, 8192):
 # %% [markdown]
 # It shrinks: the product grows with the square of the width, the pass that is saved linearly.
 # Triton products are said to reach 92 to 97 % of cuBLAS. By this count, then, fusing pays at 2048
-# and is a wash at 8192, where the product is so large that it hides everything else. A count is a
-# reason to *measure*, not a result. Until a file of measured times says that it pays, the library
-# keeps its fused products off:
+# and is a wash at 8192, where the product is so large that it hides everything else. And this
+# product is a small part of its block. Both gates (I = D and I = 4D), of the time that all
+# products of a block take, forward and backward:
 
 # %%
-from miniflamingo.kernels import gated_linear
+for width in (2048, 4096, 8192):
+    block = 60 * M * width * width / PEAK
+    saved = 2 * (4 * M * width + 10 * width * width) / BANDWIDTH
+    print(f"D = {width}: {saved / block:.1%} of the block's products")
 
-print("fused up to a width of", gated_linear.FUSED_UP_TO)
+# %% [markdown]
+# A kernel of one's own has to be read, tested and kept in step with its compiler, for years. The
+# library calls addmm, and has kernels where the count is of another order: in the attention.
 
 # %% [markdown]
 # ## What compiled code tells

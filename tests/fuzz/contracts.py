@@ -80,7 +80,7 @@ def act_text(text, others):
 @st.composite
 def comparisons(draw):
     """A kernel beside its twin, at a random shape and dtype."""
-    from miniflamingo.kernels.tools import block_twins, compare, twins
+    from miniflamingo.kernels.tools import compare, twins
 
     size, strided = lambda: draw(st.integers(1, 40)), draw(st.booleans())
     heads = dict(R=size(), H=draw(st.integers(1, 2)), K=size(), strided=strided)
@@ -91,12 +91,10 @@ def comparisons(draw):
         "image_causal_attention": lambda: compare.attention_case([phi[:3], phi[3:]], N=N, **heads),
         "resampler_attention": lambda: twins.resampler_case(*phi[:3], **heads),
         "decode_attention": lambda: twins.decode_case(*phi, N=N, **heads),
-        "gated_linear": lambda: block_twins.gated_case(*leading, D=D, I=other, strided=strided),
-        "squared_relu_linear": lambda: block_twins.squared_case(*leading, D=D, F=other),
-        "layer_norm": lambda: block_twins.norm_case(*leading, D=D, strided=strided),
+        "gated_linear": lambda: twins.gated_case(*leading, D=D, I=other, strided=strided),
     }
     kernel, dtype = (draw(st.sampled_from(list(x))) for x in (compare.KERNELS, compare.DTYPES))
-    return dataclasses.replace(kernel, cases={"drawn": cases[kernel.name.split(",")[0]]()}), dtype
+    return dataclasses.replace(kernel, cases={"drawn": cases[kernel.name]()}), dtype
 
 
 @examples(4, AS_DRAWN, drawn=comparisons())

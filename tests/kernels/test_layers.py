@@ -187,26 +187,6 @@ def test_a_layer_alone_has_its_twin_s_output_and_gradients(backend, skip):
         np.testing.assert_allclose(ours[name], expected[name], 1e-10, 1e-12, err_msg=name)
 
 
-@pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
-@pytest.mark.parametrize("skip", [False, True])
-def test_fused_products_change_nothing(skip, monkeypatch):
-    from miniflamingo.kernels.model import gated_block
-
-    layer, y, media, phi = open_layer(torch.float64, skip_without_image=skip)
-    expected, called = run_layer(layer, y, media, phi, "torch"), []
-    block = gated_block.gated_xattn_dense
-    monkeypatch.setattr(
-        gated_block, "gated_xattn_dense", lambda *a, **o: called.append(o) or block(*a, **o)
-    )
-    layer.fused_products = True
-    torch.testing.assert_close(run_layer(layer, y, media, phi, "torch"), expected)
-    assert not called  # the backend decides first
-    ours = run_layer(layer, y, media, phi, "fused")
-    assert len(called) == 1
-    for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-9, atol=1e-11)
-
-
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -456,10 +436,8 @@ def equal(ours, expected):
 
 @both
 @each_bad
-@pytest.mark.parametrize("fused_products", [False, True])
-def test_an_image_that_nobody_looks_at_reaches_nothing(backend, bad, fused_products):
+def test_an_image_that_nobody_looks_at_reaches_nothing(backend, bad):
     layer, y, media, phi = open_layer()
-    layer.fused_products = fused_products
     expected = run_layer(layer, y, media, phi, backend)
     media[1, 1:] = bad  # row 1 looks at image 1 alone
     equal(run_layer(layer, y, media, phi, backend), expected)
@@ -502,10 +480,8 @@ def test_an_image_that_some_look_at_reaches_only_them(bad, only_last):
 
 @both
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("fused_products", [False, True])
-def test_what_a_skipped_token_overflows_to_is_not_seen(backend, fused_products):
+def test_what_a_skipped_token_overflows_to_is_not_seen(backend):
     layer, y, media, phi = open_layer(skip_without_image=True)
-    layer.fused_products = fused_products
     with torch.no_grad():  # the norm gives every token but one of zeros a huge number
         layer.ffw.norm.bias.zero_()
         layer.ffw.norm.weight.fill_(1e30)
