@@ -242,7 +242,7 @@ def broken(tmp_path, before, after, label):
     path = tmp_path / f"{namespace}.py"
     source = source.replace(before, after).replace('@operator("', f'@operator("{namespace}_')
     path.write_text(source, "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.gated_linear, module.gated_linear_backward
