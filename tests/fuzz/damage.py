@@ -116,7 +116,8 @@ def mutate(rng, value):
 
 
 def mutate_text(rng, text):
-    """JSON text with a mutated value; now and then nested deeply, huge, or cut off."""
+    """JSON text with a mutated value; now and then nested deeply, huge, or cut off. Another text,
+    such as a checksum, becomes one of the values."""
     how = rng.random()
     if how < 0.04:
         return "[" * 100_000 + "]" * 100_000
@@ -124,7 +125,11 @@ def mutate_text(rng, text):
         return text[: int(rng.integers(len(text) + 1))]
     if how < 0.1:
         return '{"a": ' * 5000 + "1" + "}" * 5000
-    return json.dumps(mutate(rng, json.loads(text)))
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    return json.dumps(mutate(rng, value))
 
 
 def damage_tensors(rng, data):

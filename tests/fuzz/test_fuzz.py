@@ -146,6 +146,12 @@ def test_a_case_is_the_same_again(corpus, tmp_path):
         assert json.dumps(made[0]) == json.dumps(made[1]), target.name
 
 
+@pytest.mark.parametrize("text", ['{"step": 2}', "7a1c" * 16, "c0de", ""])
+def test_any_text_can_be_mutated(text):
+    made = {damage.mutate_text(np.random.default_rng(seed), text) for seed in range(100)}
+    assert len(made) > 10
+
+
 def test_damage_changes_bytes_behind_the_first(corpus):
     rng = np.random.default_rng(0)
     data = bytes(range(256)) * 8

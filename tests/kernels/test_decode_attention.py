@@ -152,13 +152,15 @@ BRIEF = {
 BREAKAGES = {
     "nothing": ("", "", False),
     "phi off by one": ("(image - 1)", "(image % N)", True),
-    "phi = 0 is the first image": ("(image > 0) &", "", True),
+    "phi = 0 is the first image": (
+        "tl.load(phi_ptr + b * phi_b)", "tl.maximum(tl.load(phi_ptr + b * phi_b), 1)", True,
+    ),
     "no scale": ("(SCALE * LOG2E)", "LOG2E", True),
     "keys past the end": ('tl.where((r < R)[:, None], scores, float("-inf"))', "scores", True),
     "not divided by the sum": ("out = out / total[:, None]", "", True),
     "the last block only": ("out * shrink[:, None] + ", "", True),
     "no rescaling": ("total * shrink", "total", True),
-}
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the broken ones overflow
