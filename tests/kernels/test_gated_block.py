@@ -9,14 +9,14 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+
+from miniflamingo import functional, xattn
+from miniflamingo.autograd import Tape
 from miniflamingo.kernels import gated_linear, squared_relu_linear
 from miniflamingo.kernels.common.runtime import INTERPRET, replaced
 from miniflamingo.kernels.image_causal_attention import build_work_list
 from miniflamingo.kernels.model import gated_block
 from miniflamingo.kernels.tools import bench_entries, peers
-
-from miniflamingo import functional, xattn
-from miniflamingo.autograd import Tape
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 PHI = np.array([[0, 0, 1, 1, 2, 2, 3], [0, 2, 2, 2, 2, 3, 1]])

@@ -8,6 +8,8 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+from torch.autograd import forward_ad
+
 from miniflamingo.kernels.common.runtime import INTERPRET
 from miniflamingo.kernels.decode_attention import decode_attention
 from miniflamingo.kernels.gated_linear import gated_linear, gated_linear_backward
@@ -27,7 +29,6 @@ from miniflamingo.kernels.squared_relu_linear import (
     squared_relu_linear,
     squared_relu_linear_backward,
 )
-from torch.autograd import forward_ad
 
 if not INTERPRET.value:
     pytest.skip("rules of torch, checked with the interpreter alone", allow_module_level=True)

@@ -15,6 +15,7 @@ if kernels.unavailable():
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from miniflamingo.kernels import gated_linear, layer_norm, squared_relu_linear
 from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
 from miniflamingo.kernels.tools import block_twins, compare
