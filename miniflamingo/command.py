@@ -164,15 +164,17 @@ class _Interruptible:
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self.ask) for s in SIGNALS}
         self.hook, sys.unraisablehook = sys.unraisablehook, self.swallowed
+        self.thread_hook = threading.excepthook
 
     def __exit__(self, *_):
-        sys.unraisablehook = self.hook
+        sys.unraisablehook, threading.excepthook = self.hook, self.thread_hook
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
     def ask(self, *_):
         if os.getpid() != self.owner:  # a child that is just being made
             os._exit(130)
+        threading.excepthook = lambda _: None  # a pool's thread, whose processes are gone
         end_children()  # first, or a pool of processes would wait for them
         if self.asked:
             os._exit(130)

@@ -15,6 +15,7 @@ if unavailable():
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+
 from miniflamingo.kernels.common.runtime import INTERPRET, tl, torch, triton
 
 if not INTERPRET.value:

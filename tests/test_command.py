@@ -27,7 +27,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 def needs(words):
     """Skips where a command's packages are not installed."""
-    module, command, *_ = words.split()
+    module, command = f"{words} -".split()[:2]
     package = "triton" if command in KERNELS else "nbclient" if "course" in module else "numpy"
     if not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")

@@ -28,9 +28,9 @@
 import json
 
 import numpy as np
-from miniflamingo.course import check, show
 
 from miniflamingo import demo, plots
+from miniflamingo.course import check, show
 from miniflamingo.flamingo import count_parameters
 from miniflamingo.training import WEIGHTS, load_flamingo
 

@@ -25,7 +25,6 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots
 from miniflamingo.attention import (
@@ -34,6 +33,7 @@ from miniflamingo.attention import (
     attention_backward,
     attention_weights,
 )
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import softmax
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds.grammar import TOKENIZER

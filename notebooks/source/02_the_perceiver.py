@@ -26,11 +26,11 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots
 from miniflamingo.attention import TransformerBlock, attention
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import Linear, mean, softmax
 from miniflamingo.module import Module
 from miniflamingo.perceiver import Perceiver, PerceiverLayer

@@ -27,9 +27,9 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots, vision
+from miniflamingo.course import check, show, source
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import shapes
 from miniflamingo.worlds.datasets import contrastive_batch

@@ -31,10 +31,10 @@ import copy
 from unittest.mock import patch
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import decoding, plots
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.language import LanguageModel
 from miniflamingo.prompt import BOS, EOC, IMAGE, build_batch

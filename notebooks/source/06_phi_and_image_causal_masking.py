@@ -29,9 +29,9 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots, xattn
+from miniflamingo.course import check, show, source
 from miniflamingo.prompt import IMAGE, WordTokenizer
 
 # %%

@@ -30,10 +30,10 @@ import copy
 from unittest.mock import patch
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import demo, plots, xattn
 from miniflamingo.autograd import Tape, array_of
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import softmax
 from miniflamingo.prompt import build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo

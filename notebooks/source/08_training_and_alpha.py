@@ -34,10 +34,10 @@ import tempfile
 from unittest.mock import patch
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots, training, xattn
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.flamingo import PRESETS
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.training import WEIGHTS, AdamW, BridgeRun, BridgeStage, OptimiserConfig, Run

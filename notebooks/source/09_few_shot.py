@@ -28,9 +28,9 @@
 import json
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots
+from miniflamingo.course import check, show, source
 from miniflamingo.decoding import beam_search, generate, log_likelihood
 from miniflamingo.evaluation import TASKS, Evaluation, wilson
 from miniflamingo.functional import log_softmax

@@ -27,10 +27,10 @@
 import json
 
 import numpy as np
-from miniflamingo.course import ablations, check, show, source
 
 from miniflamingo import plots, xattn
 from miniflamingo.attention import attention
+from miniflamingo.course import ablations, check, show, source
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.prompt import IMAGE, WordTokenizer, build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo

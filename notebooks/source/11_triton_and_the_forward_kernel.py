@@ -26,10 +26,10 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
-from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 from miniflamingo import plots, xattn
+from miniflamingo.course import check, show, source
+from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 # %%
 show(

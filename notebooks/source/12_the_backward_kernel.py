@@ -25,11 +25,11 @@
 
 # %%
 import numpy as np
-from miniflamingo.course import check, show, source
-from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 from miniflamingo import plots, xattn
 from miniflamingo.attention import attention, attention_backward
+from miniflamingo.course import check, show, source
+from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 from miniflamingo.functional import softmax, softmax_backward
 
 # %%

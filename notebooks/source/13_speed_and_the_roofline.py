@@ -36,10 +36,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import kernels, plots, xattn
 from miniflamingo.attention import attention
+from miniflamingo.course import check, show, source
 
 BANDWIDTH, PEAK = 4.3e12, 790e12  # assumed: bytes a second, flops a second
 

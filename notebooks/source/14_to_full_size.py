@@ -35,10 +35,10 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from miniflamingo.course import check, show, source
 
 from miniflamingo import plots, training, xattn
 from miniflamingo.__main__ import PAPER_SIZES
+from miniflamingo.course import check, show, source
 from miniflamingo.flamingo import PRESETS, count_parameters
 from miniflamingo.module import load_tensors
 from miniflamingo.training import WEIGHTS

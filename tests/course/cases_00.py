@@ -1,8 +1,8 @@
 """Right and wrong answers to the exercises of module 00, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_00 import prompt_of
 
+from miniflamingo.course.checks.module_00 import prompt_of
 from miniflamingo.evaluation import coverage
 from miniflamingo.prompt import BOS, EOC, IMAGE
 from miniflamingo.worlds.grammar import document, phrase

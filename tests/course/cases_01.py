@@ -1,9 +1,9 @@
 """Right and wrong answers to the exercises of module 01, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_01 import heads
 
 from miniflamingo.attention import attention, attention_weights
+from miniflamingo.course.checks.module_01 import heads
 from miniflamingo.functional import softmax, softmax_backward
 
 # --- 1.1: attention -------------------------------------------------------------------------------

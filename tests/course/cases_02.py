@@ -1,9 +1,9 @@
 """Right and wrong answers to the exercises of module 02, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_02 import fourier, read_inputs, turns
 
 from miniflamingo.attention import attention
+from miniflamingo.course.checks.module_02 import fourier, read_inputs, turns
 from miniflamingo.functional import softmax
 
 # --- 2.1: counting --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Right and wrong answers to the exercises of module 05, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_05 import nucleus_of, probabilities_of, step_of_beam, sum_of
 
+from miniflamingo.course.checks.module_05 import nucleus_of, probabilities_of, step_of_beam, sum_of
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.language import LanguageConfig, LanguageModel
 

@@ -1,8 +1,8 @@
 """Right and wrong answers to the exercises of module 07, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_07 import differences, layer_of
 
+from miniflamingo.course.checks.module_07 import differences, layer_of
 from miniflamingo.functional import linear, linear_backward
 from miniflamingo.xattn import tanh_gate, tanh_gate_backward
 

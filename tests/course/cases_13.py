@@ -1,6 +1,7 @@
 """Right and wrong answers to the exercises of module 13, for test_checks.py."""
 
 import numpy as np
+
 from miniflamingo.course.checks.module_13 import gated_bytes, measured, warps_held
 
 # --- 13.1: bytes and flops ------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Right and wrong answers to the exercises of module 14, for test_checks.py."""
 
 import numpy as np
-from miniflamingo.course.checks.module_14 import converted, device_bytes
 
+from miniflamingo.course.checks.module_14 import converted, device_bytes
 from miniflamingo.perceiver import PerceiverResampler
 from miniflamingo.xattn import GatedCrossAttentionDense
 

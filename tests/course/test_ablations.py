@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from miniflamingo.course import ablations
 
+from miniflamingo.course import ablations
 from miniflamingo.perceiver import MLPResampler
 
 TINY = {"steps": 1, "weights": (0, 1)}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from miniflamingo.course.checks import check
 from miniflamingo.course.checks.core import EXERCISES
 from miniflamingo.course.checks.module_06 import one_head
-
 from miniflamingo.functional import softmax
 from miniflamingo.xattn import compute_phi, image_causal_mask
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+
 from miniflamingo.course import render, timings
 
 ROOT = render.HERE.parent

@@ -6,6 +6,7 @@ from statistics import median
 
 import nbformat
 import pytest
+
 from miniflamingo.course import render as r
 
 SOURCES = sorted((r.HERE / "source").glob("[0-9]*.py"))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from miniflamingo.course import release as rel
 from miniflamingo.course import timings
 

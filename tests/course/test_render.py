@@ -6,8 +6,9 @@ import io
 import nbformat
 import numpy as np
 import pytest
-from miniflamingo.course import render as r
 from PIL import Image
+
+from miniflamingo.course import render as r
 
 TINY = """# %% [markdown]
 # # 99 A tiny module

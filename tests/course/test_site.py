@@ -22,6 +22,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from miniflamingo.course import render, timings
 from miniflamingo.course.site import build, conf, lite, vendor
 

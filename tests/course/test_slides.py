@@ -8,6 +8,7 @@ import tarfile
 
 import nbformat
 import pytest
+
 from miniflamingo.course import render, slides, timings
 from miniflamingo.course.release import solution_lines
 from miniflamingo.course.site import vendor

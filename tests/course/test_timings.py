@@ -6,6 +6,7 @@ Measuring itself is tried on a tiny module, whose numbers are not looked at.
 import json
 
 import pytest
+
 from miniflamingo.course import timings as t
 
 SOURCES = t.sources()

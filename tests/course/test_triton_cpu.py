@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from miniflamingo.course.checks import check
 from miniflamingo.course.checks.kernel_runs import expect_stored
 from miniflamingo.kernels import unavailable

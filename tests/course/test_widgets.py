@@ -6,9 +6,9 @@ import sys
 import nbformat
 import numpy as np
 import pytest
+
 from miniflamingo.course import render as r
 from miniflamingo.course import widgets as w
-
 from miniflamingo.xattn import compute_phi
 
 TEXT = "My cat . <image> My dog <image> ran ."

@@ -129,10 +129,10 @@ POISON = st.sampled_from([np.nan, np.inf, -np.inf])
 def act_unseen(seed, poison):
     """NaN or infinity in an image that nobody sees, and in memory's gaps, changes nothing."""
     import torch
-    from miniflamingo.kernels.image_causal_attention import image_causal_attention
-    from miniflamingo.kernels.model.layers import dense_image_causal_attention
 
     from miniflamingo import xattn
+    from miniflamingo.kernels.image_causal_attention import image_causal_attention
+    from miniflamingo.kernels.model.layers import dense_image_causal_attention
 
     q, k, v, phi = attention_arguments(np.random.default_rng(seed))
     expected = xattn.image_causal_attention(q, k, v, phi)
@@ -153,8 +153,8 @@ def act_unseen(seed, poison):
 def act_padding(seed, poison):
     """NaN or infinity in padded frames changes nothing that the resampler makes of the others."""
     import torch
-    from miniflamingo.kernels.model.layers import PerceiverResampler as Torch
 
+    from miniflamingo.kernels.model.layers import PerceiverResampler as Torch
     from miniflamingo.perceiver import PerceiverResampler
 
     rng = np.random.default_rng(seed)
@@ -178,6 +178,7 @@ def act_padding(seed, poison):
 
 def _other(kind):
     import torch
+
     from miniflamingo.kernels.common.work_list import build_work_list
 
     return {
@@ -203,6 +204,7 @@ WRONG = ["another phi's work", "phi too large", "phi below 0", "phi of floats", 
 def act_arguments(seed, wrong):
     """Arguments that do not fit are refused."""
     import torch
+
     from miniflamingo.kernels.image_causal_attention import image_causal_attention
 
     values = map(torch.from_numpy, attention_arguments(np.random.default_rng(seed)))

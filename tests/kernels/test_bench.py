@@ -17,11 +17,11 @@ if importlib.util.find_spec("torch") is None:
     pytest.skip("the peers need torch, not installed here", allow_module_level=True)
 
 import torch
-from miniflamingo.kernels.model.layers import GatedCrossAttentionDense
-from miniflamingo.kernels.tools import bench, bench_entries, peers
 
 from miniflamingo import __main__ as command_line
 from miniflamingo import plots, xattn
+from miniflamingo.kernels.model.layers import GatedCrossAttentionDense
+from miniflamingo.kernels.tools import bench, bench_entries, peers
 
 ENTRIES = {entry.name: entry for entry in bench.ENTRIES}
 SMALL = {

@@ -14,11 +14,11 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+
+from miniflamingo import __main__ as command_line
 from miniflamingo.kernels import image_causal_attention
 from miniflamingo.kernels.common.runtime import INTERPRET
 from miniflamingo.kernels.tools import compare
-
-from miniflamingo import __main__ as command_line
 
 ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")
 DEVICE = "cpu" if INTERPRET.value else "cuda"

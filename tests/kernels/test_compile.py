@@ -15,10 +15,9 @@ from miniflamingo import kernels
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
+from miniflamingo.__main__ import main
 from miniflamingo.kernels import image_causal_attention
 from miniflamingo.kernels.tools import compile as kernel_compile
-
-from miniflamingo.__main__ import main
 
 ROOT = Path(kernels.__file__).parent
 REFRESH = "renew the file: " + kernel_compile.RENEW

@@ -15,6 +15,7 @@ if kernels.unavailable():
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from miniflamingo.kernels import gated_linear
 from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
 from miniflamingo.kernels.tools import compare, twins

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from miniflamingo import xattn
 from miniflamingo.kernels.common.runtime import INTERPRET, cast, launch, poisoned, replaced
 from miniflamingo.kernels.common.work_list import build_work_list, choose_chunk
 from miniflamingo.kernels.image_causal_attention import (
@@ -20,8 +22,6 @@ from miniflamingo.kernels.image_causal_attention import (
     image_causal_attention_backward,
 )
 from miniflamingo.kernels.tools import compare
-
-from miniflamingo import xattn
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")

@@ -7,9 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from miniflamingo.kernels.model import layers  # noqa: E402
-
 from miniflamingo import Flamingo, FlamingoConfig  # noqa: E402
+from miniflamingo.kernels.model import layers  # noqa: E402
 from tests.models import batch_of, tiny  # noqa: E402
 
 IMAGE = FlamingoConfig().image_token

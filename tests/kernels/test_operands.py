@@ -4,11 +4,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._library.custom_ops import OPDEFS  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from miniflamingo.kernels import unavailable  # noqa: E402
 from miniflamingo.kernels.common.operands import packed  # noqa: E402
 from miniflamingo.kernels.model import layers  # noqa: E402
-from torch._library.custom_ops import OPDEFS  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 needs_triton = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "scaled_dot_product")

@@ -8,6 +8,8 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 import torch
+from torch.autograd import forward_ad
+
 from miniflamingo.kernels.common.runtime import INTERPRET
 from miniflamingo.kernels.decode_attention import decode_attention
 from miniflamingo.kernels.gated_linear import gated_linear, gated_linear_backward
@@ -20,7 +22,6 @@ from miniflamingo.kernels.resampler_attention import (
     resampler_attention,
     resampler_attention_backward,
 )
-from torch.autograd import forward_ad
 
 if not INTERPRET.value:
     pytest.skip("rules of torch, checked with the interpreter alone", allow_module_level=True)

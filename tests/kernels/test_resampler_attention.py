@@ -15,6 +15,7 @@ if kernels.unavailable():
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from miniflamingo.kernels import resampler_attention
 from miniflamingo.kernels.common.feature_list import (
     build_feature_list,

@@ -15,11 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
-from miniflamingo.kernels.model import layers, train  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from miniflamingo import __main__ as command_line  # noqa: E402
 from miniflamingo import runs, training  # noqa: E402
+from miniflamingo.kernels.model import layers, train  # noqa: E402
 from miniflamingo.language import LanguageConfig  # noqa: E402
 from miniflamingo.module import load_tensors  # noqa: E402
 from miniflamingo.vision import VisionConfig  # noqa: E402

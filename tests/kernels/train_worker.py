@@ -5,9 +5,8 @@ import os
 import signal
 import sys
 
-from miniflamingo.kernels.model import train
-
 from miniflamingo.flamingo import FlamingoConfig
+from miniflamingo.kernels.model import train
 from miniflamingo.training import (
     BridgeRun,
     BridgeStage,
