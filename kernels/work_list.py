@@ -5,12 +5,34 @@ row's tokens are sorted by the image they attend to (a stable sort, so any phi w
 image's run of tokens is cut into items of at most `chunk`. Tokens that attend to nothing are items
 of "image 0"; an image that nobody attends to owns one empty item. Letters: B batch, L text tokens,
 N images of a row, R visual tokens of an image, H heads, K head width.
+
+Algorithm. One kernel, and a program for each row and image (0 among them): it counts the row's
+tokens of earlier images and of its own, which says where its run begins and ends in order, then
+writes its own tokens there. No program needs another's result, because places in the lists follow
+from begin and end alone: the first item of image n stands at n + begin // chunk, the first slot
+after as many as runs of more than chunk tokens can need in `begin` tokens. That leaves gaps, which
+are filled with items of nothing. Work: B * (N + 1) * L comparisons.
+
+Tested (interpreter): any phi, B, L and N from 0; not tested: any GPU.
 """
 
 from typing import NamedTuple
 
-from kernels.runtime import cast, launch, store_rows, tl, torch, triton
+from kernels.runtime import (
+    INTERPRET,
+    allocate,
+    cast,
+    describe,
+    launch,
+    operator,
+    store_rows,
+    tl,
+    torch,
+    triton,
+)
 
+# of an item whose tokens do not follow on each other; all real shifts are larger
+UNORDERED = tl.constexpr(-(2**31))
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -56,21 +78,30 @@ def check_chunk(chunk):
         raise ValueError(f"chunk must be an integer above 0, got {chunk!r}")
 
 
+def check_device(name, x):
+    """ValueError unless kernels can read the tensor here."""
+    if not (INTERPRET.value or x.is_cuda):
+        raise ValueError(f"{name} must be on a GPU (cuda), got {describe(x)}")
+
+
 class WorkList(NamedTuple):
     """The tokens of a batch grouped by image; depends on phi alone, so all layers share one."""
 
     order: torch.Tensor  # int32 [B, L]: each row's tokens, image by image
-    items: torch.Tensor  # int32 [I, 5]: batch row, image (0: none), begin and end in order, slot
-    splits: torch.Tensor  # int32 [B*N, 2]: an image's first slot and its number of slots, or 0
+    # int32 [I, 6]: batch row, image (0: none), begin and end in order; what to add to a place
+    # in order for its token, or UNORDERED; slot, if others share the image, else -1
+    items: torch.Tensor
+    backward_items: torch.Tensor  # the same, longer; the forward pass needs no slots, and has none
+    splits: torch.Tensor  # int32 [S, 3]: of B*N images, one with slots: its first, and how many; or 0
     shape: tuple  # (B, L, N)
-    chunk: int  # the most tokens of an item
+    chunks: tuple  # the most tokens of an item, forward and backward
     source: Source | None = None  # phi; None inside the operators, which are given the rest
 
     @property
     def num_slots(self):
         """Room for partial sums: at most this many items share their image with another."""
         B, L, N = self.shape
-        return B * L // self.chunk + min(B * N, B * L // (self.chunk + 1))
+        return B * most_splits(N, L, self.chunks[1])[1]
 
 
 def build_work_list(phi, N, heads=1, check=True, chunk=None):
@@ -79,42 +110,28 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     N images in a row; heads is that of the attention, from which `chunk` follows by default. All
     sizes are known on the host, so nothing waits for the device, except that check=True reads phi
     there (see check_phi); unchecked, a phi outside 0..N counts as 0. The list is for this phi, as
-    it is now (see Source.check). ValueError as check_phi, and for a wrong chunk.
+    it is now (see Source.check). ValueError as check_phi, and for a wrong chunk or device.
     """
     check_phi(phi, N, check)
     check_chunk(chunk)
-    (B, L), source = phi.shape, Source.of("phi", phi)
-    chunk = chunk or choose_chunk(B * L * heads)
-    phi = phi.long()
-    phi = torch.where((phi >= 0) & (phi <= N), phi, 0)
-    ordered, order = phi.sort(dim=1, stable=True)
-    images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
-    runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
-    items, splits = cut_runs(runs, L, chunk)
-    order = order.int().contiguous()  # sorting keeps phi's strides
-    return WorkList(order, items.int(), splits.int(), (B, L, N), chunk, source)
+    check_device("phi", phi)
+    chunks = (chunk, chunk) if chunk else choose_chunks(phi.numel() * heads)
+    return WorkList(*_build(phi, N, *chunks), (*phi.shape, N), chunks, Source.of("phi", phi))
 
 
-def cut_runs(runs, L, chunk):
-    """Cut the runs of tokens into items -> items [I, 5], splits [B*N, 2], as in WorkList."""
-    B, images = runs.shape[0], runs.shape[1] - 1  # images count "image 0"
-    begin, end = runs[:, :-1].flatten(), runs[:, 1:].flatten()  # of each run, [B * images]
-    count = ((end - begin + chunk - 1) // chunk).clamp(min=1)  # of items, also for an empty run
-    last = count.cumsum(0)
-    item = torch.arange(len(count) + B * L // chunk, device=runs.device)  # as many as can be
-    run = torch.searchsorted(last, item, right=True)  # the item's; beyond all runs, it is spare
-    spare, run = run >= len(count), run.clamp(max=max(len(count) - 1, 0))
-    part = item - (last - count)[run]
-    image = torch.where(spare, 0, run % images)
-    # partial sums: only images with several items have slots
-    is_split = (count > 1) & (torch.arange(len(count), device=runs.device) % images > 0)
-    slots = torch.where(is_split, count, 0)
-    first_slot = slots.cumsum(0) - slots
-    slot = torch.where(is_split[run] & ~spare, first_slot[run] + part, -1)
-    begin = begin[run] + part * chunk
-    end = torch.where(spare, begin, torch.minimum(begin + chunk, end[run]))
-    splits = torch.stack([first_slot, slots], dim=1).view(B, images, 2)[:, 1:].reshape(-1, 2)
-    return torch.stack([run // images, image, begin, end, slot], dim=1), splits
+def count_items(shape, chunks):
+    """How many items a list of shape (B, L, N) has, for each of two chunks."""
+    B, L, N = shape
+    return tuple(B * (N + 1 + L // chunk) for chunk in chunks)
+
+
+def most_splits(runs, tokens, chunk):
+    """The most of `runs` runs that can be longer than chunk, with so many tokens, and their items.
+
+    Also the most of both that come before a place in order: hence the places of what comes there.
+    """
+    splits = min(runs, tokens // (chunk + 1))
+    return splits, splits + (tokens - splits) // chunk if splits else 0
 
 
 def check_phi(phi, N, check=True):
@@ -127,13 +144,138 @@ def check_phi(phi, N, check=True):
             raise ValueError(f"phi must lie in 0..{N} (N = {N} images), got {low}..{high}")
 
 
-def choose_chunk(rows):
-    """Tokens of an item, 64 to 512, for B*L*H = rows: long enough that partial sums stay cheap,
-    short enough that one image alone gives 512 programs, about four for each processor of a GPU."""
-    chunk = 64
-    while chunk < 512 and rows // (2 * chunk) >= 512:
-        chunk *= 2
-    return chunk
+def choose_chunks(rows):
+    """Tokens of an item, forward and backward, for B*L*H = rows.
+
+    Short enough that one image alone gives 512 programs, about four for each processor of a GPU;
+    in the backward pass, of which two fit a processor, 256, so that it has half the partial sums.
+    """
+    return tuple(_longest(rows // programs, most) for programs, most in ((512, 512), (256, 2048)))
+
+
+def _longest(rows, most):  # the power of two, 64 to most, that is at most rows
+    return max(64, min(most, 1 << max(rows, 1).bit_length() - 1))
+
+
+# --- building it --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_work(
+    phi_ptr, order_ptr, items_ptr, backward_ptr, splits_ptr, phi_b, phi_l, L, N,
+    chunk, backward_chunk, num_splits, num_slots, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b, image = (tl.program_id(0) // (N + 1)).to(tl.int64), tl.program_id(0) % (N + 1)
+    phi_ptr += b * phi_b
+    i = tl.arange(0, BLOCK)
+    earlier, own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    first, last = tl.full([BLOCK], 2**31 - 1, tl.int32), tl.full([BLOCK], -1, tl.int32)
+    for start in range(0, L, BLOCK):
+        n = _load_images(phi_ptr, start + i, phi_l, L, N)
+        earlier += (n < image).to(tl.int32)
+        own += (n == image).to(tl.int32)
+        first = tl.minimum(first, tl.where(n == image, start + i, 2**31 - 1))
+        last = tl.maximum(last, tl.where(n == image, start + i, -1))
+    begin, count, last = tl.sum(earlier), tl.sum(own), tl.max(last)
+    first = tl.where(count > 0, tl.min(first), begin)
+    place = begin  # in order, of the next of the image's tokens
+    for start in range(first, last + 1, BLOCK):
+        mine = (_load_images(phi_ptr, start + i, phi_l, L, N) == image).to(tl.int32)
+        tl.store(order_ptr + b * L + place + tl.cumsum(mine) - mine, start + i, mine > 0)
+        place += tl.sum(mine)
+    end, shift = begin + count, tl.where(last - first < count, first - begin, UNORDERED)
+    splits_ptr += b * num_splits * 3
+    slot = store_split(splits_ptr, b * N, b * num_slots, image, begin, end, backward_chunk)
+    items_ptr += b * (N + 1 + L // chunk) * 6
+    backward_ptr += b * (N + 1 + L // backward_chunk) * 6
+    _store_items(items_ptr, b, image, begin, end, shift, -1, chunk, BLOCK)
+    _store_items(backward_ptr, b, image, begin, end, shift, slot, backward_chunk, BLOCK)
+
+
+@triton.jit
+def _load_images(phi_ptr, token, phi_l, L, N):
+    """The images of some tokens; N + 1 for tokens past the end."""
+    image = tl.load(phi_ptr + token.to(tl.int64) * phi_l, token < L, other=0).to(tl.int64)
+    image = tl.where((image >= 0) & (image <= N), image, 0).to(tl.int32)
+    return tl.where(token < L, image, N + 1)
+
+
+@triton.jit
+def store_split(splits_ptr, owner, slot, run, begin, end, chunk):
+    """List run number `run` (0 is none) as one of several items, if it is -> its first slot, or -1.
+
+    owner and slot are the number of run 1 and of the first slot. The list has a place for the run
+    wherever `most_splits` grows by it; without several items, the place says that it has no slots.
+    """
+    place, slots = _most_splits(tl.maximum(run - 1, 0), begin, chunk)
+    next_place, _ = _most_splits(run, end, chunk)
+    is_split = (run > 0) & (end - begin > chunk)
+    slot = (slot + slots).to(tl.int32)
+    splits_ptr += place * 3
+    tl.store(splits_ptr, (owner + run - 1).to(tl.int32), next_place > place)
+    tl.store(splits_ptr + 1, slot, next_place > place)
+    tl.store(splits_ptr + 2, tl.where(is_split, tl.cdiv(end - begin, chunk), 0), next_place > place)
+    return tl.where(is_split, slot, -1)
+
+
+@triton.jit
+def _most_splits(runs, tokens, chunk):
+    splits = tl.minimum(runs, tokens // (chunk + 1))
+    return splits, tl.where(splits > 0, splits + (tokens - splits) // chunk, 0)
+
+
+@triton.jit
+def cut(run, begin, end, chunk):
+    """Cut a run into items -> the first one's place in the list, the room there, how many it has.
+
+    Room for one more may be left; it is for an item of nothing.
+    """
+    room = 1 + end // chunk - begin // chunk
+    return run + begin // chunk, room, tl.maximum(tl.cdiv(end - begin, chunk), 1)
+
+
+@triton.jit
+def _store_items(items_ptr, b, image, begin, end, shift, slot, chunk, BLOCK: tl.constexpr):
+    place, room, count = cut(image, begin, end, chunk)
+    for start in range(0, room, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        item, skip = items_ptr + (place + part) * 6, tl.minimum(part * chunk, end - begin)
+        tl.store(item, b.to(tl.int32), part < room)
+        tl.store(item + 1, tl.where(part < count, image, 0), part < room)
+        tl.store(item + 2, begin + skip, part < room)
+        tl.store(item + 3, tl.minimum(begin + skip + chunk, end), part < room)
+        tl.store(item + 4, shift, part < room)
+        is_shared = part < tl.where(slot < 0, 0, count)
+        tl.store(item + 5, tl.where(is_shared, slot + part, -1), part < room)
+
+
+def launch_list(phi, N, chunk, backward_chunk):
+    """Start the kernel -> order, items, backward_items, splits, as in WorkList."""
+    B, L = phi.shape
+    num_splits, num_slots = most_splits(N, L, backward_chunk)
+    lists = _empty_lists(phi, N, chunk, backward_chunk)
+    launch(
+        _list_work, B * (N + 1), phi, *lists, *phi.stride(), L, N, chunk, backward_chunk,
+        num_splits, num_slots, BLOCK=1024,
+    )  # fmt: skip
+    return lists
+
+
+def _empty_lists(phi, N, chunk, backward_chunk):
+    B, L = phi.shape
+    items = count_items((B, L, N), (chunk, backward_chunk))
+    shapes = (B, L), *((count, 6) for count in items), (B * most_splits(N, L, backward_chunk)[0], 3)
+    return tuple(torch.empty(s, dtype=torch.int32, device=phi.device) for s in shapes)
+
+
+@operator("work_list")
+def _build(
+    phi: torch.Tensor, N: int, chunk: int, backward_chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return launch_list(phi, N, chunk, backward_chunk)
+
+
+_build.register_fake(_empty_lists)
 
 
 # --- what the kernels do with it ----------------------------------------------------------------
@@ -141,46 +283,64 @@ def choose_chunk(rows):
 
 @triton.jit
 def load_item(items_ptr, item):
-    """An item's batch row, image, and range of places in order; 64 bits where offsets follow."""
-    items_ptr += item * 5
+    """An item as in WorkList.items, without its slot; 64 bits where offsets follow."""
+    items_ptr += item * 6
     b, image = tl.load(items_ptr).to(tl.int64), tl.load(items_ptr + 1).to(tl.int64)
-    return b, image, tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+    return b, image, tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+
+
+@triton.jit
+def load_tokens(order_ptr, place, end, shift):
+    """The tokens at some places of an item; order is read only where they are not consecutive."""
+    token = tl.load(order_ptr + place, place < tl.where(shift == UNORDERED, end, 0), other=0)
+    return tl.where(shift == UNORDERED, token, place + shift)
 
 
 @triton.jit
 def store_zeros(
-    ptr, order_ptr, begin, end, stride,
+    ptr, order_ptr, begin, end, shift, stride,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Zeros for the tokens at places begin..end of order."""
+    """Zeros for the tokens of an item."""
     for start in range(begin, end, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
-        token = tl.load(order_ptr + place, place < end, other=0)
+        token = load_tokens(order_ptr, place, end, shift)
         zeros = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         store_rows(ptr, token, stride, place < end, zeros, K, BLOCK_K)
 
 
 @triton.jit
-def _sum_partials(part_ptr, out_ptr, splits_ptr, size, BLOCK: tl.constexpr):
-    """Add up the partial sums [slots, size] of each image that has any, into out [B*N, size]."""
+def _sum_partials(
+    part_ptr, out_ptr, more_part_ptr, more_out_ptr, splits_ptr, size,
+    MORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(size, BLOCK)
-    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    slot, slots = tl.load(splits_ptr + image * 2), tl.load(splits_ptr + image * 2 + 1)
+    splits_ptr += tl.program_id(0) // blocks * 3
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image, slot = tl.load(splits_ptr).to(tl.int64), tl.load(splits_ptr + 1).to(tl.int64)
+    slots = tl.load(splits_ptr + 2)
     if slots > 0:
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        part_ptr += slot.to(tl.int64) * size
-        total = tl.zeros([BLOCK], part_ptr.dtype.element_ty)
-        for _ in range(slots):
-            total += tl.load(part_ptr + i, i < size, other=0.0)
-            part_ptr += size
-        total = cast(total, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + image.to(tl.int64) * size + i, total, i < size)
+        _add_up(part_ptr + slot * size, out_ptr + image * size, i, slots, size, BLOCK)
+        if MORE:
+            _add_up(more_part_ptr + slot * size, more_out_ptr + image * size, i, slots, size, BLOCK)
 
 
-def sum_partials(parts, outs, work, BLOCK=1024):
-    """Add up the partial sums of the images that have several items; the others are left alone."""
-    if work.num_slots:
-        for part, out in zip(parts, outs):
-            size = part[0].numel()
-            programs = len(work.splits) * triton.cdiv(size, BLOCK)
-            launch(_sum_partials, programs, part, out, work.splits, size, BLOCK=BLOCK)
+@triton.jit
+def _add_up(part_ptr, out_ptr, i, slots, size, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], part_ptr.dtype.element_ty)
+    for _ in range(slots):
+        total += tl.load(part_ptr + i, i < size, other=0.0)
+        part_ptr += size
+    tl.store(out_ptr + i, cast(total, out_ptr.dtype.element_ty), i < size)
+
+
+def sum_partials(parts, outs, splits, BLOCK=1024):
+    """Add up the partial sums [slots, ...] of split images, into one or two outs [images, ...].
+
+    Images with one item are left alone. One launch; none where no image can be split.
+    """
+    if len(splits):
+        size, more = parts[0][0].numel(), len(parts) > 1
+        programs = len(splits) * triton.cdiv(size, BLOCK)
+        tensors = parts[0], outs[0], parts[-1], outs[-1]
+        launch(_sum_partials, programs, *tensors, splits, size, MORE=more, BLOCK=BLOCK)

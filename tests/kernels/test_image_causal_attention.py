@@ -1,5 +1,8 @@
 """The fused image-causal attention against its NumPy twin, plain torch, and its own promises."""
 
+import itertools
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 
@@ -14,13 +17,14 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import compare
+from kernels import compare, work_list
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
 from kernels.runtime import INTERPRET, cast, launch, poisoned, replaced
-from kernels.work_list import build_work_list, choose_chunk
+from kernels.work_list import UNORDERED, build_work_list, choose_chunks
 from miniflamingo import xattn
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
+DEVICE = "cpu" if INTERPRET.value else "cuda"
 ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")
 
 
@@ -131,39 +135,138 @@ def test_two_runs_agree_bit_for_bit(R, device):
     assert all(torch.equal(x, y) for x, y in zip(both(*args), both(*args)))
 
 
+def listed(phi, N, chunks):
+    """The lists of some chunks, whose memory holds -7 at first: order, items, backward, splits."""
+    empty = work_list._empty_lists
+    filled = lambda *args: tuple(x.fill_(-7) for x in empty(*args))  # noqa: E731
+    with patch.object(work_list, "_empty_lists", filled):
+        return [x.cpu() for x in work_list.launch_list(phi.to(DEVICE), N, *chunks)]
+
+
+def slots_of(items, order, phi, chunk):
+    """Check items against phi -> {(batch row, image): the slots of its items}."""
+    seen, slots = torch.zeros_like(phi), {}
+    for b, image, begin, end, shift, slot in items.tolist():
+        assert 0 <= begin <= end <= begin + chunk and end <= phi.shape[1]
+        tokens = order[b, begin:end].tolist()
+        assert (phi[b, tokens] == image).all() and tokens == sorted(tokens)
+        if shift != UNORDERED:
+            assert tokens == list(range(begin + shift, end + shift))
+        seen[b, tokens] += 1
+        slots.setdefault((b, image), []).append(slot)
+    assert (seen == 1).all()
+    return slots
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_work_list_holds_every_token_once(data):
     B, L, N = (data.draw(st.integers(0, most)) for most in (3, 30, 5))
-    cells = data.draw(st.lists(st.integers(0, N), min_size=B * L, max_size=B * L))
-    phi, chunk = torch.tensor(cells, dtype=torch.int64).reshape(B, L), data.draw(st.integers(1, 9))
-    work = build_work_list(phi, N, chunk=chunk)
-    seen, slots, owners = torch.zeros_like(phi), [], []
-    for b, image, begin, end, slot in work.items.tolist():
-        tokens = work.order[b, begin:end].long() if begin < end else torch.tensor([], dtype=int)
-        assert len(tokens) <= chunk and (phi[b, tokens] == image).all()
-        assert tokens.tolist() == sorted(tokens.tolist())
-        seen[b, tokens] += 1
-        slots += [slot] * (slot >= 0)
-        owners += [(b, image)] * (image > 0)
-    assert (seen == 1).all()
-    assert sorted(slots) == list(range(len(slots))) and len(slots) <= work.num_slots
-    assert set(owners) == {(b, n) for b in range(B) for n in range(1, N + 1)}
-    sums = [s for first, count in work.splits.tolist() for s in range(first, first + count)]
-    assert sorted(sums) == sorted(slots)
+    row = st.lists(st.integers(-1, N + 1), min_size=L, max_size=L)
+    rows = [data.draw(row.map(sorted) | row) for _ in range(B)]
+    chunks = [data.draw(st.integers(1, 9)) for _ in range(2)]
+    given_phi = torch.tensor(rows, dtype=torch.int64).reshape(B, L)
+    phi = torch.where((given_phi >= 0) & (given_phi <= N), given_phi, 0)
+    order, items, backward, splits = listed(given_phi, N, chunks)
+    assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
+    forward_slots = slots_of(items, order, phi, chunks[0])
+    assert {s for slots in forward_slots.values() for s in slots} <= {-1}
+    images = {(b, n) for b in range(B) for n in range(1, N + 1)}
+    slots = slots_of(backward, order, phi, chunks[1])
+    assert images == slots.keys() - {(b, 0) for b in range(B)} == forward_slots.keys() - {
+        (b, 0) for b in range(B)
+    }
+    # an image with more tokens than an item has slots, one after the other, and is listed
+    counts = {(b, n): int((phi[b] == n).sum()) for b, n in images}
+    shared = {image for image, count in counts.items() if count > chunks[1]}
+    expected = {}
+    for b, n in images:
+        assert len(slots[b, n]) == max(1, -(-counts[b, n] // chunks[1]))
+        if (b, n) in shared:
+            expected[b * N + n - 1] = [slots[b, n][0], len(slots[b, n])]
+            assert slots[b, n] == list(range(slots[b, n][0], slots[b, n][0] + len(slots[b, n])))
+        else:
+            assert slots[b, n] == [-1]
+    assert {i: [slot, n] for i, slot, n in splits.tolist() if n} == expected
+    used = [s for image in images for s in slots[image] if s >= 0]
+    num_slots = B * work_list.most_splits(N, L, chunks[1])[1]
+    assert len(set(used)) == len(used) and all(s < num_slots for s in used)
+
+
+@pytest.mark.parametrize("N,L,chunk", [(1, 9, 4), (3, 9, 4), (2, 20, 4), (5, 4, 4), (0, 9, 4)])
+def test_no_more_room_for_partial_sums_than_some_phi_needs(N, L, chunk):
+    """Against all ways to give L tokens to N images."""
+    ways = itertools.combinations_with_replacement(range(L + 1), N)
+    counts = (np.diff([0, *ends]) for ends in ways)
+    split = [[-(-n // chunk) for n in count if n > chunk] for count in counts]
+    most = max(map(len, split)), max(map(sum, split))
+    assert work_list.most_splits(N, L, chunk) == most
+
+
+def test_a_run_in_order_needs_no_order():
+    phi = torch.tensor([[1, 1, 2, 0, 0, 3], [1, 2, 1, 3, 3, 0]])
+    _, items, _, _ = listed(phi, 3, (2, 2))
+    shifts = {(b, n): shift for b, n, begin, end, shift, _ in items.tolist() if begin < end}
+    assert shifts == {
+        (0, 0): 3, (0, 1): -2, (0, 2): -2, (0, 3): 0,
+        (1, 0): 5, (1, 1): UNORDERED, (1, 2): -2, (1, 3): -1,
+    }  # fmt: skip
+
+
+def test_long_rows_and_many_images():
+    """More tokens than a program takes at a time, and more items."""
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randint(0, 3, (1, 5000), generator=generator)
+    order, _, backward, splits = listed(phi, 2, (7, 3))
+    assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
+    assert len(slots_of(backward, order, phi, 3)[0, 2]) == -(-int((phi == 2).sum()) // 3)
+    phi = torch.arange(1500)[None].flip(1)
+    order, items, _, splits = listed(phi, 1499, (64, 64))
+    assert torch.equal(order[0], torch.arange(1500, dtype=torch.int32).flip(0))
+    assert len(slots_of(items, order, phi, 64)) == 1500 and not splits[:, 2].any()
+
+
+def test_one_kernel_builds_the_list_and_one_more_adds_up(device):
+    launches = []
+
+    def record(kernel, programs, *args, **options):
+        launches.append((kernel.__name__, programs))
+
+    args = draw([[1] * 70 + [2] * 130], N=2, K=64, R=64, device=device)
+    with replaced(launch=record):
+        both(*args)
+    B, N, H, items, backward = 1, 2, 2, 3 + 200 // 64, 3 + 200 // 64
+    one = [("_list_work", B * (N + 1))]
+    backward = [("_backward", backward * H), ("_sum_partials", 2 * 64 * H * 64 // 1024)]
+    assert launches == [*one, ("_forward", items * H), *one, *backward]
+
+
+def test_what_no_phi_can_split_costs_no_memory_and_no_launch(device):
+    shapes, launches = [], []
+
+    def allocate(shape, **options):
+        shapes.append(tuple(shape))
+        return torch.empty(shape, **options)
+
+    args = draw([[1] * 64, [0] * 64], N=1, device=device)
+    with replaced(allocate=allocate, launch=lambda kernel, *_, **__: launches.append(kernel)):
+        image_causal_attention_backward(*args)
+    assert shapes == [args[1].shape, args[2].shape, args[3].shape, *[(0, 7, 2, 16)] * 2]
+    assert [kernel.__name__ for kernel in launches] == ["_list_work", "_backward"]
 
 
 def test_work_list_agrees_with_its_twin():
     phi = np.array([[0, 2, 2, 1, 2], [3, 3, 0, 0, 3]])
     owner, tokens = xattn.work_list(phi, N=3, most=2)
     expected = {(int(o), tuple(t[t < phi.size].tolist())) for o, t in zip(owner, tokens)}
-    work = build_work_list(torch.tensor(phi), 3, chunk=2)
-    got = {
-        (b * 3 + image - 1, tuple((b * 5 + work.order[b, begin:end]).tolist()))
-        for b, image, begin, end, _ in work.items.tolist()
-        if image and begin < end
-    }
-    assert got == expected
+    order, *both_items, _ = listed(torch.tensor(phi), 3, (2, 2))
+    for items in both_items:
+        got = {
+            (b * 3 + image - 1, tuple((b * 5 + order[b, begin:end]).tolist()))
+            for b, image, begin, end, *_ in items.tolist()
+            if image and begin < end
+        }
+        assert got == expected
 
 
 def test_layers_share_a_work_list(device):
@@ -173,8 +276,8 @@ def test_layers_share_a_work_list(device):
 
 
 def test_chunks_grow_with_the_work():
-    assert [choose_chunk(rows) for rows in (0, 2**15, 2**16, 2**17, 2**24)] == [
-        64, 64, 128, 256, 512,
+    assert [choose_chunks(rows) for rows in (0, 2**14, 2**15, 2**16, 2**18 - 1, 2**18, 2**24)] == [
+        (64, 64), (64, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (512, 2048),
     ]  # fmt: skip
 
 
@@ -222,8 +325,9 @@ def test_gradcheck(R, chunk):
 def test_opcheck(device):
     dout, q, k, v, phi = draw([[0, 1, 2]], N=2, device=device)
     work = build_work_list(phi, 2)
-    lists = work.order, work.items, work.splits, work.chunk
+    lists = *work[:4], work.chunks[1]
     ops = torch.ops.miniflamingo
+    torch.library.opcheck(ops.work_list.default, (phi, 2, 64, 64))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.image_causal_attention.default, (*leaves, *lists))
     torch.library.opcheck(ops.image_causal_attention_backward.default, (dout, q, k, v, *lists))
@@ -286,10 +390,7 @@ WRONG = {
     "mixed dtypes": (dict(v=kv.half()), "one dtype.*got float32, float32, float16"),
     "integers": (dict(q=q.int(), k=kv.int(), v=kv.int()), "float32.*got int32, int32, int32"),
     "mixed devices": (dict(v=kv.to("meta")), "one device.*got cpu, cpu, meta"),
-    "a work list for others": (
-        dict(work=build_work_list(phi[:, :3], 3)), r"\(2, 5, 3\).*got \(2, 3, 3\)",
-    ),
-}  # fmt: skip
+}
 
 
 @interpreted
@@ -329,6 +430,13 @@ def test_an_image_that_nobody_looks_at_reaches_nothing(bad, R, device):
     assert not results[2][unseen].any() and not results[3][unseen].any()
 
 
+def test_a_work_list_of_other_sizes_is_refused(device):
+    _, q, k, v, phi = draw([[0, 1, 1, 2]] * 2, N=2, device=device)
+    work = build_work_list(phi[:, :3], 3)
+    with pytest.raises(ValueError, match=r"\(2, 4, 2\) on .*, got \(2, 3, 3\)"):
+        image_causal_attention(q, k, v, phi, work)
+
+
 def test_a_work_list_of_another_phi_is_refused(device):
     dout, q, k, v, phi = draw([[0, 1, 1, 2]], N=2, device=device)
     work = build_work_list(torch.tensor([[0, 0, 1, 1]], device=device), 2)
@@ -349,7 +457,8 @@ def test_a_work_list_of_another_phi_is_refused(device):
 def test_a_work_list_that_was_changed_is_refused(device):
     _, q, k, v, phi = draw([[0, 1, 1, 2] * 40], N=2, device=device)
     work = build_work_list(phi, 2)
-    for change in ({"chunk": 16}, {"source": None}, {"items": work.items[:-1]}):
+    changes = {"chunks": (64, 16)}, {"source": None}, {"items": work.items[:-1]}
+    for change in (*changes, {"backward_items": work.items[:-1]}):
         with pytest.raises(ValueError, match="as build_work_list returns it"):
             image_causal_attention(q, k, v, phi, work._replace(**change))
 

@@ -197,7 +197,7 @@ def check_list(features, starts, ends, total):
             slots += [slot] * (slot >= 0)
     assert (rows == 1).all() and sorted(latents) == list(range(len(starts)))
     assert sorted(slots) == list(range(len(slots))) and len(slots) <= features.num_slots
-    sums = [s for first, n in features.splits.tolist() for s in range(first, first + n)]
+    sums = [s for _, first, n in features.splits.tolist() for s in range(first, first + n)]
     assert sorted(sums) == sorted(slots)
 
 
