@@ -17,6 +17,7 @@ from kernels.work_list import (
     check_chunk,
     check_device,
     cut,
+    locate_items,
     most_splits,
     store_split,
 )
@@ -99,51 +100,56 @@ def choose_chunk(B, total, heads):
 @triton.jit
 def _list_features(
     given_ptr, items_ptr, splits_ptr, stride, B, total, M, chunk,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr = 128,
+    PARTS: tl.constexpr = 32,
 ):  # fmt: skip
-    run = tl.program_id(0)  # an image, counted from 1; 0 are rows that come before all images
+    # images, counted from 1; 0 are rows that come before all images
+    run = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     if PADDED:
         begin, stop = tl.maximum(run - 1, 0) * M, run * M
-        length = tl.load(given_ptr + (run - 1) * stride, run > 0, other=0).to(tl.int64)
+        is_image = (run > 0) & (run <= B)
+        length = tl.load(given_ptr + (run - 1) * stride, is_image, other=0).to(tl.int64)
         end = begin + tl.minimum(tl.maximum(length, 0), M).to(tl.int32)
     else:
-        begin = _largest(given_ptr, stride, run, total, BLOCK)
-        stop = tl.where(run < B, _largest(given_ptr, stride, run + 1, total, BLOCK), total)
+        begin = _largest(given_ptr, stride, run, B, total, BLOCK)
+        stop = tl.where(run < B, _largest(given_ptr, stride, run + 1, B, total, BLOCK), total)
         end = tl.where(run > 0, stop, 0)
-    slot = store_split(splits_ptr, 0, 0, run, begin, stop, chunk)
-    place, room, count = cut(run, begin, stop, chunk)
+    slot = store_split(splits_ptr, 0, 0, run, B, begin, stop, chunk)
+    place, room, count = cut(run, B, begin, stop, chunk)
     count = tl.where(run > 0, count, 0)
-    for start in range(0, room, BLOCK):
-        part = start + tl.arange(0, BLOCK)
-        item, skip = items_ptr + (place + part) * 6, tl.minimum(part * chunk, stop - begin)
-        item_stop = tl.minimum(begin + skip + chunk, stop)
-        tl.store(item, tl.where(part < count, run - 1, -1), part < room)
-        tl.store(item + 1, begin + skip, part < room)
-        tl.store(item + 2, tl.maximum(begin + skip, tl.minimum(item_stop, end)), part < room)
-        tl.store(item + 3, item_stop, part < room)
-        is_shared = part < tl.where(slot < 0, 0, count)
-        tl.store(item + 4, tl.where(is_shared, slot + part, -1), part < room)
-        tl.store(item + 5, (part < tl.minimum(count, 1)).to(tl.int32), part < room)
+    for start in range(0, tl.max(room), PARTS):
+        part, item_begin, item_stop = locate_items(begin, stop, chunk, start, PARTS)
+        item, is_item = items_ptr + (place[:, None] + part) * 6, part < count[:, None]
+        is_listed, item_end = part < room[:, None], tl.minimum(item_stop, end[:, None])
+        tl.store(item, tl.where(is_item, run[:, None] - 1, -1), is_listed)
+        tl.store(item + 1, item_begin, is_listed)
+        tl.store(item + 2, tl.maximum(item_begin, item_end), is_listed)
+        tl.store(item + 3, item_stop, is_listed)
+        is_shared = is_item & (slot >= 0)[:, None]
+        tl.store(item + 4, tl.where(is_shared, slot[:, None] + part, -1), is_listed)
+        tl.store(item + 5, (is_item & (part == 0)).to(tl.int32), is_listed)
 
 
 @triton.jit
-def _largest(offsets_ptr, stride, count, total, BLOCK: tl.constexpr):
+def _largest(offsets_ptr, stride, count, B, total, BLOCK: tl.constexpr):
     """The largest of the first `count` offsets, clamped into 0..total: in order, whatever comes."""
-    largest = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        offset = tl.load(offsets_ptr + i * stride, i < count, other=0).to(tl.int64)
-        largest = tl.maximum(largest, tl.minimum(offset, total))
-    return tl.max(largest).to(tl.int32)
+    largest = tl.zeros_like(count).to(tl.int64)
+    for start in range(0, tl.minimum(tl.max(count), B + 1), BLOCK):
+        i = (start + tl.arange(0, BLOCK))[None, :]
+        is_before = (i < count[:, None]) & (i <= B)
+        offset = tl.load(offsets_ptr + i * stride, is_before, other=0).to(tl.int64)
+        largest = tl.maximum(largest, tl.max(tl.minimum(offset, total), 1))
+    return largest.to(tl.int32)
 
 
 def launch_list(given, total, M, chunk):
     """Start the kernel -> items, splits, as in FeatureList; M is -1 for offsets."""
     B, lists = len(given) - (M < 0), _empty_lists(given, total, M, chunk)
-    options = dict(PADDED=M >= 0, BLOCK=256)
+    BLOCK_B = min(16, triton.next_power_of_2(B + 1))
     launch(
-        _list_features, B + 1, given, *lists, given.stride(0), B, total, M, chunk, **options
-    )
+        _list_features, triton.cdiv(B + 1, BLOCK_B), given, *lists, given.stride(0), B, total, M,
+        chunk, PADDED=M >= 0, BLOCK_B=BLOCK_B,
+    )  # fmt: skip
     return lists
 
 

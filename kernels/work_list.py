@@ -6,8 +6,8 @@ image's run of tokens is cut into items of at most `chunk`. Tokens that attend t
 of "image 0"; an image that nobody attends to owns one empty item. Letters: B batch, L text tokens,
 N images of a row, R visual tokens of an image, H heads, K head width.
 
-Algorithm. One kernel, and a program for each row and image (0 among them): it counts the row's
-tokens of earlier images and of its own, which says where its run begins and ends in order, then
+Algorithm. One kernel; a program takes up to 8 images of a row (0 among them). It counts the row's
+tokens of earlier images and of its own, which says where a run begins and ends in order, then
 writes its own tokens there. No program needs another's result, because places in the lists follow
 from begin and end alone: the first item of image n stands at n + begin // chunk, the first slot
 after as many as runs of more than chunk tokens can need in `begin` tokens. That leaves gaps, which
@@ -163,58 +163,67 @@ def _longest(rows, most):  # the power of two, 64 to most, that is at most rows
 @triton.jit
 def _list_work(
     phi_ptr, order_ptr, items_ptr, backward_ptr, splits_ptr, phi_b, phi_l, L, N,
-    chunk, backward_chunk, num_splits, num_slots, BLOCK: tl.constexpr,
+    chunk, backward_chunk, num_splits, num_slots, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    b, image = (tl.program_id(0) // (N + 1)).to(tl.int64), tl.program_id(0) % (N + 1)
+    blocks = tl.cdiv(N + 1, BLOCK_N)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    image = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     phi_ptr += b * phi_b
-    i = tl.arange(0, BLOCK)
-    earlier, own = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    first, last = tl.full([BLOCK], 2**31 - 1, tl.int32), tl.full([BLOCK], -1, tl.int32)
-    for start in range(0, L, BLOCK):
-        n = _load_images(phi_ptr, start + i, phi_l, L, N)
-        earlier += (n < image).to(tl.int32)
-        own += (n == image).to(tl.int32)
-        first = tl.minimum(first, tl.where(n == image, start + i, 2**31 - 1))
-        last = tl.maximum(last, tl.where(n == image, start + i, -1))
-    begin, count, last = tl.sum(earlier), tl.sum(own), tl.max(last)
-    first = tl.where(count > 0, tl.min(first), begin)
-    place = begin  # in order, of the next of the image's tokens
-    for start in range(first, last + 1, BLOCK):
-        mine = (_load_images(phi_ptr, start + i, phi_l, L, N) == image).to(tl.int32)
-        tl.store(order_ptr + b * L + place + tl.cumsum(mine) - mine, start + i, mine > 0)
-        place += tl.sum(mine)
+    earlier = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    own = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    first = tl.full([BLOCK_N, BLOCK_M], 2**31 - 1, tl.int32)
+    last = tl.full([BLOCK_N, BLOCK_M], -1, tl.int32)
+    for start in range(0, L, BLOCK_M):
+        token, n = _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M)
+        is_own = n == image[:, None]
+        earlier += (n < image[:, None]).to(tl.int32)
+        own += is_own.to(tl.int32)
+        first = tl.minimum(first, tl.where(is_own, token, 2**31 - 1))
+        last = tl.maximum(last, tl.where(is_own, token, -1))
+    begin, count, last = tl.sum(earlier, 1), tl.sum(own, 1), tl.max(last, 1)
+    first = tl.where(count > 0, tl.min(first, 1), begin)
+    order_ptr += b * L
+    place = begin  # in order, of the next of each image's tokens
+    for start in range(tl.min(first), tl.max(last) + 1, BLOCK_M):
+        token, n = _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M)
+        own = (n == image[:, None]).to(tl.int32)
+        places = place[:, None] + tl.cumsum(own, 1) - own
+        tl.store(order_ptr + places, tl.broadcast_to(token, [BLOCK_N, BLOCK_M]), own > 0)
+        place += tl.sum(own, 1)
     end, shift = begin + count, tl.where(last - first < count, first - begin, UNORDERED)
     splits_ptr += b * num_splits * 3
-    slot = store_split(splits_ptr, b * N, b * num_slots, image, begin, end, backward_chunk)
+    slot = store_split(splits_ptr, b * N, b * num_slots, image, N, begin, end, backward_chunk)
     items_ptr += b * (N + 1 + L // chunk) * 6
     backward_ptr += b * (N + 1 + L // backward_chunk) * 6
-    _store_items(items_ptr, b, image, begin, end, shift, -1, chunk, BLOCK)
-    _store_items(backward_ptr, b, image, begin, end, shift, slot, backward_chunk, BLOCK)
+    _store_items(items_ptr, b, image, N, begin, end, shift, None, chunk)
+    _store_items(backward_ptr, b, image, N, begin, end, shift, slot, backward_chunk)
 
 
 @triton.jit
-def _load_images(phi_ptr, token, phi_l, L, N):
-    """The images of some tokens; N + 1 for tokens past the end."""
-    image = tl.load(phi_ptr + token.to(tl.int64) * phi_l, token < L, other=0).to(tl.int64)
-    image = tl.where((image >= 0) & (image <= N), image, 0).to(tl.int32)
-    return tl.where(token < L, image, N + 1)
+def _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M: tl.constexpr):
+    """Some tokens and their images, [1, M] both; a token past the end has none of 0..N."""
+    token = (start + tl.arange(0, BLOCK_M))[None, :]
+    n = tl.load(phi_ptr + token.to(tl.int64) * phi_l, token < L, other=0).to(tl.int64)
+    n = tl.where((n >= 0) & (n <= N), n, 0).to(tl.int32)
+    return token, tl.where(token < L, n, 2**31 - 1)
 
 
 @triton.jit
-def store_split(splits_ptr, owner, slot, run, begin, end, chunk):
-    """List run number `run` (0 is none) as one of several items, if it is -> its first slot, or -1.
+def store_split(splits_ptr, owner, slot, run, runs, begin, end, chunk):
+    """List the runs that have several items, of some of 1..runs -> their first slots, or -1.
 
-    owner and slot are the number of run 1 and of the first slot. The list has a place for the run
-    wherever `most_splits` grows by it; without several items, the place says that it has no slots.
+    owner and slot are the number of run 1 and of the first slot. The list has a place for a run
+    wherever `most_splits` grows by it; without several items, that place says that it has no slots.
     """
     place, slots = _most_splits(tl.maximum(run - 1, 0), begin, chunk)
     next_place, _ = _most_splits(run, end, chunk)
+    is_listed = (next_place > place) & (run <= runs)
     is_split = (run > 0) & (end - begin > chunk)
     slot = (slot + slots).to(tl.int32)
     splits_ptr += place * 3
-    tl.store(splits_ptr, (owner + run - 1).to(tl.int32), next_place > place)
-    tl.store(splits_ptr + 1, slot, next_place > place)
-    tl.store(splits_ptr + 2, tl.where(is_split, tl.cdiv(end - begin, chunk), 0), next_place > place)
+    tl.store(splits_ptr, (owner + run - 1).to(tl.int32), is_listed)
+    tl.store(splits_ptr + 1, slot, is_listed)
+    tl.store(splits_ptr + 2, tl.where(is_split, (end - begin + chunk - 1) // chunk, 0), is_listed)
     return tl.where(is_split, slot, -1)
 
 
@@ -225,28 +234,39 @@ def _most_splits(runs, tokens, chunk):
 
 
 @triton.jit
-def cut(run, begin, end, chunk):
-    """Cut a run into items -> the first one's place in the list, the room there, how many it has.
+def cut(run, runs, begin, end, chunk):
+    """Cut some of the runs 0..runs into items -> their first place in the list, room, number.
 
-    Room for one more may be left; it is for an item of nothing.
+    There may be room for one more item, one of nothing.
     """
-    room = 1 + end // chunk - begin // chunk
-    return run + begin // chunk, room, tl.maximum(tl.cdiv(end - begin, chunk), 1)
+    room = tl.where(run <= runs, 1 + end // chunk - begin // chunk, 0)
+    return run + begin // chunk, room, tl.maximum((end - begin + chunk - 1) // chunk, 1)
 
 
 @triton.jit
-def _store_items(items_ptr, b, image, begin, end, shift, slot, chunk, BLOCK: tl.constexpr):
-    place, room, count = cut(image, begin, end, chunk)
-    for start in range(0, room, BLOCK):
-        part = start + tl.arange(0, BLOCK)
-        item, skip = items_ptr + (place + part) * 6, tl.minimum(part * chunk, end - begin)
-        tl.store(item, b.to(tl.int32), part < room)
-        tl.store(item + 1, tl.where(part < count, image, 0), part < room)
-        tl.store(item + 2, begin + skip, part < room)
-        tl.store(item + 3, tl.minimum(begin + skip + chunk, end), part < room)
-        tl.store(item + 4, shift, part < room)
-        is_shared = part < tl.where(slot < 0, 0, count)
-        tl.store(item + 5, tl.where(is_shared, slot + part, -1), part < room)
+def locate_items(begin, end, chunk, start, PARTS: tl.constexpr):
+    """Items start.. of some runs: their numbers [1, PARTS], and what they hold, [runs, PARTS]."""
+    part = (start + tl.arange(0, PARTS))[None, :]
+    item_begin = begin[:, None] + tl.minimum(part * chunk, (end - begin)[:, None])
+    return part, item_begin, tl.minimum(item_begin + chunk, end[:, None])
+
+
+@triton.jit
+def _store_items(items_ptr, b, image, N, begin, end, shift, slot, chunk, PARTS: tl.constexpr = 32):
+    place, room, count = cut(image, N, begin, end, chunk)
+    for start in range(0, tl.max(room), PARTS):
+        part, item_begin, item_end = locate_items(begin, end, chunk, start, PARTS)
+        item, is_item = items_ptr + (place[:, None] + part) * 6, part < count[:, None]
+        is_listed = part < room[:, None]
+        tl.store(item, b.to(tl.int32), is_listed)
+        tl.store(item + 1, tl.where(is_item, image[:, None], 0), is_listed)
+        tl.store(item + 2, item_begin, is_listed)
+        tl.store(item + 3, item_end, is_listed)
+        tl.store(item + 4, tl.broadcast_to(shift[:, None], item.shape), is_listed)
+        own_slot = tl.full(item.shape, -1, tl.int32)
+        if slot is not None:
+            own_slot = tl.where(is_item & (slot >= 0)[:, None], slot[:, None] + part, -1)
+        tl.store(item + 5, own_slot, is_listed)
 
 
 def launch_list(phi, N, chunk, backward_chunk):
@@ -254,9 +274,11 @@ def launch_list(phi, N, chunk, backward_chunk):
     B, L = phi.shape
     num_splits, num_slots = most_splits(N, L, backward_chunk)
     lists = _empty_lists(phi, N, chunk, backward_chunk)
+    BLOCK_N = min(8, triton.next_power_of_2(N + 1))
     launch(
-        _list_work, B * (N + 1), phi, *lists, *phi.stride(), L, N, chunk, backward_chunk,
-        num_splits, num_slots, BLOCK=1024,
+        _list_work, B * triton.cdiv(N + 1, BLOCK_N), phi, *lists, *phi.stride(), L, N,
+        chunk, backward_chunk, num_splits, num_slots,
+        BLOCK_N=BLOCK_N, BLOCK_M=4096 // BLOCK_N, num_warps=8,
     )  # fmt: skip
     return lists
 

