@@ -2,10 +2,10 @@
 
 Images and clips share a batch, each with its own number of features, possibly none. Their features
 lie in one tensor, image after image: packed (told by offsets), or padded to M rows an image (told
-by lengths). They are cut into items of at most `chunk` features, by one kernel, without waiting for
-the device, as the tokens of image-causal attention are (see work_list.py). Every image has at least one
-item, and the first of them also takes the latents. Letters: B images of the batch, M features of a
-padded image, `total` rows of features.
+by lengths). They are cut into items of at most `chunk` features, by one kernel and without waiting
+for the device, as the tokens of image-causal attention are (see work_list.py). Every image has at
+least one item, and the first of them also takes the latents. Letters: B images of the batch, M
+features of a padded image, `total` rows of features.
 """
 
 from typing import NamedTuple

@@ -56,7 +56,6 @@ from kernels.work_list import (
     count_items,
     launch_list,
     load_item,
-    load_tokens,
     store_zeros,
     sum_partials,
 )
@@ -72,17 +71,17 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    b, image, begin, end, shift = load_item(items_ptr, item)
+    b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
     if image == 0:  # no image before these tokens: they attend to nothing
-        store_zeros(out_ptr, order_ptr + b * L, begin, end, shift, H * K, K, BLOCK_M, BLOCK_K)
+        store_zeros(out_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
         n, r = image - 1, tl.arange(0, BLOCK_R)
         k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)  # [R, K]
         v = load_rows(v_ptr + b * v_b + n * v_n + h * v_h, r, v_r, r < R, K, BLOCK_K)
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
-            token = load_tokens(order_ptr + b * L, place, end, shift)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             # p = softmax(q @ k^T / sqrt(K)), in base 2
             scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R]
@@ -105,10 +104,10 @@ def _backward(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    b, image, begin, end, shift = load_item(items_ptr, item)
+    b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
-        store_zeros(dq_ptr, order_ptr + b * L, begin, end, shift, H * K, K, BLOCK_M, BLOCK_K)
+        store_zeros(dq_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
         n, r = image - 1, tl.arange(0, BLOCK_R)
         k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)  # [R, K]
@@ -117,7 +116,7 @@ def _backward(
         dv = tl.zeros([BLOCK_R, BLOCK_K], dk_part_ptr.dtype.element_ty)
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
-            token = load_tokens(order_ptr + b * L, place, end, shift)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
             # scores, p and their gradients are transposed, [R, M]: the products that make them and
@@ -136,7 +135,7 @@ def _backward(
             dk += dot(dscores, q)
             dq = dot(tl.trans(dscores), k) * SCALE  # [M, K]
             store_rows(dq_ptr, token, H * K, place < end, dq, K, BLOCK_K)
-        slot = tl.load(items_ptr + item * 6 + 5).to(tl.int64)
+        slot = tl.load(items_ptr + item * 5 + 4).to(tl.int64)
         if slot < 0:  # the image's only item
             first = ((b * N + n) * R * H + h) * K  # of dk, dv [B, N, R, H, K]
             store_rows(dk_ptr + first, r, H * K, r < R, dk * SCALE, K, BLOCK_K)

@@ -31,7 +31,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import load_item, load_tokens, store_zeros, sum_partials
+from kernels.work_list import load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -44,16 +44,16 @@ def _forward_blocks(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    b, image, begin, end, shift = load_item(items_ptr, item)
+    b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
     if image == 0:
-        store_zeros(out_ptr, order_ptr + b * L, begin, end, shift, H * K, K, BLOCK_M, BLOCK_K)
+        store_zeros(out_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
         k_ptr += b * k_b + (image - 1) * k_n + h * k_h
         v_ptr += b * v_b + (image - 1) * v_n + h * v_h
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
-            token = load_tokens(order_ptr + b * L, place, end, shift)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)
             ACC: tl.constexpr = tl.float64 if q.dtype == tl.float64 else tl.float32
             m = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -85,16 +85,16 @@ def _backward_dq(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    b, image, begin, end, shift = load_item(items_ptr, item)
+    b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
-        store_zeros(dq_ptr, order_ptr + b * L, begin, end, shift, H * K, K, BLOCK_M, BLOCK_K)
+        store_zeros(dq_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
         k_ptr += b * k_b + (image - 1) * k_n + h * k_h
         v_ptr += b * v_b + (image - 1) * v_n + h * v_h
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
-            token = load_tokens(order_ptr + b * L, place, end, shift)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
             ACC: tl.constexpr = m_ptr.dtype.element_ty
@@ -143,7 +143,7 @@ def _backward_dkdv(
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     block, item_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     item, h = item_head // H, (item_head % H).to(tl.int64)
-    b, image, begin, end, shift = load_item(items_ptr, item)
+    b, image, begin, end = load_item(items_ptr, item)
     if image > 0:
         n, r = image - 1, block * BLOCK_R + tl.arange(0, BLOCK_R)
         k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)
@@ -152,7 +152,7 @@ def _backward_dkdv(
         dv = tl.zeros([BLOCK_R, BLOCK_K], m_ptr.dtype.element_ty)
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
-            token = load_tokens(order_ptr + b * L, place, end, shift)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
             row = (b * H + h) * L + token
@@ -166,7 +166,7 @@ def _backward_dkdv(
             dv += dot(cast(p, dout.dtype), dout)
             dscores = p * (dot(v, tl.trans(dout)) - delta[None, :])
             dk += dot(cast(dscores, q.dtype), q)
-        slot = tl.load(items_ptr + item * 6 + 5).to(tl.int64)
+        slot = tl.load(items_ptr + item * 5 + 4).to(tl.int64)
         if slot < 0:
             first = ((b * N + n) * R * H + h) * K
             store_rows(dk_ptr + first, r, H * K, r < R, dk * SCALE, K, BLOCK_K)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kernels import compare, work_list
 from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
 from kernels.runtime import INTERPRET, cast, launch, poisoned, replaced
-from kernels.work_list import UNORDERED, build_work_list, choose_chunks
+from kernels.work_list import build_work_list, choose_chunks
 from miniflamingo import xattn
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
@@ -146,12 +146,10 @@ def listed(phi, N, chunks):
 def slots_of(items, order, phi, chunk):
     """Check items against phi -> {(batch row, image): the slots of its items}."""
     seen, slots = torch.zeros_like(phi), {}
-    for b, image, begin, end, shift, slot in items.tolist():
+    for b, image, begin, end, slot in items.tolist():
         assert 0 <= begin <= end <= begin + chunk and end <= phi.shape[1]
         tokens = order[b, begin:end].tolist()
         assert (phi[b, tokens] == image).all() and tokens == sorted(tokens)
-        if shift != UNORDERED:
-            assert tokens == list(range(begin + shift, end + shift))
         seen[b, tokens] += 1
         slots.setdefault((b, image), []).append(slot)
     assert (seen == 1).all()
@@ -169,28 +167,24 @@ def test_work_list_holds_every_token_once(data):
     phi = torch.where((given_phi >= 0) & (given_phi <= N), given_phi, 0)
     order, items, backward, splits = listed(given_phi, N, chunks)
     assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
-    forward_slots = slots_of(items, order, phi, chunks[0])
-    assert {s for slots in forward_slots.values() for s in slots} <= {-1}
+    forward_slots, slots = (
+        slots_of(items, order, phi, chunks[0]),
+        slots_of(backward, order, phi, chunks[1]),
+    )
+    assert {s for own in forward_slots.values() for s in own} <= {-1}
     images = {(b, n) for b in range(B) for n in range(1, N + 1)}
-    slots = slots_of(backward, order, phi, chunks[1])
-    assert images == slots.keys() - {(b, 0) for b in range(B)} == forward_slots.keys() - {
-        (b, 0) for b in range(B)
-    }
-    # an image with more tokens than an item has slots, one after the other, and is listed
-    counts = {(b, n): int((phi[b] == n).sum()) for b, n in images}
-    shared = {image for image, count in counts.items() if count > chunks[1]}
-    expected = {}
-    for b, n in images:
-        assert len(slots[b, n]) == max(1, -(-counts[b, n] // chunks[1]))
-        if (b, n) in shared:
-            expected[b * N + n - 1] = [slots[b, n][0], len(slots[b, n])]
-            assert slots[b, n] == list(range(slots[b, n][0], slots[b, n][0] + len(slots[b, n])))
-        else:
-            assert slots[b, n] == [-1]
-    assert {i: [slot, n] for i, slot, n in splits.tolist() if n} == expected
-    used = [s for image in images for s in slots[image] if s >= 0]
-    num_slots = B * work_list.most_splits(N, L, chunks[1])[1]
-    assert len(set(used)) == len(used) and all(s < num_slots for s in used)
+    assert images <= slots.keys() and images <= forward_slots.keys()
+    used, expected = [], {}
+    for b, n in images:  # one with more tokens than an item has slots side by side, and is listed
+        count = -(-int((phi[b] == n).sum()) // chunks[1])
+        first = slots[b, n][0]
+        assert slots[b, n] == ([*range(first, first + count)] if count > 1 else [-1])
+        if count > 1:
+            expected[b * N + n - 1] = [first, count]
+            used += slots[b, n]
+    assert {i: [first, count] for i, first, count in splits.tolist() if count} == expected
+    assert len(set(used)) == len(used)
+    assert all(0 <= s < B * work_list.most_splits(N, L, chunks[1])[1] for s in used)
 
 
 @pytest.mark.parametrize("N,L,chunk", [(1, 9, 4), (3, 9, 4), (2, 20, 4), (5, 4, 4), (0, 9, 4)])
@@ -201,16 +195,6 @@ def test_no_more_room_for_partial_sums_than_some_phi_needs(N, L, chunk):
     split = [[-(-n // chunk) for n in count if n > chunk] for count in counts]
     most = max(map(len, split)), max(map(sum, split))
     assert work_list.most_splits(N, L, chunk) == most
-
-
-def test_a_run_in_order_needs_no_order():
-    phi = torch.tensor([[1, 1, 2, 0, 0, 3], [1, 2, 1, 3, 3, 0]])
-    _, items, _, _ = listed(phi, 3, (2, 2))
-    shifts = {(b, n): shift for b, n, begin, end, shift, _ in items.tolist() if begin < end}
-    assert shifts == {
-        (0, 0): 3, (0, 1): -2, (0, 2): -2, (0, 3): 0,
-        (1, 0): 5, (1, 1): UNORDERED, (1, 2): -2, (1, 3): -1,
-    }  # fmt: skip
 
 
 def test_long_rows_and_many_images():

@@ -315,7 +315,7 @@ needs_kernels = pytest.mark.skipif(layers.MISSING is not None, reason=str(layers
 
 
 def decoding_step(dtype=torch.float32, **options):
-    """A layer, y [3, 1, D], the images' keys and values, and phi: no image, the second, the last."""
+    """A layer, y [3, 1, D], the images' keys and values, and phi: none, image 2, image 3."""
     layer, y, media, _ = open_layer(dtype, **options)
     y, media = torch.cat([y, y])[:3, :1], torch.cat([media, media])[:3]
     with torch.no_grad():
