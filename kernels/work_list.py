@@ -206,18 +206,22 @@ def _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M: tl.constexpr):
 def store_split(splits_ptr, owner, slot, run, runs, begin, end, chunk):
     """List the runs that have several items, of some of 1..runs -> their first slots, or -1.
 
-    owner and slot are the number of run 1 and of the first slot. The list has a place for a run
-    wherever `most_splits` grows by it; without several items, that place says that it has no slots.
+    owner and slot are the number of run 1 and of the first slot. The list has as many places for a
+    run as `most_splits` grows by it; all but the first of a run with several items say: no slots.
     """
     place, slots = _most_splits(tl.maximum(run - 1, 0), begin, chunk)
     next_place, _ = _most_splits(run, end, chunk)
-    is_listed = (next_place > place) & (run <= runs)
+    room = tl.where(run <= runs, next_place - place, 0)
     is_split = (run > 0) & (end - begin > chunk)
     slot = (slot + slots).to(tl.int32)
     splits_ptr += place * 3
-    tl.store(splits_ptr, (owner + run - 1).to(tl.int32), is_listed)
-    tl.store(splits_ptr + 1, slot, is_listed)
-    tl.store(splits_ptr + 2, tl.where(is_split, (end - begin + chunk - 1) // chunk, 0), is_listed)
+    count = tl.where(is_split, (end - begin + chunk - 1) // chunk, 0)
+    for i in range(0, tl.max(room)):
+        tl.store(splits_ptr, (owner + run - 1).to(tl.int32), i < room)
+        tl.store(splits_ptr + 1, slot, i < room)
+        tl.store(splits_ptr + 2, count, i < room)
+        splits_ptr += 3
+        count = tl.zeros_like(count)
     return tl.where(is_split, slot, -1)
 
 

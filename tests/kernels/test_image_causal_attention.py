@@ -197,6 +197,14 @@ def test_no_more_room_for_partial_sums_than_some_phi_needs(N, L, chunk):
     assert work_list.most_splits(N, L, chunk) == most
 
 
+def test_a_long_run_after_short_ones_fills_all_its_places_in_the_splits():
+    phi = torch.tensor([[1, 2, 3, 4, *[5] * 12, 6]])
+    order, _, backward, splits = listed(phi, 6, (2, 2))
+    assert [row for row in splits.tolist() if row[2]] == [[4, *splits[1, 1:].tolist()]]
+    assert len(splits) == 5 and splits[:, 2].tolist() == [0, 6, 0, 0, 0]
+    assert slots_of(backward, order, phi, 2)[0, 5] == list(range(splits[1, 1], splits[1, 1] + 6))
+
+
 def test_long_rows_and_many_images():
     """More tokens than a program takes at a time, and more items."""
     generator = torch.Generator().manual_seed(0)
