@@ -49,7 +49,16 @@ from .common.runtime import (
     torch,
     triton,
 )
-from .common.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
+from .common.work_list import (
+    WorkList,
+    build_work_list,
+    choose_chunks,
+    count_items,
+    launch_list,
+    load_item,
+    store_zeros,
+    sum_partials,
+)
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -192,11 +201,12 @@ def _launch_backward(dout, q, k, v, work):
     precise = torch.promote_types(q.dtype, torch.float32)
     parts = [allocate((work.num_slots, R, H, K), precise, q.device) for _ in "kv"]
     launch(
-        _backward, len(work.items) * H, dout, q, k, v, dq, dk, dv, *parts, work.order, work.items,
+        _backward, len(work.backward_items) * H, dout, q, k, v, dq, dk, dv, *parts,
+        work.order, work.backward_items,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], L, N, H,
         **options_for(_backward, K, q.dtype, R),
     )  # fmt: skip
-    sum_partials(parts, (dk, dv), work)
+    sum_partials(parts, (dk, dv), work.splits)
     return dq, dk, dv
 
 
@@ -206,7 +216,8 @@ def launch_examples(K, dtype, R):
     q = torch.empty((B, L, H, K), dtype=dtype, device="meta")
     k = torch.empty((B, N, R, H, K), dtype=dtype, device="meta")
     phi = torch.empty((B, L), dtype=torch.int32, device="meta")
-    work = build_work_list(phi, N, heads=H, check=False)
+    chunks = choose_chunks(B * L * H)
+    work = WorkList(*launch_list(phi, N, *chunks), (B, L, N), chunks)
     _launch_forward(q, k, k, work)
     _launch_backward(q, q, k, k, work)
 
@@ -217,28 +228,32 @@ def launch_examples(K, dtype, R):
 @operator("image_causal_attention")
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
+    order: torch.Tensor, items: torch.Tensor, backward_items: torch.Tensor, splits: torch.Tensor,
+    chunk: int,
 ) -> torch.Tensor:  # fmt: skip
-    work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
+    shape = *q.shape[:2], k.shape[1]
+    work = WorkList(order, items, backward_items, splits, shape, (None, chunk))
     return _launch_forward(*map(rows_contiguous, (q, k, v)), work)
 
 
 @operator("image_causal_attention_backward")
 def _attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
+    order: torch.Tensor, items: torch.Tensor, backward_items: torch.Tensor, splits: torch.Tensor,
+    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
+    shape = *q.shape[:2], k.shape[1]
+    work = WorkList(order, items, backward_items, splits, shape, (None, chunk))
     return _launch_backward(*map(rows_contiguous, (dout, q, k, v)), work)
 
 
 @_attention.register_fake
-def _(q, k, v, order, items, splits, chunk):
+def _(q, k, v, *work):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, order, items, splits, chunk):
+def _(dout, q, k, v, *work):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
@@ -248,7 +263,7 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _run_backward(ctx, dout):
-    return *_attention_backward(dout, *ctx.saved_tensors, ctx.chunk), None, None, None, None
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.chunk), *[None] * 5
 
 
 _attention.register_autograd(_run_backward, setup_context=_save_inputs)
@@ -268,7 +283,7 @@ def image_causal_attention(q, k, v, phi, work=None, check=True):
     GPU a work list needs the very tensor that it was built from. ValueError otherwise.
     """
     work = _prepare(q, k, v, phi, work, check)
-    return _attention(q, k, v, work.order, work.items, work.splits, work.chunk)
+    return _attention(q, k, v, *work[:4], work.chunks[1])
 
 
 def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
@@ -276,7 +291,7 @@ def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
     work = _prepare(q, k, v, phi, work, check)
     if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
         raise ValueError(f"dout must be like q, {describe(q)}, got {describe(dout)}")
-    return _attention_backward(dout, q, k, v, work.order, work.items, work.splits, work.chunk)
+    return _attention_backward(dout, q, k, v, *work[:4], work.chunks[1])
 
 
 def _prepare(q, k, v, phi, work, check):
@@ -292,7 +307,8 @@ def _prepare(q, k, v, phi, work, check):
             f"work must be for (B, L, N) = {(B, L, N)} on {q.device}, "
             f"got {work.shape} on {work.order.device}"
         )
-    if work.source is None or len(work.items) != B * (N + 1) + B * L // work.chunk:
+    found = len(work.items), len(work.backward_items)
+    if work.source is None or found != count_items(work.shape, work.chunks):
         raise ValueError("work must be as build_work_list returns it, got one that was changed")
     work.source.check(phi, check)
     return work

@@ -226,15 +226,16 @@ def launch_backward(dout, q, k, v, work):
     parts = [allocate((work.num_slots, R, H, K), precise, q.device) for _ in "kv"]
     statistics = [allocate((B, H, L), precise, q.device) for _ in range(3)]
     strides = *dout.stride()[:3], *q.stride()[:3], *k.stride()[:4], *v.stride()[:4]
-    programs = len(work.items) * H
+    items = work.backward_items
+    programs = len(items) * H
     launch(
-        _backward_dq, programs, dout, q, k, v, dq, *statistics, work.order, work.items,
+        _backward_dq, programs, dout, q, k, v, dq, *statistics, work.order, items,
         *strides, L, H, **options_for(_backward_dq, K, q.dtype, R),
     )  # fmt: skip
     options = options_for(_backward_dkdv, K, q.dtype, R)
     launch(
         _backward_dkdv, programs * triton.cdiv(R, options["BLOCK_R"]), dout, q, k, v, dk, dv,
-        *parts, *statistics, work.order, work.items, *strides, L, N, H, **options,
+        *parts, *statistics, work.order, items, *strides, L, N, H, **options,
     )  # fmt: skip
-    sum_partials(parts, (dk, dv), work)
+    sum_partials(parts, (dk, dv), work.splits)
     return dq, dk, dv

@@ -42,7 +42,14 @@ The launch options and the split were not chosen by measured time. float64, for 
 exists in the interpreter alone.
 """
 
-from .common.feature_list import FeatureList, build_feature_list, build_padded_list, load_features
+from .common.feature_list import (
+    FeatureList,
+    build_feature_list,
+    build_padded_list,
+    choose_chunk,
+    launch_list,
+    load_features,
+)
 from .common.runtime import (
     ALL_REGISTERS,
     LOG2E,
@@ -137,8 +144,10 @@ def _resample_merge(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x = sum(2^m_i x_i) / sum(2^m_i total_i) over the parts i of an image that has several."""
-    b, h, r = locate(H, R, BLOCK_M)
-    slot, slots = tl.load(splits_ptr + b * 2).to(tl.int64), tl.load(splits_ptr + b * 2 + 1)
+    split, h, r = locate(H, R, BLOCK_M)
+    splits_ptr += split * 3
+    b, slot = tl.load(splits_ptr).to(tl.int64), tl.load(splits_ptr + 1).to(tl.int64)
+    slots = tl.load(splits_ptr + 2)
     if slots > 0:
         ACC: tl.constexpr = m_part_ptr.dtype.element_ty
         m = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -396,12 +405,12 @@ def _partials(features, R, H, K, dtype, device):
 
 def _merge(parts, m, inverse, x, features, statistics):
     """Merge partial results into x [B, R, H, K], and into m and inverse [B, R, H] if asked."""
-    B, R, H, K = x.shape
+    _, R, H, K = x.shape
     if features.num_slots:
         options = dict(R=R, K=K, STATISTICS=statistics, BLOCK_M=8)
         launch(
-            _resample_merge, B * H * triton.cdiv(R, 8), *parts, m, inverse, x, features.splits, H,
-            **options, BLOCK_K=triton.next_power_of_2(K),
+            _resample_merge, len(features.splits) * H * triton.cdiv(R, 8), *parts, m, inverse, x,
+            features.splits, H, **options, BLOCK_K=triton.next_power_of_2(K),
         )  # fmt: skip
 
 
@@ -436,7 +445,7 @@ def _launch_backward(dout, q, k_x, v_x, k_l, v_l, features):
     start(_resample_stats, parts)
     _merge(parts, *statistics, features, statistics=True)
     start(_resample_dq, (grads[0], dq_part))
-    sum_partials([dq_part], grads[:1], features)
+    sum_partials([dq_part], grads[:1], features.splits)
     start(_resample_dkdv, grads[1:])
     return tuple(grads)
 
@@ -447,7 +456,9 @@ def launch_examples(K, dtype, R):
     q = torch.empty((B, R, H, K), dtype=dtype, device="meta")
     x = torch.empty((total, H, K), dtype=dtype, device="meta")
     offsets = torch.empty(B + 1, dtype=torch.int32, device="meta")
-    features = build_feature_list(offsets, total, heads=H, check=False)
+    chunk = choose_chunk(B, total, H)
+    launch_list(offsets, 8 * 225, 225, chunk)  # padded, as lengths; of packed features, as offsets:
+    features = FeatureList(*launch_list(offsets, total, -1, chunk), (B, total), chunk)
     _launch_backward(q, q, x, x, q, q, features)
     _launch_forward(q, x, x, q, q, features)  # last: of _resample_merge, this is the larger launch
 

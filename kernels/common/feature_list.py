@@ -2,16 +2,25 @@
 
 Images and clips share a batch, each with its own number of features, possibly none. Their features
 lie in one tensor, image after image: packed (told by offsets), or padded to M rows an image (told
-by lengths). They are cut into items of at most `chunk` features, on the device and without waiting
-for it, by the same `cut_runs` as the tokens of image-causal attention. Every image has at least one
-item, and the first of them also takes the latents. Letters: B images of the batch, M features of a
-padded image, `total` rows of features.
+by lengths). They are cut into items of at most `chunk` features, by one kernel and without waiting
+for the device, as the tokens of image-causal attention are (see work_list.py). Every image has at
+least one item, and the first of them also takes the latents. Letters: B images of the batch, M
+features of a padded image, `total` rows of features.
 """
 
 from typing import NamedTuple
 
-from .runtime import describe, tl, torch, triton
-from .work_list import INTEGERS, Source, check_chunk, cut_runs
+from .runtime import describe, launch, operator, tl, torch, triton
+from .work_list import (
+    INTEGERS,
+    Source,
+    check_chunk,
+    check_device,
+    cut,
+    locate_items,
+    most_splits,
+    store_split,
+)
 
 
 class FeatureList(NamedTuple):
@@ -20,7 +29,7 @@ class FeatureList(NamedTuple):
     # int32 [I, 6]: image (-1: none); begin and end of its features; where the padding behind them
     # ends; slot for partial sums (-1: the image has no other item); 1 if it takes the latents, or 0
     items: torch.Tensor
-    splits: torch.Tensor  # int32 [B, 2]: an image's first slot and its number of slots, or 0
+    splits: torch.Tensor  # int32 [S, 3]: an image, its first slot and its number of slots, or 0
     shape: tuple  # (B, total)
     chunk: int  # the most features of an item
     source: Source | None = None  # offsets or lengths; None inside the operators
@@ -28,8 +37,7 @@ class FeatureList(NamedTuple):
     @property
     def num_slots(self):
         """Room for partial sums: at most this many items share their image with another."""
-        B, total = self.shape
-        return 0 if total <= self.chunk else total // self.chunk + min(B, total // (self.chunk + 1))
+        return most_splits(*self.shape, self.chunk)[1]
 
 
 def build_feature_list(offsets, total, heads=1, check=True, chunk=None):
@@ -47,9 +55,7 @@ def build_feature_list(offsets, total, heads=1, check=True, chunk=None):
             raise ValueError(
                 f"offsets must rise from 0 to {total}, the number of features, got {read}"
             )
-    bounds = offsets.long().clamp(0, total).cummax(0).values
-    bounds[-1:] = total
-    return _cut(bounds, bounds[1:], total, heads, chunk, Source.of("offsets", offsets))
+    return _list("offsets", offsets, total, -1, heads, chunk)
 
 
 def build_padded_list(lengths, M, heads=1, check=True, chunk=None):
@@ -63,26 +69,17 @@ def build_padded_list(lengths, M, heads=1, check=True, chunk=None):
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > M:
             raise ValueError(f"lengths must lie in 0..{M} (M = {M} features), got {low}..{high}")
-    B = len(lengths)
-    starts = torch.arange(B + 1, device=lengths.device) * M
-    ends = starts[:-1] + lengths.long().clamp(0, M)
-    return _cut(starts, ends, B * M, heads, chunk, Source.of("lengths", lengths))
+    return _list("lengths", lengths, len(lengths) * M, M, heads, chunk)
 
 
-def _cut(bounds, ends, total, heads, chunk, source):
-    """bounds [B + 1] of the images' rows, ends [B] of their features -> FeatureList."""
+def _list(name, given, total, M, heads, chunk):
+    """The FeatureList of given lengths or, with M = -1, offsets."""
     check_chunk(chunk)
-    B = len(ends)
+    check_device(name, given)
+    B = len(given) - (M < 0)
     chunk = chunk or choose_chunk(B, total, heads)
-    pad = torch.nn.functional.pad
-    runs, ends = pad(bounds, (1, 0)), pad(ends, (1, 0))  # cut_runs counts from "image 0"
-    runs[-1:] = total  # no image at all: then the rows are padding
-    items, splits = cut_runs(runs[None], total, chunk)
-    image, begin, stop, slot = items[:, 1:].unbind(1)
-    end = torch.maximum(begin, torch.minimum(stop, ends[image]))
-    latents = (image > 0) & (begin == runs[image])
-    items = torch.stack([image - 1, begin, end, stop, slot, latents], dim=1)
-    return FeatureList(items.int(), splits.int(), (B, total), chunk, source)
+    lists = _build(given, total, M, chunk)
+    return FeatureList(*lists, (B, total), chunk, Source.of(name, given))
 
 
 def choose_chunk(B, total, heads):
@@ -95,6 +92,81 @@ def choose_chunk(B, total, heads):
     while chunk > 128 and total // chunk * heads < 256:
         chunk //= 2
     return chunk
+
+
+# --- building it --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_features(
+    given_ptr, items_ptr, splits_ptr, stride, B, total, M, chunk,
+    PADDED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr = 128,
+    PARTS: tl.constexpr = 32,
+):  # fmt: skip
+    # images, counted from 1; 0 are rows that come before all images
+    run = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if PADDED:
+        begin, stop = tl.maximum(run - 1, 0) * M, run * M
+        is_image = (run > 0) & (run <= B)
+        length = tl.load(given_ptr + (run - 1) * stride, is_image, other=0).to(tl.int64)
+        end = begin + tl.minimum(tl.maximum(length, 0), M).to(tl.int32)
+    else:
+        begin = _largest(given_ptr, stride, run, B, total, BLOCK)
+        stop = tl.where(run < B, _largest(given_ptr, stride, run + 1, B, total, BLOCK), total)
+        end = tl.where(run > 0, stop, 0)
+    slot = store_split(splits_ptr, 0, 0, run, B, begin, stop, chunk)
+    place, room, count = cut(run, B, begin, stop, chunk)
+    count = tl.where(run > 0, count, 0)
+    for start in range(0, tl.max(room), PARTS):
+        part, item_begin, item_stop = locate_items(begin, stop, chunk, start, PARTS)
+        item, is_item = items_ptr + (place[:, None] + part) * 6, part < count[:, None]
+        is_listed, item_end = part < room[:, None], tl.minimum(item_stop, end[:, None])
+        tl.store(item, tl.where(is_item, run[:, None] - 1, -1), is_listed)
+        tl.store(item + 1, item_begin, is_listed)
+        tl.store(item + 2, tl.maximum(item_begin, item_end), is_listed)
+        tl.store(item + 3, item_stop, is_listed)
+        is_shared = is_item & (slot >= 0)[:, None]
+        tl.store(item + 4, tl.where(is_shared, slot[:, None] + part, -1), is_listed)
+        tl.store(item + 5, (is_item & (part == 0)).to(tl.int32), is_listed)
+
+
+@triton.jit
+def _largest(offsets_ptr, stride, count, B, total, BLOCK: tl.constexpr):
+    """The largest of the first `count` offsets, clamped into 0..total: in order, whatever comes."""
+    largest = tl.zeros_like(count).to(tl.int64)
+    for start in range(0, tl.minimum(tl.max(count), B + 1), BLOCK):
+        i = (start + tl.arange(0, BLOCK))[None, :]
+        is_before = (i < count[:, None]) & (i <= B)
+        offset = tl.load(offsets_ptr + i * stride, is_before, other=0).to(tl.int64)
+        largest = tl.maximum(largest, tl.max(tl.minimum(offset, total), 1))
+    return largest.to(tl.int32)
+
+
+def launch_list(given, total, M, chunk):
+    """Start the kernel -> items, splits, as in FeatureList; M is -1 for offsets."""
+    B, lists = len(given) - (M < 0), _empty_lists(given, total, M, chunk)
+    BLOCK_B = min(16, triton.next_power_of_2(B + 1))
+    launch(
+        _list_features, triton.cdiv(B + 1, BLOCK_B), given, *lists, given.stride(0), B, total, M,
+        chunk, PADDED=M >= 0, BLOCK_B=BLOCK_B,
+    )  # fmt: skip
+    return lists
+
+
+def _empty_lists(given, total, M, chunk):
+    B = len(given) - (M < 0)
+    shapes = (B + 1 + total // chunk, 6), (most_splits(B, total, chunk)[0], 3)
+    return tuple(torch.empty(s, dtype=torch.int32, device=given.device) for s in shapes)
+
+
+@operator("feature_list")
+def _build(
+    given: torch.Tensor, total: int, M: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_list(given, total, M, chunk)
+
+
+_build.register_fake(_empty_lists)
 
 
 @triton.jit

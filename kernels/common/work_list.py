@@ -5,11 +5,30 @@ row's tokens are sorted by the image they attend to (a stable sort, so any phi w
 image's run of tokens is cut into items of at most `chunk`. Tokens that attend to nothing are items
 of "image 0"; an image that nobody attends to owns one empty item. Letters: B batch, L text tokens,
 N images of a row, R visual tokens of an image, H heads, K head width.
+
+Algorithm. One kernel; a program takes up to 8 images of a row (0 among them). It counts the row's
+tokens of earlier images and of its own, which says where a run begins and ends in order, then
+writes its own tokens there. No program needs another's result, because places in the lists follow
+from begin and end alone: the first item of image n stands at n + begin // chunk, the first slot
+after as many as runs of more than chunk tokens can need in `begin` tokens. That leaves gaps, which
+are filled with items of nothing. Work: B * (N + 1) * L comparisons.
+
+Tested (interpreter): any phi, B, L and N from 0; not tested: any GPU.
 """
 
 from typing import NamedTuple
 
-from .runtime import cast, launch, store_rows, tl, torch, triton
+from .runtime import (
+    INTERPRET,
+    cast,
+    describe,
+    launch,
+    operator,
+    store_rows,
+    tl,
+    torch,
+    triton,
+)
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -56,21 +75,30 @@ def check_chunk(chunk):
         raise ValueError(f"chunk must be an integer above 0, got {chunk!r}")
 
 
+def check_device(name, x):
+    """ValueError unless kernels can read the tensor here."""
+    if not (INTERPRET.value or x.is_cuda):
+        raise ValueError(f"{name} must be on a GPU (cuda), got {describe(x)}")
+
+
 class WorkList(NamedTuple):
     """The tokens of a batch grouped by image; depends on phi alone, so all layers share one."""
 
     order: torch.Tensor  # int32 [B, L]: each row's tokens, image by image
-    items: torch.Tensor  # int32 [I, 5]: batch row, image (0: none), begin and end in order, slot
-    splits: torch.Tensor  # int32 [B*N, 2]: an image's first slot and its number of slots, or 0
+    # int32 [I, 5]: batch row, image (0: none), begin and end in order; a slot for its partial sums,
+    # if other items share the image, else -1
+    items: torch.Tensor  # of the forward pass, which needs no slots, and has none
+    backward_items: torch.Tensor
+    splits: torch.Tensor  # int32 [S, 3]: one of B*N images, its first slot and how many, or 0
     shape: tuple  # (B, L, N)
-    chunk: int  # the most tokens of an item
+    chunks: tuple  # the most tokens of an item, forward and backward
     source: Source | None = None  # phi; None inside the operators, which are given the rest
 
     @property
     def num_slots(self):
         """Room for partial sums: at most this many items share their image with another."""
         B, L, N = self.shape
-        return B * L // self.chunk + min(B * N, B * L // (self.chunk + 1))
+        return B * most_splits(N, L, self.chunks[1])[1]
 
 
 def build_work_list(phi, N, heads=1, check=True, chunk=None):
@@ -79,42 +107,28 @@ def build_work_list(phi, N, heads=1, check=True, chunk=None):
     N images in a row; heads is that of the attention, from which `chunk` follows by default. All
     sizes are known on the host, so nothing waits for the device, except that check=True reads phi
     there (see check_phi); unchecked, a phi outside 0..N counts as 0. The list is for this phi, as
-    it is now (see Source.check). ValueError as check_phi, and for a wrong chunk.
+    it is now (see Source.check). ValueError as check_phi, and for a wrong chunk or device.
     """
     check_phi(phi, N, check)
     check_chunk(chunk)
-    (B, L), source = phi.shape, Source.of("phi", phi)
-    chunk = chunk or choose_chunk(B * L * heads)
-    phi = phi.long()
-    phi = torch.where((phi >= 0) & (phi <= N), phi, 0)
-    ordered, order = phi.sort(dim=1, stable=True)
-    images = torch.arange(N + 2, device=phi.device).repeat(B, 1)  # image 0 stands for no image
-    runs = torch.searchsorted(ordered, images)  # [B, N + 2]: where each image's run begins in order
-    items, splits = cut_runs(runs, L, chunk)
-    order = order.int().contiguous()  # sorting keeps phi's strides
-    return WorkList(order, items.int(), splits.int(), (B, L, N), chunk, source)
+    check_device("phi", phi)
+    chunks = (chunk, chunk) if chunk else choose_chunks(phi.numel() * heads)
+    return WorkList(*_build(phi, N, *chunks), (*phi.shape, N), chunks, Source.of("phi", phi))
 
 
-def cut_runs(runs, L, chunk):
-    """Cut the runs of tokens into items -> items [I, 5], splits [B*N, 2], as in WorkList."""
-    B, images = runs.shape[0], runs.shape[1] - 1  # images count "image 0"
-    begin, end = runs[:, :-1].flatten(), runs[:, 1:].flatten()  # of each run, [B * images]
-    count = ((end - begin + chunk - 1) // chunk).clamp(min=1)  # of items, also for an empty run
-    last = count.cumsum(0)
-    item = torch.arange(len(count) + B * L // chunk, device=runs.device)  # as many as can be
-    run = torch.searchsorted(last, item, right=True)  # the item's; beyond all runs, it is spare
-    spare, run = run >= len(count), run.clamp(max=max(len(count) - 1, 0))
-    part = item - (last - count)[run]
-    image = torch.where(spare, 0, run % images)
-    # partial sums: only images with several items have slots
-    is_split = (count > 1) & (torch.arange(len(count), device=runs.device) % images > 0)
-    slots = torch.where(is_split, count, 0)
-    first_slot = slots.cumsum(0) - slots
-    slot = torch.where(is_split[run] & ~spare, first_slot[run] + part, -1)
-    begin = begin[run] + part * chunk
-    end = torch.where(spare, begin, torch.minimum(begin + chunk, end[run]))
-    splits = torch.stack([first_slot, slots], dim=1).view(B, images, 2)[:, 1:].reshape(-1, 2)
-    return torch.stack([run // images, image, begin, end, slot], dim=1), splits
+def count_items(shape, chunks):
+    """How many items a list of shape (B, L, N) has, for each of two chunks."""
+    B, L, N = shape
+    return tuple(B * (N + 1 + L // chunk) for chunk in chunks)
+
+
+def most_splits(runs, tokens, chunk):
+    """The most of `runs` runs that can be longer than chunk, with so many tokens, and their items.
+
+    Also the most of both that come before a place in order: hence the places of what comes there.
+    """
+    splits = min(runs, tokens // (chunk + 1))
+    return splits, splits + (tokens - splits) // chunk if splits else 0
 
 
 def check_phi(phi, N, check=True):
@@ -127,13 +141,161 @@ def check_phi(phi, N, check=True):
             raise ValueError(f"phi must lie in 0..{N} (N = {N} images), got {low}..{high}")
 
 
-def choose_chunk(rows):
-    """Tokens of an item, 64 to 512, for B*L*H = rows: long enough that partial sums stay cheap,
-    short enough that one image alone gives 512 programs, about four for each processor of a GPU."""
+def choose_chunks(rows):
+    """Tokens of an item, forward and backward, for B*L*H = rows.
+
+    Short enough that one image alone gives 512 programs, about four for each processor of a GPU;
+    in the backward pass, of which two fit a processor, 256, so that it has half the partial sums.
+    """
+    return tuple(_longest(rows // programs, most) for programs, most in ((512, 512), (256, 2048)))
+
+
+def _longest(rows, most):  # the power of two, 64 to most, that is at most rows
     chunk = 64
-    while chunk < 512 and rows // (2 * chunk) >= 512:
+    while chunk < most and 2 * chunk <= rows:
         chunk *= 2
     return chunk
+
+
+# --- building it --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_work(
+    phi_ptr, order_ptr, items_ptr, backward_ptr, splits_ptr, phi_b, phi_l, L, N,
+    chunk, backward_chunk, num_splits, num_slots, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N + 1, BLOCK_N)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    image = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    phi_ptr += b * phi_b
+    earlier = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    own = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for start in range(0, L, BLOCK_M):
+        token, n = _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M)
+        earlier += (n < image[:, None]).to(tl.int32)
+        own += (n == image[:, None]).to(tl.int32)
+    begin = tl.sum(earlier, 1)
+    end = begin + tl.sum(own, 1)
+    order_ptr += b * L
+    place = begin  # in order, of the next of each image's tokens
+    for start in range(0, L, BLOCK_M):
+        token, n = _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M)
+        own = (n == image[:, None]).to(tl.int32)
+        places = place[:, None] + tl.cumsum(own, 1) - own
+        tl.store(order_ptr + places, tl.broadcast_to(token, [BLOCK_N, BLOCK_M]), own > 0)
+        place += tl.sum(own, 1)
+    splits_ptr += b * num_splits * 3
+    slot = store_split(splits_ptr, b * N, b * num_slots, image, N, begin, end, backward_chunk)
+    items_ptr += b * (N + 1 + L // chunk) * 5
+    backward_ptr += b * (N + 1 + L // backward_chunk) * 5
+    _store_items(items_ptr, b, image, N, begin, end, tl.full([BLOCK_N], -1, tl.int32), chunk)
+    _store_items(backward_ptr, b, image, N, begin, end, slot, backward_chunk)
+
+
+@triton.jit
+def _load_images(phi_ptr, start, phi_l, L, N, BLOCK_M: tl.constexpr):
+    """Some tokens and their images, [1, M] both; a token past the end has none of 0..N."""
+    token = (start + tl.arange(0, BLOCK_M))[None, :]
+    n = tl.load(phi_ptr + token.to(tl.int64) * phi_l, token < L, other=0).to(tl.int64)
+    n = tl.where((n >= 0) & (n <= N), n, 0).to(tl.int32)
+    return token, tl.where(token < L, n, 2**31 - 1)
+
+
+@triton.jit
+def store_split(splits_ptr, owner, slot, run, runs, begin, end, chunk):
+    """List the runs that have several items, of some of 1..runs -> their first slots, or -1.
+
+    owner and slot are the number of run 1 and of the first slot. The list has as many places for a
+    run as `most_splits` grows by it; all but the first of a run with several items say: no slots.
+    """
+    place, slots = _most_splits(tl.maximum(run - 1, 0), begin, chunk)
+    next_place, _ = _most_splits(run, end, chunk)
+    room = tl.where(run <= runs, next_place - place, 0)
+    is_split = (run > 0) & (end - begin > chunk)
+    slot = (slot + slots).to(tl.int32)
+    splits_ptr += place * 3
+    count = tl.where(is_split, (end - begin + chunk - 1) // chunk, 0)
+    for i in range(0, tl.max(room)):
+        tl.store(splits_ptr, (owner + run - 1).to(tl.int32), i < room)
+        tl.store(splits_ptr + 1, slot, i < room)
+        tl.store(splits_ptr + 2, count, i < room)
+        splits_ptr += 3
+        count = tl.zeros_like(count)
+    return tl.where(is_split, slot, -1)
+
+
+@triton.jit
+def _most_splits(runs, tokens, chunk):
+    splits = tl.minimum(runs, tokens // (chunk + 1))
+    return splits, tl.where(splits > 0, splits + (tokens - splits) // chunk, 0)
+
+
+@triton.jit
+def cut(run, runs, begin, end, chunk):
+    """Cut some of the runs 0..runs into items -> their first place in the list, room, number.
+
+    There may be room for one more item, one of nothing.
+    """
+    room = tl.where(run <= runs, 1 + end // chunk - begin // chunk, 0)
+    return run + begin // chunk, room, tl.maximum((end - begin + chunk - 1) // chunk, 1)
+
+
+@triton.jit
+def locate_items(begin, end, chunk, start, PARTS: tl.constexpr):
+    """Items start.. of some runs: their numbers [1, PARTS], and what they hold, [runs, PARTS]."""
+    part = (start + tl.arange(0, PARTS))[None, :]
+    item_begin = begin[:, None] + tl.minimum(part * chunk, (end - begin)[:, None])
+    return part, item_begin, tl.minimum(item_begin + chunk, end[:, None])
+
+
+@triton.jit
+def _store_items(items_ptr, b, image, N, begin, end, slot, chunk, PARTS: tl.constexpr = 32):
+    place, room, count = cut(image, N, begin, end, chunk)
+    for start in range(0, tl.max(room), PARTS):
+        part, item_begin, item_end = locate_items(begin, end, chunk, start, PARTS)
+        item, is_item = items_ptr + (place[:, None] + part) * 5, part < count[:, None]
+        is_listed = part < room[:, None]
+        tl.store(item, b.to(tl.int32), is_listed)
+        tl.store(item + 1, tl.where(is_item, image[:, None], 0), is_listed)
+        tl.store(item + 2, item_begin, is_listed)
+        tl.store(item + 3, item_end, is_listed)
+        is_shared = is_item & (slot >= 0)[:, None]
+        tl.store(item + 4, tl.where(is_shared, slot[:, None] + part, -1), is_listed)
+
+
+def launch_list(phi, N, chunk, backward_chunk):
+    """Start the kernel -> order, items, backward_items, splits, as in WorkList.
+
+    With tiles of 4,096 numbers instead of 2,048, sm_90 spills 24 bytes.
+    """
+    B, L = phi.shape
+    num_splits, num_slots = most_splits(N, L, backward_chunk)
+    lists = _empty_lists(phi, N, chunk, backward_chunk)
+    BLOCK_N = min(8, triton.next_power_of_2(N + 1))
+    launch(
+        _list_work, B * triton.cdiv(N + 1, BLOCK_N), phi, *lists, *phi.stride(), L, N,
+        chunk, backward_chunk, num_splits, num_slots,
+        BLOCK_N=BLOCK_N, BLOCK_M=2048 // BLOCK_N, num_warps=8,
+    )  # fmt: skip
+    return lists
+
+
+def _empty_lists(phi, N, chunk, backward_chunk):
+    B, L = phi.shape
+    items = count_items((B, L, N), (chunk, backward_chunk))
+    shapes = (B, L), *((count, 5) for count in items), (B * most_splits(N, L, backward_chunk)[0], 3)
+    return tuple(torch.empty(s, dtype=torch.int32, device=phi.device) for s in shapes)
+
+
+@operator("work_list")
+def _build(
+    phi: torch.Tensor, N: int, chunk: int, backward_chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return launch_list(phi, N, chunk, backward_chunk)
+
+
+_build.register_fake(_empty_lists)
 
 
 # --- what the kernels do with it ----------------------------------------------------------------
@@ -161,26 +323,37 @@ def store_zeros(
 
 
 @triton.jit
-def _sum_partials(part_ptr, out_ptr, splits_ptr, size, BLOCK: tl.constexpr):
-    """Add up the partial sums [slots, size] of each image that has any, into out [B*N, size]."""
+def _sum_partials(
+    part_ptr, out_ptr, more_part_ptr, more_out_ptr, splits_ptr, size,
+    MORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(size, BLOCK)
-    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    slot, slots = tl.load(splits_ptr + image * 2), tl.load(splits_ptr + image * 2 + 1)
+    splits_ptr += tl.program_id(0) // blocks * 3
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image, slot = tl.load(splits_ptr).to(tl.int64), tl.load(splits_ptr + 1).to(tl.int64)
+    slots = tl.load(splits_ptr + 2)
     if slots > 0:
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        part_ptr += slot.to(tl.int64) * size
-        total = tl.zeros([BLOCK], part_ptr.dtype.element_ty)
-        for _ in range(slots):
-            total += tl.load(part_ptr + i, i < size, other=0.0)
-            part_ptr += size
-        total = cast(total, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + image.to(tl.int64) * size + i, total, i < size)
+        _add_up(part_ptr + slot * size, out_ptr + image * size, i, slots, size, BLOCK)
+        if MORE:
+            _add_up(more_part_ptr + slot * size, more_out_ptr + image * size, i, slots, size, BLOCK)
 
 
-def sum_partials(parts, outs, work, BLOCK=1024):
-    """Add up the partial sums of the images that have several items; the others are left alone."""
-    if work.num_slots:
-        for part, out in zip(parts, outs):
-            size = part[0].numel()
-            programs = len(work.splits) * triton.cdiv(size, BLOCK)
-            launch(_sum_partials, programs, part, out, work.splits, size, BLOCK=BLOCK)
+@triton.jit
+def _add_up(part_ptr, out_ptr, i, slots, size, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], part_ptr.dtype.element_ty)
+    for _ in range(slots):
+        total += tl.load(part_ptr + i, i < size, other=0.0)
+        part_ptr += size
+    tl.store(out_ptr + i, cast(total, out_ptr.dtype.element_ty), i < size)
+
+
+def sum_partials(parts, outs, splits, BLOCK=1024):
+    """Add up the partial sums [slots, ...] of split images, into one or two outs [images, ...].
+
+    Images with one item are left alone. One launch; none where no image can be split.
+    """
+    if len(splits):
+        size, more = parts[0][0].numel(), len(parts) > 1
+        programs = len(splits) * triton.cdiv(size, BLOCK)
+        tensors = parts[0], outs[0], parts[-1], outs[-1]
+        launch(_sum_partials, programs, *tensors, splits, size, MORE=more, BLOCK=BLOCK)

@@ -124,6 +124,22 @@ def dense_image_causal_attention(q, k, v, phi, only_last=True):
     return torch.where(has_image[..., None], out, 0)
 
 
+def fused_image_causal_attention(q, k, v, phi, work=None):
+    """The same by a kernel: that of one token a row, where there is one and no work list.
+
+    That one has no gradient, and nothing in it waits for the device or depends on what phi holds,
+    so that a CUDA graph can hold a step of decoding. phi's range is not checked.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[1] == 1 and work is None and not wants_gradient:
+        from ..decode_attention import decode_attention
+
+        return decode_attention(q[:, 0], k, v, phi[:, 0])[:, None]
+    from ..image_causal_attention import image_causal_attention
+
+    return image_causal_attention(q, k, v, phi, work, check=False)
+
+
 class MultiHeadAttention(nn.Module):
     def __init__(self, dim, heads, head_dim, context_dim=None):
         super().__init__()
@@ -276,7 +292,12 @@ class PerceiverResampler(Resampler):
 
 
 def share_work(phi, N, heads, backend):
-    """phi's work list for all layers of a model, or None where no layer will want one."""
+    """phi's work list for all layers of a model, or None where no layer will want one.
+
+    One token a row, as in decoding, wants none where there are no gradients.
+    """
+    if phi.shape[1] == 1 and not torch.is_grad_enabled():
+        return None
     if backend == "torch" or MISSING or (backend == "auto" and not phi.is_cuda):
         return None
     from ..image_causal_attention import build_work_list
@@ -335,9 +356,7 @@ class ImageCausalCrossAttention(MultiHeadAttention):
         q = self.project(self.q_proj, x)
         k, v = (projected.to(q.dtype) for projected in keys_values)  # autocast may come in between
         if choose_backend(backend, q, q.shape[-1], k.shape[2], self.only_last) == "fused":
-            from ..image_causal_attention import image_causal_attention
-
-            return image_causal_attention(q, k, v, phi, work, check=False).flatten(-2)
+            return fused_image_causal_attention(q, k, v, phi, work).flatten(-2)
         return dense_image_causal_attention(q, k, v, phi, self.only_last).flatten(-2)
 
     def forward(self, x, keys_values, phi, backend="auto", work=None):

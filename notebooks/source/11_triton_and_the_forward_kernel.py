@@ -406,12 +406,12 @@ show(
     plots.plot_items(words, work.order[0], work.items, H),
     alt="Eight items with two programs each. Items 0 and 1 hold the four tokens without an image "
     "and store zeros; items 2 and 3 the four tokens of image 1, items 4 and 5 those of image 2; "
-    "item 6 is image 3, without a token; item 7 has nothing to do.",
+    "item 6 has nothing to do; item 7 is image 3, without a token.",
 )
 
 # %% [markdown]
 # The number of items is fixed by B, L, N and the chunk alone, not by φ, so the host never waits for
-# the device to tell it; the price is a spare item such as the last. Item 6 looks useless; module 12
+# the device to tell it; the price is a spare item such as item 6. Item 7 looks useless; module 12
 # needs it, and the slots.
 #
 # ### Exercise 11.4: where does a program read?

@@ -310,9 +310,9 @@ source(kernel._backward.fn)
 phi = np.repeat([0, 1, 2], [5, 7, 3])[None].astype(np.int32)
 (B, L), N, R, H, K = phi.shape, 3, 5, 2, 16
 work = work_list.build_work_list(torch.from_numpy(phi), N, chunk=4)
-order, items, splits = (x.numpy() for x in (work.order, work.items, work.splits))
+order, items, splits = (x.numpy() for x in (work.order, work.backward_items, work.splits))
 print("items: batch row, image, begin, end, slot\n", items)
-print("splits: first slot and slots of images 1, 2, 3:", splits.tolist())
+print("splits: image (from 0), first slot, number of slots:", splits.tolist())
 
 # %%
 rng = np.random.default_rng(1)
@@ -328,11 +328,12 @@ print("images whose dk is still NaN:", 1 + np.flatnonzero(np.isnan(dk[0]).any(ax
 # ## Adding up partial sums
 #
 # Image 1 had two items, whose partial sums wait in slots 0 and 1. A second, small kernel adds them
-# up, one program for each image and block of numbers.
+# up, one program for each image of `splits` and block of numbers.
 #
 # Why split at all? With one image a page there is one run for each page and head. For 8 pages of
 # 2,048 tokens and 16 heads these are 128 programs for the 132 processors of an H100, each with a
-# long loop over its tokens. `choose_chunk` cuts so that some 512 programs are there.
+# long loop over its tokens. `choose_chunks` cuts so that 256 programs are there, two for each
+# processor; of the forward pass, of which more fit a processor and which has no partial sums, 512.
 #
 # ### Exercise 12.3: add up the partial sums
 #
@@ -374,7 +375,9 @@ check("12.3", add_up)
 source(work_list._sum_partials.fn)
 
 # %% [markdown]
-# The kernel, its partial sums added up, equals the library:
+# Its `splits` do not name every image, only as many as some φ can split: an image needs more than a
+# chunk of a row's tokens for that. So no program starts, and no memory waits, for the others. The
+# kernel, its partial sums added up, equals the library:
 
 
 # %%
@@ -395,7 +398,7 @@ for mine, library in zip(grads, xattn.image_causal_attention_backward(dout, q, k
 # %%
 tensors = dict(dout=dout, q=q, k=k, v=v, dq=dq, dk=dk, dv=dv, dk_part=parts[0], dv_part=parts[1])
 tensors = {name: fenced(x) for name, x in tensors.items()}
-tensors |= dict(order=work.order, items=work.items)
+tensors |= dict(order=work.order, items=work.backward_items)
 strides = [s for n, axes in (("dout", 3), ("q", 3), ("k", 4), ("v", 4))
            for s in tensors[n].stride()[:axes]]  # fmt: skip
 sizes = kernel.options_for(kernel._backward, K, torch.float32, R)

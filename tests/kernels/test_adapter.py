@@ -193,6 +193,28 @@ def test_the_kernel_gives_the_same_logits():
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_with_a_cache_the_kernel_for_one_token_writes():
+    from miniflamingo.kernels.common import runtime
+
+    written, launches = [], []
+    for backend in ("torch", "fused"):
+        model, gated, media = with_layers(llama, backend=backend)
+        names = []
+
+        def note(kernel, programs, *args, names=names, **options):
+            names.append(kernel.__name__)
+            kernel[(programs,)](*args, **options)
+
+        with runtime.replaced(launch=note), gated.reading(media, PHI):
+            written.append(generate(model, PROMPT))
+        launches.append(names)
+    assert torch.equal(*written)
+    layers = len(gated)
+    steps = ["_decode"] * layers * 7  # the prompt's pass writes the first of eight tokens
+    assert launches == [[], ["_list_work"] + ["_forward"] * layers + steps]
+
+
 def test_the_whole_decoder_compiles_without_a_graph_break():
     model, gated, media = with_layers(llama)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

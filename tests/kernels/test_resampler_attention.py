@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniflamingo.kernels import resampler_attention
+from miniflamingo.kernels.common import feature_list
 from miniflamingo.kernels.common.feature_list import (
     build_feature_list,
     build_padded_list,
@@ -175,16 +177,18 @@ def test_two_runs_agree_bit_for_bit(chunk, device):
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_list_holds_every_row_once(data):
     M, chunk = (data.draw(st.integers(least, 9)) for least in (0, 1))
     counts = data.draw(st.lists(st.integers(0, M), max_size=4))
     offsets = torch.tensor([0, *np.cumsum(counts, dtype=int)])
-    packed = build_feature_list(offsets, int(offsets[-1]), chunk=chunk)
+    starts, empty = torch.arange(len(counts)) * M, feature_list._empty_lists
+    filled = lambda *args: tuple(x.fill_(-7) for x in empty(*args))  # noqa: E731
+    with patch.object(feature_list, "_empty_lists", filled):
+        packed = build_feature_list(offsets, int(offsets[-1]), chunk=chunk)
+        apart = build_padded_list(torch.tensor(counts, dtype=torch.int32), M, chunk=chunk)
     check_list(packed, offsets[:-1], offsets[:-1] + torch.tensor(counts, dtype=int), offsets[-1])
-    starts = torch.arange(len(counts)) * M
-    apart = build_padded_list(torch.tensor(counts, dtype=torch.int32), M, chunk=chunk)
     check_list(apart, starts, starts + torch.tensor(counts, dtype=int), len(counts) * M)
 
 
@@ -201,8 +205,8 @@ def check_list(features, starts, ends, total):
             latents += [image] * takes_latents
             slots += [slot] * (slot >= 0)
     assert (rows == 1).all() and sorted(latents) == list(range(len(starts)))
-    assert sorted(slots) == list(range(len(slots))) and len(slots) <= features.num_slots
-    sums = [s for first, n in features.splits.tolist() for s in range(first, first + n)]
+    assert len(set(slots)) == len(slots) and all(s < features.num_slots for s in slots)
+    sums = [s for _, first, n in features.splits.tolist() for s in range(first, first + n)]
     assert sorted(sums) == sorted(slots)
 
 
