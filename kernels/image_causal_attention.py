@@ -36,6 +36,7 @@ checking gradients, exists in the interpreter alone.
 """
 
 from kernels.runtime import (
+    ALL_REGISTERS,
     LOG2E,
     allocate,
     cast,
@@ -56,13 +57,6 @@ from kernels.runtime import (
 from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def score(q, k, r, R: tl.constexpr, SCALE: tl.constexpr):
-    """q @ k^T / sqrt(K) in base 2 [M, R], -inf behind the image's keys r < R."""
-    scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)
-    return tl.where((r < R)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -91,7 +85,8 @@ def _forward(
             token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             # p = softmax(q @ k^T / sqrt(K)), out = p @ v, both not yet divided by the row's sum
-            scores = score(q, k, r, R, SCALE)  # [M, R]
+            scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R], for powers of 2
+            scores = tl.where((r < R)[None, :], scores, float("-inf"))
             m = tl.max(scores, 1)
             p = tl.exp2(scores - m[:, None])
             total, out = tl.sum(p, 1), dot(cast(p, v.dtype), v)
@@ -99,7 +94,8 @@ def _forward(
                 n = first + r
                 k_block = load_rows(k_ptr, n, k_r, n < R, K, BLOCK_K)
                 v_block = load_rows(v_ptr, n, v_r, n < R, K, BLOCK_K)
-                scores = score(q, k_block, n, R, SCALE)
+                scores = dot(q, tl.trans(k_block)) * (SCALE * LOG2E)
+                scores = tl.where((n < R)[None, :], scores, float("-inf"))
                 new_m = tl.maximum(m, tl.max(scores, 1))
                 shrink = tl.exp2(m - new_m)
                 p = tl.exp2(scores - new_m[:, None])
@@ -148,7 +144,9 @@ def _backward_dq(
                 r = first + tl.arange(0, BLOCK_R)
                 k = load_rows(k_ptr, r, k_r, r < R, K, BLOCK_K)
                 v = load_rows(v_ptr, r, v_r, r < R, K, BLOCK_K)
-                p = tl.exp2(score(q, k, r, R, SCALE) - m[:, None]) * inverse[:, None]
+                scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)
+                scores = tl.where((r < R)[None, :], scores, float("-inf"))
+                p = tl.exp2(scores - m[:, None]) * inverse[:, None]
                 dscores = p * (dot(dout, tl.trans(v)) - delta[:, None])
                 dq += dot(cast(dscores, k.dtype), k)
             store_rows(dq_ptr + row * K, token, H * K, place < end, dq * SCALE, K, BLOCK_K)
@@ -181,7 +179,8 @@ def _backward(
             token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
-            scores = score(q, k, r, R, SCALE)  # [M, R]
+            scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R]
+            scores = tl.where((r < R)[None, :], scores, float("-inf"))
             if blocks == 1:
                 p = tl.exp2(scores - tl.max(scores, 1)[:, None])
                 p *= (1 / tl.sum(p, 1))[:, None]
@@ -218,10 +217,9 @@ def _backward(
 # --- launching ----------------------------------------------------------------------------------
 
 
-# (kernel, more than one block, K > 64, float32) -> tokens of a tile, warps of a program, keys of a
+# (kernel, several blocks, K > 64, float32) -> tokens of a tile, warps of a program, keys of a
 # block, stages (with 2, a tile is loaded while the one before it is worked on): wide ones that
-# compile without spilling and without computing a tile twice (results/compiled.json); not yet
-# chosen by time
+# compile without spilling and without computing a tile twice (`compile.py`); not yet chosen by time
 OPTIONS = {
     ("_forward", False, False, False): (64, 4, 64, 1),
     ("_forward", False, True, False): (64, 4, 64, 1),
@@ -230,7 +228,7 @@ OPTIONS = {
     ("_forward", True, False, False): (64, 4, 64, 1),
     ("_forward", True, True, False): (64, 4, 64, 1),
     ("_forward", True, False, True): (32, 4, 32, 1),
-    ("_forward", True, True, True): (32, 8, 32, 1),
+    ("_forward", True, True, True): (16, 8, 16, 1),
     ("_backward", False, False, False): (64, 4, 64, 1),
     ("_backward", False, True, False): (64, 8, 64, 1),
     ("_backward", False, False, True): (16, 8, 64, 1),
@@ -238,22 +236,26 @@ OPTIONS = {
     ("_backward_dq", True, False, False): (64, 4, 32, 1),
     ("_backward_dq", True, True, False): (64, 4, 32, 1),
     ("_backward_dq", True, False, True): (32, 4, 32, 1),
-    ("_backward_dq", True, True, True): (16, 8, 32, 1),
+    ("_backward_dq", True, True, True): (16, 8, 16, 1),
     ("_backward", True, False, False): (64, 4, 64, 1),
     ("_backward", True, True, False): (32, 4, 64, 1),
     ("_backward", True, False, True): (16, 4, 32, 1),
-    ("_backward", True, True, True): (16, 8, 64, 1),
+    ("_backward", True, True, True): (16, 8, 32, 1),
 }
-# ... and where one target's differ (keys of a block cannot: the number of programs hangs on them)
+# ... and where a target's differ. Keys of a block cannot: the number of programs hangs on them.
+# gfx942's matrix instructions take float32, and want 16 tokens for every warp
 OWN = {
     ("_backward", False, False, False): {"sm_90": dict(num_stages=2)},
     ("_backward", False, True, False): {
         "sm_90": dict(BLOCK_M=128, num_stages=2),
         "gfx": dict(num_warps=4),
     },
-    ("_backward", True, True, False): {"gfx": dict(BLOCK_M=64)},
-    ("_forward", False, False, True): {"gfx": dict(BLOCK_M=64)},
+    ("_backward", True, True, False): {
+        "sm_90": dict(BLOCK_M=64, num_stages=2),
+        "gfx": dict(BLOCK_M=64),
+    },
 }
+OWN |= {key: {"gfx": dict(BLOCK_M=64, num_warps=4)} for key in OPTIONS if key[3]}
 
 
 def in_one_block(K, dtype, R):
@@ -265,8 +267,12 @@ def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file."""
     key = kernel.__name__, not in_one_block(K, dtype, R), K > 64, dtype.itemsize >= 4
     BLOCK_M, num_warps, BLOCK_R, num_stages = OPTIONS[key]
-    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=min(BLOCK_R, side(R)), BLOCK_K=side(K))
+    if kernel.__name__ != "_backward":  # whose tiles of dk and dv its warps would fill twice
+        BLOCK_R = min(BLOCK_R, side(R))
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_K=side(K))
     options = dict(num_warps=num_warps, num_stages=num_stages, **OWN.get(key, {}))
+    if dtype.itemsize >= 4:
+        options |= ALL_REGISTERS
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
 

@@ -312,17 +312,26 @@ OPTIONS = {
     ("_resample_dq", False, True): (16, 4, 16, 1),
     ("_resample_dq", True, True): (16, 8, 16, 1),
     ("_resample_dkdv", False, False): (32, 4, 64, 1),
-    ("_resample_dkdv", True, False): (32, 4, 64, 2),
+    ("_resample_dkdv", True, False): (32, 4, 32, 2),
     ("_resample_dkdv", False, True): (16, 4, 32, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
 
 
+# ... and where gfx942's differ: its matrix instructions take float32, and want 16 rows for a warp
+OWN = {
+    ("_resample_dkdv", True, False): dict(BLOCK_N=64, num_stages=1),
+    ("_resample_dkdv", False, True): dict(BLOCK_N=64),
+    ("_resample_dkdv", True, True): dict(BLOCK_N=64, num_warps=4),
+}
+
+
 def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file, _resample_merge excepted."""
-    BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
+    key = kernel.__name__, K > 64, dtype.itemsize >= 4
+    BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[key]
     blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    options = dict(num_warps=num_warps, num_stages=num_stages)
+    options = dict(num_warps=num_warps, num_stages=num_stages, gfx=OWN.get(key, {}))
     if kernel is _resample_dkdv and dtype.itemsize >= 4:
         options |= ALL_REGISTERS
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
