@@ -27,10 +27,11 @@ runs agree bit for bit. Tokens with phi = 0 are items of "image 0", which store 
 nobody attends to owns one empty item, which stores dk = dv = 0.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. No register spills for sm_80, sm_90 and gfx942 at any K
-and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256); at others a few
-bytes may (float32 on sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there
-as it is); tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
+any order of phi, strided q, k, v, dout. Spills and repeated tiles are looked for on sm_80, sm_90
+and gfx942 at the K and R of results/compiled.json, with strides that are multiples of 16,
+as projections make them; with other strides, or K off that grid, some bytes may spill (float32 on
+sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there as it is); tensors of
+more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
 process. The launch options were chosen for fitting in registers, not by measured time. float64, for
 checking gradients, exists in the interpreter alone.
 """
