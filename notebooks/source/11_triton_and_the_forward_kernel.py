@@ -493,7 +493,8 @@ source(work_list.load_item.fn)
 # | `load(order_ptr + ...)` | `order[b, begin:end]` | past the end: token 0, masked everywhere |
 # | `SCALE * LOG2E`, `exp2` | `K ** -0.5`, `np.exp` | powers of 2, one multiplication for both |
 # | `tl.where(r < R, ...)` | | the padded keys of exercise 11.3 |
-# | `dot(p, v) / tl.sum(p, 1)` | the same order | dividing K numbers a row, not R |
+# | `dot(p, v)`, then `* inverse` | the same order | one division a row, not R |
+# | `range(BLOCK_R, R, BLOCK_R)` | | the other blocks of an image with R > 64; else no turn |
 #
 # Nothing of size L × N·R exists. The scores live in registers, 64 × 64 at a time. The programs one
 # after the other, the kernel, and the library agree:
@@ -527,12 +528,13 @@ assert np.allclose(run_kernel(q, k, v, phi), library, atol=1e-6)
 def watch_forward(q, k, v, work):
     tensors = dict(q=q, k=k, v=v, out=np.full_like(q, np.nan))
     tensors = {name: fenced(x) for name, x in tensors.items()}
-    tensors |= dict(order=work.order, items=work.items)
+    tensors |= dict(statistics=torch.empty(0), order=work.order, items=work.items)
     q, k, v = (tensors[name] for name in "qkv")
     sizes = forward.options_for(forward._forward, K, q.dtype, R)
     strides = *q.stride()[:3], *k.stride()[:4], *v.stride()[:4]
     with Watch(**tensors) as watch:
-        forward._forward[(len(work.items) * H,)](*tensors.values(), *strides, L, H, **sizes)
+        programs = len(work.items) * H
+        runtime.launch(forward._forward, programs, *tensors.values(), *strides, L, H, **sizes)
     return watch
 
 
@@ -570,7 +572,7 @@ print("places of out stored twice:", len(places) - len(np.unique(places)))
 # %%
 bugs = {
     "1 padded keys count": ("tl.where((r < R)[None, :]", "tl.where((r < BLOCK_R)[None, :]"),
-    "2 a stride forgotten": ("n * k_n + h * k_h", "n * k_n"),
+    "2 a stride forgotten": ("(image - 1) * k_n + h * k_h", "(image - 1) * k_n"),
     "3 no scale": ("(SCALE * LOG2E)", "LOG2E"),
     "4 no mask at the store": ("H * K, place < end, out", "H * K, place < end + BLOCK_M, out"),
 }
@@ -645,5 +647,5 @@ for name in ("R = 37, K = 40", "text before the first image"):
 # repository:** `kernels/image_causal_attention.py`, `kernels/common/work_list.py`,
 # `kernels/common/runtime.py`.
 #
-# **Next:** module 12, the backward kernel: the same tiles, transposed, and the gradient of the
+# **Next:** module 12, the backward kernel: the same tiles once more, and the gradient of the
 # gate.

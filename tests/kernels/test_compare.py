@@ -44,8 +44,8 @@ BREAKAGES = {
         {"forward"},
     ),
     "a uniform average on masked rows": (
-        "    return _attention(q, k, v, work.order, work.items, work.splits, work.chunk)",
-        "    out = _attention(q, k, v, work.order, work.items, work.splits, work.chunk)\n"
+        "    return _attention(q, k, v, work.order, work.items, work.splits, work.chunk)[0]",
+        "    out = _attention(q, k, v, work.order, work.items, work.splits, work.chunk)[0]\n"
         "    average = v.mean((1, 2))[:, None].expand_as(out)\n"
         "    return torch.where(phi[:, :, None, None] > 0, out, average)",
         {"forward"},
@@ -53,13 +53,15 @@ BREAKAGES = {
     "padding keys not masked": (
         'scores = tl.where((r < R)[None, :], scores, float("-inf"))', "", {"forward"},
     ),
-    "softmax not divided": ("/ tl.sum(p, 1)[:, None]", "", {"forward"}),
-    "softmax over the tokens": ("tl.sum(p, 0)[None, :]", "tl.sum(p, 1)[:, None]", {"backward"}),
+    "softmax not divided": ("out * inverse[:, None]", "out", {"forward"}),
+    "softmax over the tokens": (
+        "(1 / tl.sum(p, 1))[:, None]", "(1 / tl.sum(p, 0))[None, :]", {"backward"},
+    ),
     "dk not stored": (
         "store_rows(dk_ptr + first, r, H * K, r < R, dk * SCALE, K, BLOCK_K)", "pass", {"backward"},
     ),
     "dk not scaled": ("dk * SCALE", "dk", {"backward"}),
-    "delta forgotten": (" - tl.sum(p * dp, 0)[None, :]", "", {"backward"}),
+    "delta forgotten": (" - delta[:, None]", "", {"backward"}),
     "partial sums not added": ("    sum_partials(parts, (dk, dv), work)", "", {"backward"}),
     "the last tile of tokens only": ("dv += dot", "dv = dot", {"backward"}),
 }  # fmt: skip

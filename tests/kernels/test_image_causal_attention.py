@@ -283,6 +283,19 @@ def test_unchecked_phi_outside_its_range_counts_as_0(device):
     assert all(torch.equal(x, y) for x, y in zip(both(*args[:-1], wrong, check=False), both(*args)))
 
 
+@pytest.mark.parametrize("R", [5, 70])
+def test_autograd_gives_what_the_backward_function_gives(R, device):
+    dout, q, k, v, phi = draw([[0, 1, 1, 2] * 40, [2] * 160], N=2, R=R, device=device)
+    expected = both(dout, q, k, v, phi)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with poisoned():
+        out = image_causal_attention(q, k, v, phi)
+        kept = [x for x in out.grad_fn.saved_tensors if x.shape == out.shape]
+        results = out, *torch.autograd.grad(out, leaves, dout)
+    assert all(torch.equal(x, y) for x, y in zip(results, expected))
+    assert len(kept) == (1 if R == 5 else 2)  # q, and the output where there are several blocks
+
+
 def test_poison_shows_what_a_kernel_forgets():
     args = draw([[0, 1]], N=1, device="cpu" if INTERPRET.value else "cuda")
     with replaced(launch=lambda *args, **options: None):
@@ -318,15 +331,18 @@ def test_gradcheck(R, chunk):
     assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=True)
 
 
-def test_opcheck(device):
-    dout, q, k, v, phi = draw([[0, 1, 2]], N=2, device=device)
+@pytest.mark.parametrize("R", [5, 70])
+def test_opcheck(R, device):
+    dout, q, k, v, phi = draw([[0, 1, 2]], N=2, R=R, device=device)
     work = build_work_list(phi, 2)
     lists = *work[:4], work.chunks[1]
     ops = torch.ops.miniflamingo
     torch.library.opcheck(ops.work_list.default, (phi, 2, 64, 64))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.image_causal_attention.default, (*leaves, *lists))
-    torch.library.opcheck(ops.image_causal_attention_backward.default, (dout, q, k, v, *lists))
+    found = ops.image_causal_attention(q, k, v, *lists)
+    backward = ops.image_causal_attention_backward.default
+    torch.library.opcheck(backward, (dout, q, k, v, *found, *lists))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -281,13 +281,15 @@ BREAKAGES = {
     ),
     "the first block only": ("m, total, out = attend(", "_, _, _ = attend(", {"forward"}),
     "partial results not merged": (
-        "    _merge(parts, *parts[:2], out, features, statistics=False)\n", "", {"forward"},
+        "    if slots:\n", "    if False:\n", {"forward", "backward"},
     ),
     "parts weighted alike": ("weight = tl.exp2(m - new_m), tl.exp2(m_i - new_m)",
                              "weight = tl.exp2(m - m), tl.exp2(m_i - m_i)", {"forward"}),
     "statistics not merged": (
-        "    _merge(parts, *statistics, features, statistics=True)\n", "", {"backward"},
+        "        tl.store(statistics_ptr + row * 2 + 1, inverse, r < R)\n\n\n# --- backward",
+        "\n\n# --- backward", {"backward"},
     ),
+    "delta from a part": ("        if latents:  #", "        if slot < 0:  #", {"backward"}),
     "partial dq not added": (
         "    sum_partials([dq_part], grads[:1], features)\n", "", {"backward"},
     ),
@@ -351,7 +353,8 @@ def test_opcheck(device):
     lists, ops = (work.items, work.splits, work.chunk), torch.ops.miniflamingo
     leaves = [x.clone().requires_grad_() for x in args]
     torch.library.opcheck(ops.resampler_attention.default, (*leaves, *lists))
-    torch.library.opcheck(ops.resampler_attention_backward.default, (dout, *args, *lists))
+    backward, found = ops.resampler_attention_backward, ops.resampler_attention(*args, *lists)
+    torch.library.opcheck(backward.default, (dout, *args, *found, *lists))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
