@@ -236,16 +236,22 @@ def binaries(case, kernels=None, targets=tuple(TARGETS)):
 
     Yields (kernel's name, options, target, Triton's binary).
     """
-    driver = _Driver()
-    triton.runtime.driver.set_active(driver)
     for kernel, args, options in record_launches(*case):
         if kernels is None or kernel.__name__ in kernels:
             for target in targets:
-                driver.device = target
-                own = dict(options)
-                if TARGETS[target].target.backend == "hip":
-                    own.pop("maxnreg", None)  # as `launch` does
-                yield kernel.__name__, own, target, kernel.warmup(*args, grid=(1,), **own)
+                own, binary = compile_launch(kernel, args, options, target)
+                yield kernel.__name__, own, target, binary
+
+
+def compile_launch(kernel, args, options, target):
+    """Compile one launch for a target -> (the options that count there, Triton's binary)."""
+    driver = _Driver()
+    driver.device = target
+    triton.runtime.driver.set_active(driver)
+    own = dict(options)
+    if TARGETS[target].target.backend == "hip":
+        own.pop("maxnreg", None)  # as `launch` does
+    return own, kernel.warmup(*args, grid=(1,), **own)
 
 
 def compile_one(case, kernels=None, targets=tuple(TARGETS)):
@@ -254,8 +260,7 @@ def compile_one(case, kernels=None, targets=tuple(TARGETS)):
     for name, options, target, binary in binaries(case, kernels, targets):
         chosen = {k: v for k, v in options.items() if isinstance(v, int) and k not in ("R", "K")}
         chosen["num_warps"] = binary.metadata.num_warps
-        read = _read_amd if TARGETS[target].target.backend == "hip" else _read_cuda
-        usage = dict(shared=binary.metadata.shared, **read(binary))
+        usage = read_usage(binary)
         results.append(Compiled(name, *case, target, chosen, **usage))
     return results
 
@@ -280,6 +285,12 @@ def compile_all(jobs):
 
 def _tool(name):
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def read_usage(binary):
+    """The fields of Compiled that the binary tells."""
+    read = _read_amd if "amdgcn" in binary.asm else _read_cuda
+    return dict(shared=binary.metadata.shared, **read(binary))
 
 
 def _read_cuda(binary):
