@@ -61,7 +61,7 @@ DEVICES = {
             # a SIMD of 16 lanes takes 4 cycles for a wave of 64: four of them start one a cycle
             "MI300X", "gfx942", 304, 2.1e9, 1, 730, 460, 256 * MIB, 5.3e12, 4.77e12,
             1307.4e12, 1046e12,
-            f"AMD MI300X datasheet, CDNA 3 white paper; {SHARES}; latencies assumed: 350 and 220 ns",
+            f"AMD MI300X datasheet, CDNA 3 white paper; {SHARES}; latencies assumed: 350, 220 ns",
         ),
     )
 }  # fmt: skip

@@ -127,7 +127,7 @@ def attention_by_image(backend, state, q, k, v, phi):
 
     N = k.shape[1]
     q, k, v = q.unflatten(1, (N, -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    with sdpa_kernel(SDPBackend[backend]):
+    with sdpa_kernel(getattr(SDPBackend, backend)):
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     return out.transpose(1, 2).unflatten(0, (-1, N)).flatten(1, 2)
 

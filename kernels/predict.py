@@ -37,8 +37,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kernels import bench, decode_attention, image_causal_attention, resampler_attention, sass
 from kernels import compile as code_of
-from kernels import decode_attention, image_causal_attention, resampler_attention, sass
 from kernels.bench_entries import ENTRIES
 from kernels.devices import DEVICES
 from kernels.dry_run import DryRun
@@ -110,8 +110,7 @@ def cases(text=""):
 
 def label(entry, shape, direction):
     """A case as printed."""
-    sizes = (f"{letter}={size}" for letter, size in shape.items() if letter != "phi")
-    return " ".join([entry.name, *sizes, direction])
+    return f"{bench.label(entry.name, shape)} {direction}"
 
 
 def launches_of(entry, shape, direction):
@@ -153,15 +152,6 @@ class Launch:
         """Bytes, without the loads of tensors that the L2 holds."""
         loads = (n for x, n in self.loaded.items() if x not in warm)
         return sum(loads) + sum(self.stored.values())
-
-
-def total_bytes(launches):
-    """Of all that a call's launches touch."""
-    sizes = Counter()
-    for launch in launches:
-        for x, n in (*launch.loaded.items(), *launch.stored.items()):
-            sizes[x] = max(sizes[x], n)
-    return sum(sizes.values())
 
 
 # --- what it takes --------------------------------------------------------------------------------
@@ -262,7 +252,8 @@ def predict_case(case, devices=tuple(DEVICES)):
     recorded, moved, flops = launches_of(*case)
     launches = [Launch(*x) for x in recorded if x[1]]
     for device in (DEVICES[name] for name in devices):
-        rows, warm, seen = [], total_bytes(launches) < device.cache, set()
+        touched = {x: n for y in launches for x, n in (*y.loaded.items(), *y.stored.items())}
+        rows, warm, seen = [], sum(touched.values()) < device.cache, set()
         for launch in launches:
             rows.append(predict_launch(launch, device, seen if warm else ()))
             seen |= {*launch.loaded, *launch.stored}

@@ -85,26 +85,32 @@ class Code:
         return [self.instructions[i] for i in loop if not any(i in x for x in inner)]
 
     def path(self, longest):
-        """The longest, or shortest, way from start to end, without what is in a loop."""
-        starts = {loop[0]: loop for loop in self.loops}
-        ways = {}  # of each instruction: (length of its way, place of the next instruction)
-        for i in self._last_first(starts):
-            if self.instructions[i].ends:
-                ways[i] = (1, None)
-            on = [(ways[j][0] + 1, j) for j in self._ahead(i, starts) if j in ways]
-            if on:
-                ways[i] = (max if longest else min)(on + ([ways[i]] if i in ways else []))
+        """The longest, or shortest, way from start to end, past what is in a loop."""
+        ways = {None: (0, None)}  # of each instruction: (length of its way, the next one's place)
+        for i in self._last_first():
+            on = [(ways[j][0] + (i not in self._inside), j) for j in self._ahead(i)]
+            ways[i] = (max if longest else min)(on, key=lambda way: way[0])
         taken, i = [], 0
         while i is not None:
-            taken.append(i)
+            taken += [] if i in self._inside else [self.instructions[i]]
             i = ways[i][1]
-        return [self.instructions[i] for i in taken if not any(i in loop for loop in self.loops)]
+        return taken
 
-    def _ahead(self, i, starts):
-        """As `following`, without the branches back."""
-        return [j for j in self.following(i) if j not in starts or i not in starts[j]]
+    @cached_property
+    def _inside(self):
+        """{place in a loop: the outermost loop around it}."""
+        return {i: loop for loop in reversed(self.loops) for i in loop}
 
-    def _last_first(self, starts):
+    def _ahead(self, i):
+        """The places that may follow, where a loop is one place, its first; None is the end."""
+        if self.instructions[i].ends and not self.instructions[i].conditional:
+            return [None]
+        loop = self._inside.get(i, (i,))
+        on = {j for x in loop for j in self.following(x) if j not in loop}
+        ends = any(self.instructions[x].ends for x in loop)
+        return [None] * ends + sorted(self._inside.get(j, (j,))[0] for j in on)
+
+    def _last_first(self):
         """The places of all instructions, each after all that may follow it."""
         order, seen, stack = [], set(), [(0, False)]
         while stack:
@@ -113,7 +119,7 @@ class Code:
                 order.append(i)
             elif i not in seen:
                 seen.add(i)
-                stack += [(i, True), *((j, False) for j in self._ahead(i, starts))]
+                stack += [(i, True), *((j, False) for j in self._ahead(i) if j is not None)]
         return order
 
 
@@ -154,7 +160,9 @@ def parse(text, grammar):
     instructions = []
     for i, fields in enumerate(found):
         op, rest = fields["op"], fields["rest"].strip()
-        label = re.search(r"\.L\w+", rest) if re.match("BRA|s_c?branch", op) else None
+        label = (
+            re.search(r"\.L\w+", rest) if re.match("BRA|CALL.REL.NOINC|s_c?branch", op) else None
+        )
         target = labels[label[0]] if label else None
         if target == i:  # behind the end of a kernel, for padding
             break
@@ -190,7 +198,7 @@ class Warp:
         (self.step_amd if x.op[0].islower() else self.step_cuda)(x)
 
     def step_cuda(self, x):
-        """By its control bits: stall, scoreboards to set (write, read), a mask of those to wait for."""
+        """By its control bits: stall, scoreboards to set (write, read), and to wait for."""
         stall, write, read, wait = (x.control >> s & m for s, m in FIELDS)
         self.time = max([self.time, *(b for i, b in enumerate(self.boards) if wait >> i & 1)])
         if x.op.startswith("LDGSTS"):

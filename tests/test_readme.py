@@ -69,6 +69,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m kernels gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m pytest": "these tests",
     "python -m pytest tests/course": "these tests",
     "python -m pytest tests/course/test_site.py -rs": "these tests",
@@ -83,7 +84,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m kernels compare [--json FILE] [--device DEVICE]",
-    "python -m kernels compare | compile | step | bench | train",
+    "python -m kernels compare | compile | predict | step | bench | gpu | train",
     "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
     "python -m miniflamingo train",
 }
@@ -94,6 +95,7 @@ RUN_HERE = {
     "python -m kernels compile",
     "python -m kernels compile --check --full",
     "python -m kernels compile --full --json FILE",
+    "python -m kernels predict",
     "python -m kernels step",
     "python -m kernels train flamingo --out runs/big",
     "python -m kernels train flamingo --out runs/big --resume",
@@ -245,7 +247,7 @@ def live(train_live, folder, steps):
 
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
-    from kernels import bench, compare, step
+    from kernels import bench, compare, predict, step
     from kernels import compile as compiler
 
     one = {"images": compare.KERNELS[0].cases["adjacent images"]}
@@ -255,6 +257,7 @@ def shrink_kernels(patch):
     patch.setattr(bench, "measure_limits", lambda *args: limits)
     patch.setattr(bench, "measure_all", lambda *args: False)
     patch.setattr(bench, "draw_figures", lambda *args: None)
+    patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
     sizes = ("sm_90", {"num_warps": 4}, 100, 0, 0, 1, 1, {})

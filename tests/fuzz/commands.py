@@ -49,6 +49,8 @@ COMMANDS = [  # module, words, options that keep it short; what stands twice is 
     ("kernels", ["compare"], ["--case", "no row has an image yet"]),
     ("kernels", ["step"], ["--steps", "1"]),
     ("kernels", ["bench"], ["--quick", "--case", "R = 1,"]),
+    ("kernels", ["predict"], ["--case", "no such case"]),
+    ("kernels", ["gpu"], []),
     *[("kernels", ["train", "flamingo"], ["--out", "new", "--steps", "2", *FROZEN])] * 2,
     ("kernels", ["compile"], []),
 ]
