@@ -49,7 +49,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels import peers
 from kernels.bench_entries import DIRECTIONS, ENTRIES
 from miniflamingo import outputs
 from miniflamingo.command import some
@@ -366,7 +365,7 @@ def clock(trial, copies, dout, repeats):
     record.microseconds, record.halves, record.spread = summary(taken).values()
     record.host_microseconds = statistics.median(host)
     record.percent_of_floor = 100 * record.floor_microseconds / record.microseconds
-    if trial.implementation.prepare is not peers.nothing and not trial.implementation.slow:
+    if trial.implementation.lists:
         trial.prepares = True
         taken, _ = time_calls(step, len(copies), 10, device)
         record.prepared_microseconds = statistics.median(taken)

@@ -50,6 +50,7 @@ class Implementation:
     gradients: Callable | None = None
     is_kernel: bool = False
     slow: bool = False  # to prepare: timed last
+    lists: bool = False  # prepare costs every forward pass: timed with it, too
 
 
 def compiled(function, **options):
@@ -226,26 +227,23 @@ def numpy_gradients(function):
     ]
 
 
+FROM_PHI = partial(Implementation, lists=True)
 NUMPY = Implementation(
     "NumPy",
     numpy_run(xattn.image_causal_attention),
     needs="cpu",
     gradients=numpy_gradients(xattn.image_causal_attention_backward),
 )
-FUSED = Implementation("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
-EAGER = Implementation("eager", eager_attention, prepare_eager)
-SDPA = Implementation("SDPA, dense mask", sdpa_attention, prepare_sdpa)
-VARLEN = Implementation("varlen_attn", varlen_attention, prepare_varlen, "cuda")
+FUSED = FROM_PHI("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
+EAGER = FROM_PHI("eager", eager_attention, prepare_eager)
+SDPA = FROM_PHI("SDPA, dense mask", sdpa_attention, prepare_sdpa)
+VARLEN = FROM_PHI("varlen_attn", varlen_attention, prepare_varlen, "cuda")
 
 
 def attention_implementations(shape):
     """Image-causal attention: the kernel, then its peers."""
-    longest = Implementation(
-        "varlen_attn, max_q = L",
-        varlen_attention,
-        partial(prepare_varlen, longest=shape["L"]),
-        "cuda",
-    )
+    upper = partial(prepare_varlen, longest=shape["L"])
+    longest = FROM_PHI("varlen_attn, max_q = L", varlen_attention, upper, "cuda")
     flexes = [
         Implementation(
             f"FlexAttention, KV {block}",
@@ -342,7 +340,7 @@ def fused_resampler(state, *args):
 
 def resampler_implementations(shape):
     """The resampler's attention: the kernel, then its peers."""
-    own = Implementation("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
+    own = FROM_PHI("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
     return [
         own,
         Implementation(
