@@ -8,8 +8,10 @@ is in the file at once. The same command again goes on where this one has stoppe
 the tests that have passed for these kernels on this GPU, and the rows, are not made again.
 """
 
+import contextlib
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +55,28 @@ class Clock:
         now = self.now()
         self.longest, self.before = max(self.longest, now - self.before), now
         return self.left() > self.longest
+
+
+class TimeUp(BaseException):
+    """No Exception, or it would be taken for an implementation's."""
+
+
+@contextlib.contextmanager
+def ended_after(seconds):
+    """Leave the `with` block when the time is up, in the middle of a row: one may compile long."""
+
+    def leave(*_):
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, seconds))
+    try:
+        yield
+    except TimeUp:
+        print("\nthe time is up; the row in the making is lost")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_for(command, seconds):
@@ -141,8 +165,9 @@ def run(minutes=9, out="bench-gpu.json", clock=None):
     print("\ncompute-sanitizer")
     failed |= run_all(sanitized(), document, out, SHARE_OF_SANITIZER * clock.seconds, clock)
     clock.before = clock.now()
-    for slow in (False, True):
-        failed |= bench.measure_all(document, in_order(), out, (slow,), clock.step)
+    with ended_after(clock.left()):
+        for slow in (False, True):
+            failed |= bench.measure_all(document, in_order(), out, (slow,), clock.step)
     rest = "" if clock.left() > clock.longest else "; the same command goes on with the rest"
     print(f"\n{len(document['records'])} rows in {out}{rest}")
     return 1 if failed else 0

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import time
 
 import pytest
 
@@ -142,6 +143,22 @@ def test_a_command_is_stopped_and_its_last_line_kept():
     assert gpu.run_for([sys.executable, "-c", "raise SystemExit(3)"], 60) == (3, "")
     code, text = gpu.run_for([sys.executable, "-c", "import time; time.sleep(60)"], 1)
     assert code is None and text == "stopped after 1 s"
+
+
+def test_a_row_that_does_not_end_is_left(capsys):
+    def never():
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:  # as bench.attempt does
+                continue
+
+    start = time.monotonic()
+    with gpu.ended_after(0.05):
+        never()
+    assert time.monotonic() - start < 30 and "the time is up" in capsys.readouterr().out
+    with gpu.ended_after(3600):
+        pass
 
 
 def test_what_is_not_here_is_said(monkeypatch, capsys):
