@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test test-machines fuzz compare check-compiled bench lint notebooks check-notebooks \
+.PHONY: demo test test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
 	timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
@@ -37,6 +37,9 @@ check-compiled: $(READY)  ## compile every kernel again and compare with the com
 
 bench: $(READY)  ## every kernel beside its peers; on a CPU, plain torch and NumPy alone
 	@$(RUN) -m miniflamingo bench $(ARGS)
+
+gpu:  ## on a GPU, with nothing to install: tests, then the benchmark; ARGS="--minutes 9 --out FILE"
+	@$(PYTHON) -m miniflamingo gpu $(ARGS)
 
 lint: $(READY)  ## ruff, for lint and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

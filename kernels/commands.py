@@ -1,4 +1,5 @@
-"""The kernels' commands: `python -m miniflamingo compare | compile | step | bench | train-torch`.
+"""The kernels' commands: `python -m miniflamingo compare | compile | predict | step | bench | gpu
+| train-torch`.
 
 miniflamingo/__main__.py lists them, and hands over to `run`: each is a file with a function of that
 name, which takes the options below (train-torch: a list of options).
@@ -8,7 +9,7 @@ import os
 import sys
 from importlib import import_module
 
-from miniflamingo.command import Parser, a_path, exclude, whole
+from miniflamingo.command import Parser, a_path, exclude, real, whole
 
 FILES = {"step": "model.step", "train-torch": "model.train"}  # of other commands: in tools/
 DEVICES = ("auto", "cpu", "cuda")
@@ -26,6 +27,11 @@ def parser():
     command.add_argument("--full", action="store_true", help="every class of shapes (minutes)")
     _add_json(command)
     command.add_argument("--check", action="store_true", help="is results/compiled.json right?")
+    command = commands.add_parser("predict", help="microseconds on GPUs not here, and what binds")
+    _add_json(command)
+    command.add_argument("--case", metavar="TEXT", default="", help="only cases with TEXT in them")
+    plots = "also draw the figure into DIR, a folder that exists"
+    command.add_argument("--plots", metavar="DIR", type=a_path, help=plots)
     command = commands.add_parser("step", help="seconds a training step, NumPy beside torch")
     command.add_argument("--steps", type=whole(1, 10**5), default=20)
     command = commands.add_parser("bench", help="time and memory beside every peer's; needs a GPU")
@@ -33,9 +39,14 @@ def parser():
     _add_json(command)
     quick = "three shapes of each entry, few calls"
     command.add_argument("--quick", action="store_true", help=quick)
+    command.add_argument("--append", action="store_true", help="go on with FILE: keep its rows")
     command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
     plots = "also draw the figures into DIR, a folder that exists"
     command.add_argument("--plots", metavar="DIR", type=a_path, help=plots)
+    command = commands.add_parser("gpu", help="test, then bench, what the minutes allow, on a GPU")
+    command.add_argument("--minutes", type=real(0, 10**4, above=True), default=9)
+    out = "the benchmark's file: what it has is kept, and not measured again"
+    command.add_argument("--out", metavar="FILE", type=a_path, default="bench-gpu.json", help=out)
     commands.add_parser("train-torch", add_help=False, help="the bridge, on one process or many")
     return top
 
@@ -55,7 +66,7 @@ def run(argv):
         arguments["options"] = rest  # it knows its own
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if command == "compile" and "triton" not in sys.modules:
+    if command in ("compile", "predict") and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "0"  # a process compiles or interprets, never both
     # imported late: each command needs its own part of torch and Triton
     file = FILES.get(command, f"tools.{command}")

@@ -326,8 +326,10 @@ def _add_bridge(command):
 KERNELS = {
     "compare": "every kernel beside its NumPy twin, as a table",
     "compile": "registers, spills, occupancy; needs no GPU",
+    "predict": "microseconds on GPUs that are not here, and what binds",
     "step": "seconds a training step, NumPy beside torch",
     "bench": "time and memory beside every peer's; needs a GPU",
+    "gpu": "test, then bench, what the minutes allow, on a GPU",
     "train-torch": "the three stages, or the bridge on many processes",
 }
 EXCLUSIVE = {

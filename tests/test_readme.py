@@ -69,6 +69,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",
     "python -m pytest tests/course/test_site.py -rs": "these tests",
@@ -83,7 +84,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo compare | compile | step | bench | train-torch",
+    "python -m miniflamingo compare | compile | predict | step | bench | gpu | train-torch",
     "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
     "python -m miniflamingo train",
 }
@@ -94,6 +95,7 @@ RUN_HERE = {
     "python -m miniflamingo compile",
     "python -m miniflamingo compile --check --full",
     "python -m miniflamingo compile --full --json FILE",
+    "python -m miniflamingo predict",
     "python -m miniflamingo step",
     "python -m miniflamingo train-torch flamingo --out runs/big",
     "python -m miniflamingo train-torch flamingo --out runs/big --resume",
@@ -248,7 +250,7 @@ def live(train_live, folder, steps):
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
     from miniflamingo.kernels.model import step
-    from miniflamingo.kernels.tools import bench, compare
+    from miniflamingo.kernels.tools import bench, compare, predict
     from miniflamingo.kernels.tools import compile as compiler
 
     one = {"images": compare.KERNELS[0].cases["adjacent images"]}
@@ -258,6 +260,7 @@ def shrink_kernels(patch):
     patch.setattr(bench, "measure_limits", lambda *args: limits)
     patch.setattr(bench, "measure_all", lambda *args: False)
     patch.setattr(bench, "draw_figures", lambda *args: None)
+    patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
     sizes = ("sm_90", {"num_warps": 4}, 100, 0, 0, 1, 1, {})

@@ -236,14 +236,20 @@ def binaries(case, kernels=None, targets=tuple(TARGETS)):
 
     Yields (kernel's name, options, target, Triton's binary).
     """
-    driver = _Driver()
-    triton.runtime.driver.set_active(driver)
     for kernel, args, options in record_launches(*case):
         if kernels is None or kernel.__name__ in kernels:
             for target in targets:
-                driver.device = target
-                own = options_of(options, "gfx" if target == "gfx942" else target)
-                yield kernel.__name__, own, target, kernel.warmup(*args, grid=(1,), **own)
+                own, binary = compile_launch(kernel, args, options, target)
+                yield kernel.__name__, own, target, binary
+
+
+def compile_launch(kernel, args, options, target):
+    """Compile one launch for a target -> (the options that count there, Triton's binary)."""
+    driver = _Driver()
+    driver.device = target
+    triton.runtime.driver.set_active(driver)
+    own = options_of(options, "gfx" if target == "gfx942" else target)
+    return own, kernel.warmup(*args, grid=(1,), **own)
 
 
 def compile_one(case, kernels=None, targets=tuple(TARGETS)):
@@ -252,9 +258,7 @@ def compile_one(case, kernels=None, targets=tuple(TARGETS)):
     for name, options, target, binary in binaries(case, kernels, targets):
         chosen = {k: v for k, v in options.items() if isinstance(v, int) and k not in ("R", "K")}
         chosen["num_warps"] = binary.metadata.num_warps
-        read = _read_amd if TARGETS[target].target.backend == "hip" else _read_cuda
-        usage = dict(shared=binary.metadata.shared, **read(binary))
-        usage["repeated"] = repeated_tiles(binary.asm["ttgir"])
+        usage = read_usage(binary)
         results.append(Compiled(name, *case, target, chosen, **usage))
     return results
 
@@ -298,6 +302,13 @@ def repeated_tiles(ttgir):
         covered = [math.prod(axis) for axis in zip(*sizes)]
         count += any(c > int(size) for c, size in zip(covered, shape.split("x")))
     return count
+
+
+def read_usage(binary):
+    """The fields of Compiled that the binary tells."""
+    read = _read_amd if "amdgcn" in binary.asm else _read_cuda
+    repeated = repeated_tiles(binary.asm["ttgir"])
+    return dict(shared=binary.metadata.shared, repeated=repeated, **read(binary))
 
 
 def _read_cuda(binary):

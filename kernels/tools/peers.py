@@ -49,6 +49,8 @@ class Implementation:
     needs: str = ""
     gradients: Callable | None = None
     is_kernel: bool = False
+    slow: bool = False  # to prepare: timed last
+    lists: bool = False  # prepare costs every forward pass: timed with it, too
 
 
 def compiled(function, **options):
@@ -105,17 +107,30 @@ def eager_attention(state, q, k, v, phi):
 
 
 def prepare_sdpa(q, k, v, phi):
-    """The mask, in which a token without an image sees everything: it is set to 0 afterwards."""
+    """The mask as a bias, 0 or -inf: from a boolean one torch would make it in every call. A token
+    without an image sees everything: it is set to 0 afterwards."""
     mask = sees(phi, *k.shape[1:3])
     empty = ~mask.any(-1, keepdim=True)
-    return mask | empty, empty.transpose(1, 2)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=phi.device)
+    return bias.masked_fill_(~(mask | empty), -torch.inf), empty.transpose(1, 2)
 
 
 def sdpa_attention(state, q, k, v, phi):
-    """torch's own attention under a dense boolean mask."""
-    mask, empty = state
-    out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask)
+    """torch's own attention under a dense mask."""
+    bias, empty = state
+    out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=bias)
     return out.transpose(1, 2).masked_fill(empty, 0.0)
+
+
+def attention_by_image(backend, state, q, k, v, phi):
+    """torch's own attention without a mask, for N equal runs of tokens: rows of one image each."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    N = k.shape[1]
+    q, k, v = q.unflatten(1, (N, -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2).unflatten(0, (-1, N)).flatten(1, 2)
 
 
 class Flex(NamedTuple):
@@ -212,36 +227,39 @@ def numpy_gradients(function):
     ]
 
 
+FROM_PHI = partial(Implementation, lists=True)
 NUMPY = Implementation(
     "NumPy",
     numpy_run(xattn.image_causal_attention),
     needs="cpu",
     gradients=numpy_gradients(xattn.image_causal_attention_backward),
 )
-FUSED = Implementation("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
-EAGER = Implementation("eager", eager_attention, prepare_eager)
-SDPA = Implementation("SDPA, dense mask", sdpa_attention, prepare_sdpa)
-VARLEN = Implementation("varlen_attn", varlen_attention, prepare_varlen, "cuda")
+FUSED = FROM_PHI("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
+EAGER = FROM_PHI("eager", eager_attention, prepare_eager)
+SDPA = FROM_PHI("SDPA, dense mask", sdpa_attention, prepare_sdpa)
+VARLEN = FROM_PHI("varlen_attn", varlen_attention, prepare_varlen, "cuda")
 
 
 def attention_implementations(shape):
     """Image-causal attention: the kernel, then its peers."""
-    longest = Implementation(
-        "varlen_attn, max_q = L",
-        varlen_attention,
-        partial(prepare_varlen, longest=shape["L"]),
-        "cuda",
-    )
+    upper = partial(prepare_varlen, longest=shape["L"])
+    longest = FROM_PHI("varlen_attn, max_q = L", varlen_attention, upper, "cuda")
     flexes = [
         Implementation(
             f"FlexAttention, KV {block}",
             flex_attention,
             partial(prepare_flex, kv_block=block),
             "cuda",
+            slow=block == 64,
         )
         for block in (128, 64)
     ]
-    return [FUSED, NUMPY, EAGER, SDPA, *flexes, longest, VARLEN]
+    by_image = [
+        Implementation(f"SDPA by image, {name}", partial(attention_by_image, backend), needs="cuda")
+        for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"))
+        if shape["phi"] == "even" and shape["L"] % shape["N"] == 0
+    ]
+    return [FUSED, NUMPY, EAGER, SDPA, *by_image, longest, VARLEN, *flexes]
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -322,7 +340,7 @@ def fused_resampler(state, *args):
 
 def resampler_implementations(shape):
     """The resampler's attention: the kernel, then its peers."""
-    own = Implementation("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
+    own = FROM_PHI("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
     return [
         own,
         Implementation(
@@ -393,8 +411,8 @@ def compiled_block(name, inner, shape, needs="cuda"):
     H, K = shape["H"], shape["K"]
 
     def prepare(y, media, phi, *weights):
-        q = torch.empty(*phi.shape, H, K, device="meta")
-        k = torch.empty(*media.shape[:3], H, K, device="meta")
+        q = torch.empty(*phi.shape, H, K, dtype=y.dtype, device="meta")
+        k = torch.empty(*media.shape[:3], H, K, dtype=y.dtype, device="meta")
         attend = partial(inner.run, inner.prepare(q, k, k, phi))
         return compiled(partial(block, attend, (H, K), folded_gate))
 

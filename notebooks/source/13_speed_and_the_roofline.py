@@ -19,8 +19,9 @@
 # Computing takes about 4 seconds of one core.
 #
 # **What is measured here, and what is not.** Every *time* below is taken live, on the processor in
-# front of you. Everything about GPUs is *counted*, or read from compiled code. This project has not
-# been timed on a GPU so far; where a file of such times exists, the last cells draw it.
+# front of you. Everything about GPUs is *counted*, read from compiled code, or *predicted* from
+# both. This project has not been timed on a GPU so far; where a file of such times exists, the last
+# cells draw it.
 
 # %% [markdown]
 # ## The picture and the letters
@@ -471,6 +472,48 @@ else:
     print("not compiled yet: python -m miniflamingo compile --full --json FILE")
 
 # %% [markdown]
+# ## A card one does not have
+#
+# A floor is what a card could do at best. What a *kernel* should do on it can be said beforehand,
+# too: `python -m miniflamingo predict` runs a kernel's Python on shapes, which tells the turns of
+# its loops and the bytes, and reads the loops' instructions and latencies from the compiled code.
+# Then programs enter the card's places, and share what there is:
+
+# %%
+from miniflamingo.kernels.tools import predict
+
+source(predict.share)
+
+# %% [markdown]
+# **Predict, then run:** 640 programs take 10 microseconds each, alone. The memory needs 25 for all
+# of them. How long do they take where a card has room for 132 at a time? For 264, 396 and 640?
+
+# %%
+for places in (132, 264, 396, 640):
+    waves, taken = -(-640 // places), predict.share([10.0] * 640, places, 25.0)
+    print(f"{places} places: {taken:.1f} us, in waves: {waves}")
+
+# %% [markdown]
+# Few places: the waves decide, and the memory idles. Many: the memory decides, and more places help
+# no more. For this package's kernels the file says which it is. It is a prediction, committed
+# before any measurement, and the benchmark prints it beside the time, for the time to judge it.
+
+# %% tags=["volatile"]
+if rows := predict.committed().get("records"):
+    for r in rows:
+        heads = r["entry"], r["shape"]["H"], r["shape"]["K"]
+        if (r["device"], *heads) == ("H200", "image_causal_attention", 16, 128):
+            print(f"N = {r['shape']['N']:>2}, {r['direction']:<9}{r['us']:>6.0f} us", end=", ")
+            print(f"{r['percent']:.0f} % of what the floor allows; binds: {r['binds']}")
+    show(
+        plots.plot_prediction(rows),
+        alt="Predicted, not measured: microseconds against the number of images for four cards, "
+        "forward above and backward below, each line above the dotted floor of its card.",
+    )
+else:
+    print("not predicted yet: python -m miniflamingo predict --json kernels/results/predicted.json")
+
+# %% [markdown]
 # ## How the benchmark measures
 #
 # `kernels/tools/bench.py` first measures the machine's own two speeds, as we did. Every
@@ -484,7 +527,8 @@ from miniflamingo.kernels.tools import bench
 source(bench.worst_row)
 
 # %% [markdown]
-# And on a GPU the inputs rotate through copies that together exceed four times the cache:
+# And on a GPU the inputs rotate through copies, of which the calls touch more than four times the
+# cache:
 
 # %%
 source(bench.rotation)

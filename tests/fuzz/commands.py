@@ -50,6 +50,8 @@ COMMANDS = [  # module, words, options that keep it short; what stands twice is 
     ("miniflamingo", ["compare"], ["--case", "no row has an image yet"]),
     ("miniflamingo", ["step"], ["--steps", "1"]),
     ("miniflamingo", ["bench"], ["--quick", "--case", "R = 1,"]),
+    ("miniflamingo", ["predict"], ["--case", "no such case"]),
+    ("miniflamingo", ["gpu"], []),
     *[("miniflamingo", ["train-torch", "flamingo"], ["--out", "new", "--steps", "2", *FROZEN])] * 2,
     ("miniflamingo", ["compile"], []),
 ]
