@@ -1,5 +1,4 @@
-"""The kernels' commands: `python -m miniflamingo compare | compile | predict | step | bench | gpu
-| train-torch`.
+"""The kernels' commands, such as `python -m miniflamingo compare`.
 
 miniflamingo/__main__.py lists them, and hands over to `run`: each is a file with a function of that
 name, which takes the options below (train-torch: a list of options).

@@ -1,5 +1,5 @@
 """The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`,
-and the kernels': `python -m miniflamingo compare | compile | step | bench | train-torch`.
+and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
 """

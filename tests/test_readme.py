@@ -84,7 +84,6 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo compare | compile | predict | step | bench | gpu | train-torch",
     "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
     "python -m miniflamingo train",
 }
@@ -263,7 +262,7 @@ def shrink_kernels(patch):
     patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
-    sizes = ("sm_90", {"num_warps": 4}, 100, 0, 0, 1, 1, {})
+    sizes = ("sm_90", {"num_warps": 4}, 0, 100, 0, 0, 1, 1, {})
     result = compiler.Compiled("_forward", "bf16", 64, 64, *sizes)
     patch.setattr(compiler, "compile_all", lambda jobs: [result] * len(jobs))
     patch.setattr(compiler, "differences", lambda *args: [])

@@ -22,7 +22,7 @@ from miniflamingo import outputs
 from . import bench
 from .bench_entries import ENTRIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # of tests/kernels, without test_ and .py: what could be wrong in a way that only a GPU shows, first
 TESTS = (
     "image_causal_attention", "decode_attention", "resampler_attention", "operators", "operands",
@@ -135,7 +135,7 @@ def sanitized():
     if not Path(tool).exists():
         print("  ..  no compute-sanitizer here")
         return {}
-    command = [sys.executable, "-m", "kernels", "compare", "--device", "cuda", "--case"]
+    command = [sys.executable, "-m", "miniflamingo", "compare", "--device", "cuda", "--case"]
     return {
         f"{check} of {case}": [tool, "--tool", check, "--error-exitcode", "9", *command, case]
         for check, case in SANITIZED

@@ -50,7 +50,7 @@ from .devices import DEVICES
 from .dry_run import DryRun
 
 COMMAND = "python -m miniflamingo predict"
-COMMITTED = Path(__file__).parent / "results" / "predicted.json"
+COMMITTED = Path(__file__).parent.parent / "results" / "predicted.json"
 RENEW = f"{COMMAND} --json kernels/results/predicted.json"
 FIGURE = "predicted.png"
 BYTES = 2  # of a bfloat16

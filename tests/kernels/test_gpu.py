@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-import kernels  # noqa: F401  (first: it decides on the interpreter)
+from miniflamingo import kernels  # noqa: F401  (first: it decides on the interpreter)
 
 if importlib.util.find_spec("torch") is None:
     pytest.skip("the benchmark needs torch, not installed here", allow_module_level=True)
 
-from miniflamingo.kernels import __main__ as command_line
+from miniflamingo import __main__ as command_line
 from miniflamingo.kernels.tools import bench, gpu
 
 META = {"gpu": "a made-up GPU", "cpu": None, "torch": "2", "triton": "3", "code": "c",

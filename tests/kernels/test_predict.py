@@ -14,7 +14,7 @@ if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
 from miniflamingo import plots
-from miniflamingo.kernels.__main__ import main
+from miniflamingo.__main__ import main
 from miniflamingo.kernels.common.runtime import INTERPRET, tl, torch, triton
 from miniflamingo.kernels.tools import bench_entries, devices, predict, sass
 from miniflamingo.kernels.tools.dry_run import DryRun
