@@ -79,7 +79,7 @@ class DryRun:
     call of `program`.
 
     dotted   the loops with a tl.dot inside; a loop is the lines of the calls and of its `for`
-    fixed    {loop: turns} of those that have taken the same number of turns whenever begun, or None
+    fixed    {loop: whether its bounds are constants}
     flops    of tl.dot
     loaded   {id of a tensor: bytes}; stored, too
     """
@@ -128,7 +128,7 @@ class DryRun:
             lines.insert(0, frame.f_lineno)
             frame = frame.f_back
         loop, turns = tuple(lines), builtins.range(*map(operator.index, bounds))
-        self.fixed[loop] = len(turns) if self.fixed.get(loop, len(turns)) == len(turns) else None
+        self.fixed[loop] = all(isinstance(bound, int) for bound in bounds)
         self.turns[loop] += len(turns)
         self.open.append(loop)
         for i in turns:

@@ -173,7 +173,7 @@ def match(run, code):
     loops = [x for x in code.loops if any(code.instructions[i].flops for i in x)]
     others = [x for x in code.loops if x not in loops]
     dotted = sorted(run.dotted)
-    written_out = sorted((x for x in dotted if run.fixed[x]), key=run.fixed.get)
+    written_out = [x for x in dotted if run.fixed[x]]
     while len(dotted) > len(loops) and written_out:
         dotted.remove(written_out.pop(0))
     if len(dotted) != len(loops):
