@@ -40,9 +40,9 @@ import numpy as np
 from miniflamingo import outputs
 
 from .. import decode_attention, image_causal_attention, resampler_attention
-from ..common.feature_list import build_padded_list
+from ..common.feature_list import FeatureList, choose_chunk
 from ..common.runtime import replaced, torch
-from ..common.work_list import build_work_list
+from ..common.work_list import WorkList, choose_chunks, most_splits
 from . import bench, sass
 from . import compile as code_of
 from .bench_entries import ENTRIES
@@ -70,22 +70,83 @@ class Shapes:
         return x
 
 
+def cut(runs, chunk):
+    """The items of runs of lengths `runs`, one behind the other: [run, begin, end, slot of partial
+    sums or -1], and the runs with slots [run, first slot, number of slots]."""
+    items, splits, begin, slots = [], [], 0, 0
+    for run, length in enumerate(runs):
+        count = max(1, -(-length // chunk))
+        first = slots if count > 1 and run else None  # run 0 has no sums
+        for part in range(count):
+            start = begin + part * chunk
+            slot = -1 if first is None else first + part
+            items.append([run, start, min(start + chunk, begin + length), slot])
+        if first is not None:
+            splits.append([run, first, count])
+            slots += count
+        begin += length
+    return items, splits
+
+
+def filled(rows, room, spare):
+    """A list as the kernels read it, int32 [room, columns], with spare rows behind."""
+    return torch.tensor([*rows, *[spare] * (room - len(rows))], dtype=torch.int32)
+
+
+def work_of(phi, N, heads):
+    """phi's WorkList, built here: where kernels are compiled, none can be launched."""
+    (B, L), chunks = phi.shape, choose_chunks(phi.numel() * heads)
+    counts = [row.bincount(minlength=N + 1).tolist() for row in phi]
+    lists = []
+    for chunk in chunks:
+        num_splits, num_slots = most_splits(N, L, chunk)
+        items, splits = [], []
+        for b, row in enumerate(counts):
+            own, shared = cut(row, chunk)
+            own = [[b, n, begin, end, s + (s >= 0) * b * num_slots] for n, begin, end, s in own]
+            items += [*own, *[[b, 0, 0, 0, -1]] * (N + 1 + L // chunk - len(own))]
+            shared = [[b * N + n - 1, b * num_slots + s, c] for n, s, c in shared]
+            splits += [*shared, *[[0, 0, 0]] * (num_splits - len(shared))]
+        lists.append(filled(items, len(items), None))
+    order = phi.argsort(dim=1, stable=True).int()
+    return WorkList(order, *lists, filled(splits, len(splits), None), (B, L, N), chunks)
+
+
+def features_of(images, M, heads):
+    """The FeatureList of images with M features each, as `work_of`."""
+    chunk = choose_chunk(images, images * M, heads)
+    items, splits = cut([0, *[M] * images], chunk)
+    rows = [[n - 1, begin, end, end, s, int((begin == (n - 1) * M) & (n > 0))]
+            for n, begin, end, s in items]  # fmt: skip
+    rows = filled(rows, images + 1 + images * M // chunk, [-1, 0, 0, 0, -1, 0])
+    splits = [[n - 1, first, count] for n, first, count in splits]
+    splits = filled(splits, most_splits(images, images * M, chunk)[0], [0, 0, 0])
+    return FeatureList(rows, splits, (images, images * M), chunk)
+
+
 def attend(direction, q, k, v, phi):
     """Launch image-causal attention."""
-    work = build_work_list(phi, k.shape[1], heads=q.shape[2], check=False)
+    work = work_of(phi, k.shape[1], q.shape[2])
+    with replaced(launch=lambda *_, **__: None):
+        out, statistics = image_causal_attention._launch_forward(q, k, v, work)
     if direction == "forward":
         return image_causal_attention._launch_forward(q, k, v, work)
-    return image_causal_attention._launch_backward(torch.empty_like(q), q, k, v, work)
+    inputs = torch.empty_like(q), q, k, v, out, statistics
+    return image_causal_attention._launch_backward(*inputs, work)
 
 
 def resample(direction, q, k_x, v_x, k_l, v_l):
     """Launch the resampler's attention; every image has all M features."""
     (images, M), heads = k_x.shape[:2], q.shape[2]
-    work = build_padded_list(torch.full((images,), M), M, heads, check=False)
-    tensors = q, k_x.flatten(0, 1), v_x.flatten(0, 1), k_l, v_l, work
+    work, inputs = (
+        features_of(images, M, heads),
+        (q, k_x.flatten(0, 1), v_x.flatten(0, 1), k_l, v_l),
+    )
+    with replaced(launch=lambda *_, **__: None):
+        results = resampler_attention._launch_forward(*inputs, work)
     if direction == "forward":
-        return resampler_attention._launch_forward(*tensors)
-    return resampler_attention._launch_backward(torch.empty_like(q), *tensors)
+        return resampler_attention._launch_forward(*inputs, work)
+    return resampler_attention._launch_backward(torch.empty_like(q), *inputs, *results, work)
 
 
 def decode(direction, q, k, v, phi):
