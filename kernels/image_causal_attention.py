@@ -257,7 +257,7 @@ OPTIONS = {
 OWN = {
     ("_backward", False, False, False): {"sm_90": dict(num_stages=2)},
     ("_backward", False, True, False): {
-        "sm_90": dict(BLOCK_M=128, num_stages=2),
+        "sm_90": dict(BLOCK_M=128),
         "gfx": dict(num_warps=4),
     },
     ("_backward", True, True, False): {

@@ -144,10 +144,11 @@ def check_phi(phi, N, check=True):
 def choose_chunks(rows):
     """Tokens of an item, forward and backward, for B*L*H = rows.
 
-    Short enough that one image alone gives 512 programs, about four for each processor of a GPU;
-    in the backward pass, of which two fit a processor, 256, so that it has half the partial sums.
+    Short enough that one image alone gives 2,048 programs, several for each place of a GPU, so that
+    the last round of them, which few take part in, is short; in the backward pass 256, about one
+    for each place, for there every item more means partial sums. By prediction, not by measurement.
     """
-    return tuple(_longest(rows // programs, most) for programs, most in ((512, 512), (256, 2048)))
+    return tuple(_longest(rows // programs, most) for programs, most in ((2048, 512), (256, 2048)))
 
 
 def _longest(rows, most):  # the power of two, 64 to most, that is at most rows

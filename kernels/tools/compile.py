@@ -248,8 +248,13 @@ def compile_launch(kernel, args, options, target):
     driver = _Driver()
     driver.device = target
     triton.runtime.driver.set_active(driver)
-    own = options_of(options, "gfx" if target == "gfx942" else target)
+    own = options_for_target(options, target)
     return own, kernel.warmup(*args, grid=(1,), **own)
+
+
+def options_for_target(options, target):
+    """A launch's options as they count for a target."""
+    return options_of(options, "gfx" if target == "gfx942" else target)
 
 
 def compile_one(case, kernels=None, targets=tuple(TARGETS)):

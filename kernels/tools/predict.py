@@ -313,8 +313,14 @@ def predict_case(case, devices=tuple(DEVICES)):
     """A case on each device -> [record]: its launches, and their sum beside the floor."""
     entry, shape, direction = case
     recorded, moved, flops = launches_of(*case)
-    launches = [Launch(*x) for x in recorded if x[1]]
+    recorded, ran = [launch for launch in recorded if launch[1]], {}
     for device in (DEVICES[name] for name in devices):
+        launches = []
+        for i, (*launch, options) in enumerate(recorded):
+            own = code_of.options_for_target(options, device.target)
+            key = i, *sorted(own.items())  # several devices share a launch
+            ran[key] = ran.get(key) or Launch(*launch, own)
+            launches.append(ran[key])
         touched = {x: n for y in launches for x, n in (*y.loaded.items(), *y.stored.items())}
         rows, warm, seen = [], sum(touched.values()) < device.cache, set()
         for launch in launches:
