@@ -335,7 +335,7 @@ print("images whose dk is still NaN:", 1 + np.flatnonzero(np.isnan(dk[0]).any(ax
 # Why split at all? With one image a page there is one run for each page and head. For 8 pages of
 # 2,048 tokens and 16 heads these are 128 programs for the 132 processors of an H100, each with a
 # long loop over its tokens. `choose_chunks` cuts so that 256 programs are there, two for each
-# processor; of the forward pass, of which more fit a processor and which has no partial sums, 512.
+# processor; in the forward pass, which has no partial sums, 2,048.
 #
 # ### Exercise 12.3: add up the partial sums
 #

@@ -273,7 +273,7 @@ def test_layers_share_a_work_list(device):
 
 def test_chunks_grow_with_the_work():
     assert [choose_chunks(rows) for rows in (0, 2**14, 2**15, 2**16, 2**18 - 1, 2**18, 2**24)] == [
-        (64, 64), (64, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (512, 2048),
+        (64, 64), (64, 64), (64, 128), (64, 256), (64, 512), (128, 1024), (512, 2048),
     ]  # fmt: skip
 
 
