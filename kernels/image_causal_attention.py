@@ -278,7 +278,8 @@ def options_for(kernel, K, dtype, R):
     key = kernel.__name__, not in_one_block(K, dtype, R), K > 64, dtype.itemsize >= 4
     BLOCK_M, num_warps, BLOCK_R, num_stages = OPTIONS[key]
     if kernel.__name__ != "_backward":  # whose tiles of dk and dv its warps would fill twice
-        BLOCK_R = min(BLOCK_R, side(R))
+        # where K > 64, sm_80's warps lie side by side in `out`, 8 columns each: in the scores, too
+        BLOCK_R = min(BLOCK_R, max(side(R), 32 if K > 64 else 16))
     blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_K=side(K))
     options = dict(num_warps=num_warps, num_stages=num_stages, **OWN.get(key, {}))
     if dtype.itemsize >= 4:

@@ -36,11 +36,12 @@ D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass mov
 frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
-from 0, ragged and padded batches, split and whole images, strided inputs. No register spills for
-sm_80, sm_90 and gfx942 at any K and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32,
-64, 100, 256). Not tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide).
-The launch options and the split were not chosen by measured time. float64, for checking gradients,
-exists in the interpreter alone.
+from 0, ragged and padded batches, split and whole images, strided inputs. Spills and repeated tiles
+are looked for on sm_80, sm_90 and gfx942 at the K and R of `compile.py`, with strides that are
+multiples of 16, as projections make them; other strides, or K off that grid, are not looked at. Not
+tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options
+and the split were not chosen by measured time. float64, for checking gradients, exists in the
+interpreter alone.
 """
 
 from .common.feature_list import (
@@ -304,8 +305,8 @@ def _resample_dkdv(
 # --- launching ----------------------------------------------------------------------------------
 
 # (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with
-# 2, a block is loaded while the one before it is worked on): wide ones that compile without
-# spilling for sm_80, sm_90 and gfx942 (results/compiled.json); not yet chosen by time
+# 2, a block is loaded while the one before it is worked on): wide ones, chosen so as neither to
+# spill nor to compute a tile twice (`compile.py` looks); not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
     ("_resample", True, False): (64, 4, 64, 2),
@@ -320,8 +321,6 @@ OPTIONS = {
     ("_resample_dkdv", False, True): (16, 4, 32, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
 }
-
-
 # ... and where gfx942's differ: its matrix instructions take float32, and want 16 rows for a warp
 OWN = {
     ("_resample_dkdv", True, False): dict(BLOCK_N=64, num_stages=1),
@@ -331,12 +330,27 @@ OWN = {
 
 
 def options_for(kernel, K, dtype, R):
-    """The constants and launch options of a kernel of this file, _resample_merge excepted."""
+    """The constants and launch options of a kernel of this file, _resample_merge excepted.
+
+    A matrix instruction has 16 rows. Of a tile of latents, which few latents make small, each warp
+    gets that many, so that none computes what another has. Its blocks of keys shrink with the
+    warps, so that a thread holds no more of them than in a full tile. The smallest tile is that of
+    two warps, 32 latents: one warp's share of a wide head spills. Float32 has such instructions on
+    gfx942 alone. _resample_dkdv has rows of keys, and the latents beside them fill its tile, with
+    zeros where they are few.
+    """
     key = kernel.__name__, K > 64, dtype.itemsize >= 4
     BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[key]
-    blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    options = dict(num_warps=num_warps, num_stages=num_stages, gfx=OWN.get(key, {}))
-    if kernel is _resample_dkdv and dtype.itemsize >= 4:
+    own = OWN.get(key, {})
+    if kernel is not _resample_dkdv:
+        BLOCK_M = min(BLOCK_M, max(32, side(R)))
+        fewer = min(num_warps, BLOCK_M // 16)
+        own = dict(num_warps=fewer)
+        if dtype.itemsize < 4:
+            num_warps, BLOCK_N = fewer, BLOCK_N * fewer // num_warps
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=side(K))
+    options = dict(num_warps=num_warps, num_stages=num_stages, gfx=own)
+    if dtype.itemsize >= 4 or R < 64:  # few latents: a loop of one turn, which is unrolled
         options |= ALL_REGISTERS
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
