@@ -235,7 +235,7 @@ class ShardedRun:
         positive = {name: w for name, w in stage.weights.items() if w != 0}
         self.weights = training.check_weights(positive)
         self.checkpoints, self.log_path = self.out / "checkpoints", self.out / "log.jsonl"
-        self.costs, self.parts, self.saved = runs.Costs("kernels"), [], None
+        self.costs, self.parts, self.saved = runs.Costs(), [], None
         self.rng, self.step, self.lock = np.random.default_rng([stage.config.seed, 1]), 0, None
         with together():
             self.lock = runs.Lock(self.out) if self.rank == 0 else None

@@ -1,6 +1,7 @@
 """The fused image-causal attention against its NumPy twin, plain torch, and its own promises."""
 
 import itertools
+import math
 from unittest.mock import patch
 
 import numpy as np
@@ -247,7 +248,7 @@ def test_what_no_phi_can_split_costs_no_memory_and_no_launch(device):
     args = draw([[1] * 64, [0] * 64], N=1, device=device)
     with replaced(allocate=allocate, launch=lambda kernel, *_, **__: launches.append(kernel)):
         image_causal_attention_backward(*args)
-    assert shapes == [args[1].shape, args[2].shape, args[3].shape, *[(0, 7, 2, 16)] * 2]
+    assert [s for s in shapes if math.prod(s)] == [x.shape for x in args[1:4]]
     assert [kernel.__name__ for kernel in launches] == ["_list_work", "_backward"]
 
 

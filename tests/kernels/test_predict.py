@@ -39,8 +39,8 @@ def test_a_dry_run_counts_what_the_benchmark_counts_by_hand(N, direction):
     assert first.run.flops * 16 == flops
     lists = sum(n for x, n in first.loaded.items() if n < 2**20)
     partial = 0
-    if rest and N == 1:  # of k and v, of 8 images in 4 parts each, float32
-        partial = 2 * 8 * 4 * 64 * 16 * 128 * 4
+    if rest and N == 1:  # of k and v, of 8 images in 2 parts each, float32
+        partial = 2 * 8 * 2 * 64 * 16 * 128 * 4
         moved -= 2 * 8 * 64 * 16 * 128 * 2  # stored by _sum_partials
         assert sum(x.moved() for x in rest) >= partial
     assert first.moved() - lists == moved + partial and 0 < lists < 2**20

@@ -291,7 +291,7 @@ BREAKAGES = {
     ),
     "delta from a part": ("        if latents:  #", "        if slot < 0:  #", {"backward"}),
     "partial dq not added": (
-        "    sum_partials([dq_part], grads[:1], features)\n", "", {"backward"},
+        "    sum_partials([dq_part], grads[:1], features.splits)\n", "", {"backward"},
     ),
     "delta forgotten": (" - delta[:, None])", ")", {"backward"}),
     "delta forgotten in dk": (" - delta[None, :])", ")", {"backward"}),
