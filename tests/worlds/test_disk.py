@@ -587,7 +587,7 @@ def test_a_sample_of_links_alone_is_counted(tmp_path):
 
 def test_pax_and_gnu_headers_are_read(tmp_path):
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        with tarfile.open(tmp_path / "x.tar", "w", format=form) as shard:
+        with tarfile.open(tmp_path / "x.tar", "w", format=form, encoding="utf-8") as shard:
             for name, content in pair_files(2):
                 info = tarfile.TarInfo(f"{'ä' * 120}/{name}")
                 info.size = len(content)
