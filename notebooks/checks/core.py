@@ -1,6 +1,7 @@
 """The machinery of the checks: run an answer safely, compare it, name what is wrong."""
 
 import copy
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -30,7 +31,10 @@ class Result:
         return self.ok
 
     def __repr__(self):
-        return f"{self.mark} exercise {self.number}: {self.message}"
+        text = f"{self.mark} exercise {self.number}: {self.message}"
+        # with ? for what a terminal of few letters cannot show: a check never raises
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return text.encode(encoding, "replace").decode(encoding)
 
 
 def exercise(number):

@@ -4,6 +4,8 @@ An answer that is right must pass however it is written, and no answer may make 
 """
 
 import importlib
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +284,12 @@ def test_wrong_values_of_a_float_are_quoted():
 def test_nan_is_named_with_its_place():
     message = check("6.4", lambda *a: np.where(attend(*a) > 0, np.nan, attend(*a))).message
     assert message.startswith("NaN at [0, 2,")
+
+
+def test_a_terminal_of_few_letters_shows_a_result(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    result = check("6.1", lambda *a: None)
+    assert repr(result) == "? exercise 6.1: not done yet (the function returns nothing)"
+    print(result)
+    monkeypatch.setattr(sys, "stdout", None)  # there is none under pythonw
+    assert repr(result).startswith("○ exercise")
