@@ -69,6 +69,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",
     "python -m pytest tests/course/test_site.py -rs": "these tests",
