@@ -36,7 +36,7 @@ from miniflamingo.checks import (
     check_types,
     from_json,
 )
-from miniflamingo.command import some
+from miniflamingo.command import Interrupted, some
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
 from miniflamingo.functional import cross_entropy
 from miniflamingo.language import LanguageConfig, LanguageModel
@@ -410,7 +410,7 @@ def asked_to_stop():
 
     def ask(*_):
         if stop.is_set():
-            raise KeyboardInterrupt
+            raise Interrupted
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():

@@ -155,16 +155,24 @@ def test_a_signal_while_a_command_is_being_imported(words, wait, which, tmp_path
 
 
 ENDS_IN_EXEC = """
-import sys
+import contextlib, sys
+from miniflamingo import training
 from miniflamingo.command import run_command
-code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print(list(range(9)))"
-sys.exit(run_command("x", lambda: exec(code)))
+code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); list(range(9))"
+def work():
+    with {context}():
+        exec("; ".join([code] * {signals}))
+sys.exit(run_command("x", work))
 """
 
 
 @needs_proc
-def test_a_signal_inside_an_exec_of_a_library_is_the_same_exit_code(tmp_path):
-    (tmp_path / "in_exec.py").write_text(ENDS_IN_EXEC, encoding="utf-8")
+@pytest.mark.parametrize(
+    "context, signals", [("contextlib.nullcontext", 1), ("training.asked_to_stop", 2)]
+)
+def test_a_signal_inside_an_exec_of_a_library_is_the_same_exit_code(context, signals, tmp_path):
+    code = ENDS_IN_EXEC.format(context=context, signals=signals)
+    (tmp_path / "in_exec.py").write_text(code, encoding="utf-8")
     assert Command("in_exec", cwd=tmp_path).end() == (130, "", "x: interrupted\n")
 
 
