@@ -157,6 +157,13 @@ def behind(command):
         yield f"python {' '.join(line.split())}"
 
 
+def test_what_make_hands_on_to_its_commands_changes_no_other_make(monkeypatch):
+    expected = list(behind("make test"))
+    for name, value in dict(MAKEFLAGS=" -- ARGS=--turn\\ 1/4", ARGS="--turn 1/4").items():
+        monkeypatch.setenv(name, value)
+    assert list(behind("make test")) == expected != []
+
+
 def plain(command):
     """Without settings of the environment, and without torchrun and its options."""
     command = re.sub(r"^(\w+=\S+ )+", "", command)
