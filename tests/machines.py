@@ -1,6 +1,6 @@
 """The same on every machine: the tests and the course as other processors would run them.
 
-    python -m tests.machines                    every setting, in three quarters of an hour
+    python -m tests.machines                    every setting
     python -m tests.machines nehalem strange    these alone
     python -m tests.machines --turn 2/4         the second quarter; --turn commit/4: another quarter
                                                 with every commit, the first where there is no git
@@ -76,8 +76,8 @@ def count_comparisons(output):
     return total - failed, failed, 0
 
 
-# what asks the system, the shell or the compiler, and no processor: `make test` alone runs it, and
-# all but the kernels' the strange setting
+# what hangs on the system, the shell or the compiler, and on no processor: `make test` runs it and,
+# but for the kernels' part, the strange setting
 SYSTEM = (
     *("fuzz", "test_command.py", "test_house.py", "test_outputs.py", "test_packaging.py"),
     *("test_readme.py", "course/test_release.py", "course/test_render.py", "course/test_site.py"),
