@@ -194,8 +194,14 @@ def in_processes(jobs, work, *columns, method=None):
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(jobs, context, initializer=_serve) as pool:
         with _deaf():
-            results = pool.map(work, *columns)
-        yield from results
+            waiting = [pool.submit(work, *row) for row in zip(*columns)][::-1]
+        try:
+            while waiting:
+                yield waiting.pop().result()
+        finally:
+            # the pool's own thread cancels what is left: it stumbles over what another cancels
+            # (as `pool.map` does) while it counts the processes that were killed
+            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

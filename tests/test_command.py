@@ -225,6 +225,16 @@ def test_processes_end_when_their_parent_is_killed(words, happened, tmp_path):
 
 
 @needs_proc
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_pool_whose_processes_are_killed_says_nothing_itself():
+    results = command.in_processes(2, abs, range(20_000))  # so long a list that threads meet
+    next(results)
+    command.end_children()
+    with pytest.raises(command.BrokenExecutor):
+        list(results)
+
+
+@needs_proc
 def test_a_training_that_is_interrupted_says_how_to_go_on_and_does(tmp_path):
     words = ["miniflamingo", "train", "lm", "--out", "run", "--steps", "40", "--batch", "8"]
     line = "Interrupted after step"
