@@ -11,13 +11,13 @@ RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
 
-.PHONY: demo test test-machines fuzz compare check-compiled bench lint notebooks check-notebooks \
+.PHONY: demo test test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
 	timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
 	@echo
-	@if $(RUN) -c "import triton" 2>/dev/null; then $(RUN) -m kernels compare; else echo \
+	@if $(RUN) -c "import triton" 2>/dev/null; then $(RUN) -m miniflamingo compare; else echo \
 	"Triton exists for Linux only: the comparison with the kernels is left out here."; fi
 
 test: $(READY)  ## all tests, on two cores; those that need a GPU skip where there is none
@@ -30,34 +30,37 @@ fuzz: $(READY)  ## damaged files, absurd options; ARGS="--minutes 5 --seed 123",
 	@$(RUN) -m tests.fuzz $(ARGS)
 
 compare: $(READY)  ## every kernel beside its NumPy twin
-	@$(RUN) -m kernels compare $(ARGS)
+	@$(RUN) -m miniflamingo compare $(ARGS)
 
 check-compiled: $(READY)  ## compile every kernel again and compare with the committed figures
-	@$(RUN) -m kernels compile --check --full
+	@$(RUN) -m miniflamingo compile --check --full
 
 bench: $(READY)  ## every kernel beside its peers; on a CPU, plain torch and NumPy alone
-	@$(RUN) -m kernels bench $(ARGS)
+	@$(RUN) -m miniflamingo bench $(ARGS)
+
+gpu:  ## on a GPU, with nothing to install: tests, then the benchmark; ARGS="--minutes 9 --out FILE"
+	@$(PYTHON) -m miniflamingo gpu $(ARGS)
 
 lint: $(READY)  ## ruff, for lint and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 notebooks: $(READY)  ## render the course again from its sources
-	@$(RUN) -m notebooks.render $(ARGS)
+	@$(RUN) -m miniflamingo.course.render $(ARGS)
 
 check-notebooks: $(READY)  ## execute the course and compare with the committed notebooks
-	@$(RUN) -m notebooks.render --check $(ARGS)
+	@$(RUN) -m miniflamingo.course.render --check $(ARGS)
 
 timings: $(READY)  ## measure the course's computing time; then `make notebooks`
-	@$(RUN) -m notebooks.timings $(ARGS)
+	@$(RUN) -m miniflamingo.course.timings $(ARGS)
 
 student-release: $(READY)  ## what to hand out, without solutions; ARGS=--nbgrader: its tree, too
-	@$(RUN) -m notebooks.release $(ARGS)
+	@$(RUN) -m miniflamingo.course.release $(ARGS)
 
 slides: $(READY)  ## slides of the course for a browser; ARGS=06 for one module, --teacher
-	@$(RUN) -m notebooks.slides $(ARGS)
+	@$(RUN) -m miniflamingo.course.slides $(ARGS)
 
 site: $(SITE)  ## the course and the API reference as web pages, in out/site
-	@$(RUN) -m notebooks.site.build $(ARGS)
+	@$(RUN) -m miniflamingo.course.site.build $(ARGS)
 
 site-test: $(SITE)  ## read the site, and run a notebook, with a browser
 	@$(RUN) -m pytest tests/course/test_site.py -rs $(ARGS)

@@ -5,6 +5,9 @@ visual tokens of an image, H heads, K head width.
 
     q, out [B, H, K]    k, v [B, N, R, H, K], projected once and kept    phi int[B] in 0..N
 
+The layers of layers.py take it for one token a row that wants no gradient, and so does any decoder
+with those layers in it (adapter.py) that generates with a cache.
+
 Algorithm. One program for each row and head reads phi, then the R keys and values of that one
 image, in blocks, with an online softmax. A row with phi = 0 stores zeros, exactly. A single query
 would leave the tensor cores almost empty, so scores and sums are plain products in float32.
@@ -22,7 +25,7 @@ results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256). Not te
 CUDA graphs with it; the launch options were not chosen by measured time.
 """
 
-from kernels.runtime import (
+from .common.runtime import (
     LOG2E,
     allocate,
     check_alike,
@@ -38,7 +41,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import INTEGERS
+from .common.work_list import INTEGERS
 
 
 @triton.jit

@@ -12,26 +12,32 @@ softmax, over R <= 64 scores, fits in its tile. So there is no online rescaling,
 saved for the backward pass, which recomputes the weights p from q and k, and delta = sum(p * dp) in
 place. No dense mask exists; memory traffic is that of the arguments plus the work list.
 
+A larger image (R > 64, or K > 64 in float32) has several blocks of keys. `_forward` then loops over
+those after the first, with an online softmax as in FlashAttention: the running maximum m grows, and
+what was summed so far shrinks by 2^(old m - new m). It leaves m and 1 / sum of every row to the
+backward pass, in float32: not the log-sum-exp m + log2(sum), which would give p the absolute
+rounding error of a number of the size of m. `_backward_dq` takes delta = sum(out * dout), the same
+number for out = p @ v, and makes dq; `_backward`, one program for each block, makes dk and dv. With
+one block the loop has no turn and costs nothing: the code is that without it.
+
 Every token belongs to one item, so out and dq are plain stores. An image with one item has dk and
 dv stored by that item's program; one with several (a long run, as with N = 1) gets one float32
 partial from each, and `_sum_partials` adds them up in the order of the tokens. No atomics: two
 runs agree bit for bit. Tokens with phi = 0 are items of "image 0", which store zeros; an image that
 nobody attends to owns one empty item, which stores dk = dv = 0.
 
-Larger images (R > 64, or K > 64 in float32) go to `image_causal_attention_blocks.py`, which loops
-over blocks of keys.
-
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, L and N from 0,
-any order of phi, strided q, k, v, dout. No register spills for sm_80, sm_90 and gfx942 at any K
-and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32, 64, 100, 256); at others a few
-bytes may (float32 on sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there
-as it is); tensors of more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
+any order of phi, strided q, k, v, dout. Spills and repeated tiles are looked for on sm_80, sm_90
+and gfx942 at the K and R of results/compiled.json, with strides that are multiples of 16,
+as projections make them; with other strides, or K off that grid, some bytes may spill (float32 on
+sm_90, K = 24, R = 50: 8). Not tested: any GPU yet (tests/kernels runs there as it is); tensors of
+more than 2^31 elements (offsets are 64 bits wide); several GPUs in one
 process. The launch options were chosen for fitting in registers, not by measured time. float64, for
 checking gradients, exists in the interpreter alone.
 """
 
-from kernels import image_causal_attention_blocks as in_blocks
-from kernels.runtime import (
+from .common.runtime import (
+    ALL_REGISTERS,
     LOG2E,
     allocate,
     cast,
@@ -49,14 +55,23 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import WorkList, build_work_list, load_item, store_zeros, sum_partials
+from .common.work_list import (
+    WorkList,
+    build_work_list,
+    choose_chunks,
+    count_items,
+    launch_list,
+    load_item,
+    store_zeros,
+    sum_partials,
+)
 
 # --- forward ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, order_ptr, items_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, statistics_ptr, order_ptr, items_ptr,
     q_b, q_l, q_h, k_b, k_n, k_r, k_h, v_b, v_n, v_r, v_h, L, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -64,43 +79,107 @@ def _forward(
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
     out_ptr += b * L * H * K + h * K
+    statistics_ptr += (b * L * H + h) * 2
     if image == 0:  # no image before these tokens: they attend to nothing
         store_zeros(out_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
+        if R > BLOCK_R:
+            store_zeros(statistics_ptr, order_ptr + b * L, begin, end, H * 2, 2, BLOCK_M, 2)
     else:
-        n, r = image - 1, tl.arange(0, BLOCK_R)
-        k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)  # [R, K]
-        v = load_rows(v_ptr + b * v_b + n * v_n + h * v_h, r, v_r, r < R, K, BLOCK_K)
+        k_ptr += b * k_b + (image - 1) * k_n + h * k_h
+        v_ptr += b * v_b + (image - 1) * v_n + h * v_h
+        r = tl.arange(0, BLOCK_R)
+        k = load_rows(k_ptr, r, k_r, r < R, K, BLOCK_K)  # [R, K], or its first block
+        v = load_rows(v_ptr, r, v_r, r < R, K, BLOCK_K)
         for start in range(begin, end, BLOCK_M):
             place = start + tl.arange(0, BLOCK_M)
             token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
-            # p = softmax(q @ k^T / sqrt(K)), in base 2
-            scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R]
+            # p = softmax(q @ k^T / sqrt(K)), out = p @ v, both not yet divided by the row's sum
+            scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R], for powers of 2
             scores = tl.where((r < R)[None, :], scores, float("-inf"))
-            p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-            # out = p @ v; dividing by the sum afterwards touches K numbers a row, p has R
-            out = dot(cast(p, v.dtype), v) / tl.sum(p, 1)[:, None]
-            store_rows(out_ptr, token, H * K, place < end, out, K, BLOCK_K)
+            m = tl.max(scores, 1)
+            p = tl.exp2(scores - m[:, None])
+            total, out = tl.sum(p, 1), dot(cast(p, v.dtype), v)
+            for first in range(BLOCK_R, R, BLOCK_R):  # the other blocks of a large image
+                n = first + r
+                k_block = load_rows(k_ptr, n, k_r, n < R, K, BLOCK_K)
+                v_block = load_rows(v_ptr, n, v_r, n < R, K, BLOCK_K)
+                scores = dot(q, tl.trans(k_block)) * (SCALE * LOG2E)
+                scores = tl.where((n < R)[None, :], scores, float("-inf"))
+                new_m = tl.maximum(m, tl.max(scores, 1))
+                shrink = tl.exp2(m - new_m)
+                p = tl.exp2(scores - new_m[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                out = out * shrink[:, None] + dot(cast(p, v.dtype), v_block)
+                m = new_m
+            inverse = 1 / total  # one division a row, not K of them
+            store_rows(out_ptr, token, H * K, place < end, out * inverse[:, None], K, BLOCK_K)
+            if R > BLOCK_R:
+                tl.store(statistics_ptr + token.to(tl.int64) * H * 2, m, place < end)
+                tl.store(statistics_ptr + token.to(tl.int64) * H * 2 + 1, inverse, place < end)
 
 
 # --- backward -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _backward(
-    dout_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
+def _backward_dq(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, dq_ptr, statistics_ptr, delta_ptr,
     order_ptr, items_ptr,
-    do_b, do_l, do_h, q_b, q_l, q_h, k_b, k_n, k_r, k_h, v_b, v_n, v_r, v_h, L, N, H,
+    do_b, do_l, do_h, q_b, q_l, q_h, k_b, k_n, k_r, k_h, v_b, v_n, v_r, v_h, L, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     item, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, image, begin, end = load_item(items_ptr, item)
+    row = b * L * H + h  # of out, dq [B, L, H, K], the statistics [B, L, H, 2] and delta [B, L, H]
+    if image == 0:
+        store_zeros(dq_ptr + row * K, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
+    else:
+        k_ptr += b * k_b + (image - 1) * k_n + h * k_h
+        v_ptr += b * v_b + (image - 1) * v_n + h * v_h
+        for start in range(begin, end, BLOCK_M):
+            place = start + tl.arange(0, BLOCK_M)
+            token = tl.load(order_ptr + b * L + place, place < end, other=0)
+            q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)
+            dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
+            out = load_rows(out_ptr + row * K, token, H * K, place < end, K, BLOCK_K)
+            own = row + token.to(tl.int64) * H
+            m = tl.load(statistics_ptr + own * 2, place < end, other=0.0)
+            inverse = tl.load(statistics_ptr + own * 2 + 1, place < end, other=0.0)
+            delta = tl.sum(out.to(m.dtype) * dout.to(m.dtype), 1)  # sum(p * dp), as out = p @ v
+            tl.store(delta_ptr + own, delta, place < end)
+            dq = tl.zeros([BLOCK_M, BLOCK_K], m.dtype)
+            for first in range(0, R, BLOCK_R):
+                r = first + tl.arange(0, BLOCK_R)
+                k = load_rows(k_ptr, r, k_r, r < R, K, BLOCK_K)
+                v = load_rows(v_ptr, r, v_r, r < R, K, BLOCK_K)
+                scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)
+                scores = tl.where((r < R)[None, :], scores, float("-inf"))
+                p = tl.exp2(scores - m[:, None]) * inverse[:, None]
+                dscores = p * (dot(dout, tl.trans(v)) - delta[:, None])
+                dq += dot(cast(dscores, k.dtype), k)
+            store_rows(dq_ptr + row * K, token, H * K, place < end, dq * SCALE, K, BLOCK_K)
+
+
+@triton.jit
+def _backward(
+    dout_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
+    statistics_ptr, delta_ptr, order_ptr, items_ptr,
+    do_b, do_l, do_h, q_b, q_l, q_h, k_b, k_n, k_r, k_h, v_b, v_n, v_r, v_h, L, N, H,
+    R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    block, item_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    item, h = item_head // H, (item_head % H).to(tl.int64)
+    b, image, begin, end = load_item(items_ptr, item)
     dq_ptr += b * L * H * K + h * K
     if image == 0:
-        store_zeros(dq_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
+        if blocks == 1:
+            store_zeros(dq_ptr, order_ptr + b * L, begin, end, H * K, K, BLOCK_M, BLOCK_K)
     else:
-        n, r = image - 1, tl.arange(0, BLOCK_R)
+        n, r = image - 1, block * BLOCK_R + tl.arange(0, BLOCK_R)
         k = load_rows(k_ptr + b * k_b + n * k_n + h * k_h, r, k_r, r < R, K, BLOCK_K)  # [R, K]
         v = load_rows(v_ptr + b * v_b + n * v_n + h * v_h, r, v_r, r < R, K, BLOCK_K)
         dk = tl.zeros([BLOCK_R, BLOCK_K], dk_part_ptr.dtype.element_ty)
@@ -110,22 +189,30 @@ def _backward(
             token = tl.load(order_ptr + b * L + place, place < end, other=0)
             q = load_rows(q_ptr + b * q_b + h * q_h, token, q_l, place < end, K, BLOCK_K)  # [M, K]
             dout = load_rows(dout_ptr + b * do_b + h * do_h, token, do_l, place < end, K, BLOCK_K)
-            # scores, p and their gradients are transposed, [R, M]: the products that make them and
-            # dk, dv then have R rows and not M, so that a small tile of tokens, which leaves
-            # registers to dk and dv, still fills the tensor cores
-            scores = dot(k, tl.trans(q)) * (SCALE * LOG2E)
-            scores = tl.where((r < R)[:, None], scores, float("-inf"))
-            p = tl.exp2(scores - tl.max(scores, 0)[None, :])
-            p = p / tl.sum(p, 0)[None, :]
+            scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)  # [M, R]
+            scores = tl.where((r < R)[None, :], scores, float("-inf"))
+            if blocks == 1:
+                p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+                p *= (1 / tl.sum(p, 1))[:, None]
+            else:  # past the end, inverse is 0
+                row = (b * L + token) * H + h
+                m = tl.load(statistics_ptr + row * 2, place < end, other=0.0)
+                inverse = tl.load(statistics_ptr + row * 2 + 1, place < end, other=0.0)
+                p = tl.exp2(scores - m[:, None]) * inverse[:, None]
             # out = p @ v. Past the end dout and q are 0, and add nothing
-            dv += dot(cast(p, dout.dtype), dout)
-            dp = dot(v, tl.trans(dout))
+            dv += dot(tl.trans(cast(p, dout.dtype)), dout)
+            dp = dot(dout, tl.trans(v))
             # p = softmax(scores)
-            dscores = cast(p * (dp - tl.sum(p * dp, 0)[None, :]), q.dtype)
+            if blocks == 1:
+                delta = tl.sum(p * dp, 1)
+            else:
+                delta = tl.load(delta_ptr + row, place < end, other=0.0)
+            dscores = cast(p * (dp - delta[:, None]), q.dtype)
             # scores = q @ k^T / sqrt(K)
-            dk += dot(dscores, q)
-            dq = dot(tl.trans(dscores), k) * SCALE  # [M, K]
-            store_rows(dq_ptr, token, H * K, place < end, dq, K, BLOCK_K)
+            dk += dot(tl.trans(dscores), q)
+            if blocks == 1:
+                dq = dot(dscores, k) * SCALE  # [M, K]
+                store_rows(dq_ptr, token, H * K, place < end, dq, K, BLOCK_K)
         slot = tl.load(items_ptr + item * 5 + 4).to(tl.int64)
         if slot < 0:  # the image's only item
             first = ((b * N + n) * R * H + h) * K  # of dk, dv [B, N, R, H, K]
@@ -140,63 +227,106 @@ def _backward(
 # --- launching ----------------------------------------------------------------------------------
 
 
-# (kernel, K > 64, float32) -> tokens of a tile, warps of a program: wide ones that compile without
-# spilling for sm_80, sm_90 and gfx942 (`python -m kernels compile`, Triton 3.7.1; 3.6.0 spills 8
-# bytes in _backward, float32, K > 64, R <= 16); not yet chosen by time
+# (kernel, several blocks, K > 64, float32) -> tokens of a tile, warps of a program, keys of a
+# block, stages (with 2, a tile is loaded while the one before it is worked on): wide ones that
+# compile without spilling and without computing a tile twice (`compile.py`); not yet chosen by time
 OPTIONS = {
-    ("_forward", False, False): (64, 4),
-    ("_forward", True, False): (64, 4),
-    ("_forward", False, True): (32, 4),
-    ("_forward", True, True): (32, 4),
-    ("_backward", False, False): (32, 4),
-    ("_backward", True, False): (32, 8),
-    ("_backward", False, True): (16, 8),
-    ("_backward", True, True): (16, 8),
+    ("_forward", False, False, False): (64, 4, 64, 1),
+    ("_forward", False, True, False): (64, 4, 64, 1),
+    ("_forward", False, False, True): (32, 4, 64, 1),
+    ("_forward", False, True, True): (32, 4, 64, 1),
+    ("_forward", True, False, False): (64, 4, 64, 1),
+    ("_forward", True, True, False): (64, 4, 64, 1),
+    ("_forward", True, False, True): (32, 4, 32, 1),
+    ("_forward", True, True, True): (16, 8, 16, 1),
+    ("_backward", False, False, False): (64, 4, 64, 1),
+    ("_backward", False, True, False): (64, 8, 64, 1),
+    ("_backward", False, False, True): (16, 8, 64, 1),
+    ("_backward", False, True, True): (16, 8, 64, 1),
+    ("_backward_dq", True, False, False): (64, 4, 32, 1),
+    ("_backward_dq", True, True, False): (64, 4, 32, 1),
+    ("_backward_dq", True, False, True): (32, 4, 32, 1),
+    ("_backward_dq", True, True, True): (16, 8, 16, 1),
+    ("_backward", True, False, False): (64, 4, 64, 1),
+    ("_backward", True, True, False): (32, 4, 64, 1),
+    ("_backward", True, False, True): (16, 4, 32, 1),
+    ("_backward", True, True, True): (16, 8, 32, 1),
 }
+# ... and where a target's differ. Keys of a block cannot: the number of programs hangs on them.
+# gfx942's matrix instructions take float32, and want 16 tokens for every warp
+OWN = {
+    ("_backward", False, False, False): {"sm_90": dict(num_stages=2)},
+    ("_backward", False, True, False): {
+        "sm_90": dict(BLOCK_M=128),
+        "gfx": dict(num_warps=4),
+    },
+    ("_backward", True, True, False): {
+        "sm_90": dict(BLOCK_M=64, num_stages=2),
+        "gfx": dict(BLOCK_M=64),
+    },
+}
+OWN |= {key: {"gfx": dict(BLOCK_M=64, num_warps=4)} for key in OPTIONS if key[3]}
+
+
+def in_one_block(K, dtype, R):
+    """Whether all keys of an image are one block: at most 64, which fill 16 KiB of a tile."""
+    return R <= 64 and side(R) * side(K) * dtype.itemsize <= 16 * 1024
 
 
 def options_for(kernel, K, dtype, R):
     """The constants and launch options of a kernel of this file."""
-    BLOCK_M, num_warps = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
-    if kernel.__name__ == "_backward" and R <= 32:
-        BLOCK_M = 16  # with 32, sm_90 spills 8 bytes at R = K = 32
-    elif kernel.__name__ == "_backward" and dtype.itemsize >= 4 and side(K) <= 32:
-        BLOCK_M = 32  # with 16, sm_80 spills 8 bytes at R = 64, K = 32
-    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=side(R), BLOCK_K=side(K))
-    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, num_warps=num_warps, num_stages=1)
-
-
-def fits_one_tile(K, dtype, R):
-    """Whether the kernels of this file handle an image: its keys fill at most 16 KiB of a tile."""
-    return R <= 64 and side(R) * side(K) * dtype.itemsize <= 16 * 1024
+    key = kernel.__name__, not in_one_block(K, dtype, R), K > 64, dtype.itemsize >= 4
+    BLOCK_M, num_warps, BLOCK_R, num_stages = OPTIONS[key]
+    if kernel.__name__ != "_backward":  # whose tiles of dk and dv its warps would fill twice
+        # where K > 64, sm_80's warps lie side by side in `out`, 8 columns each: in the scores, too
+        BLOCK_R = min(BLOCK_R, max(side(R), 32 if K > 64 else 16))
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_K=side(K))
+    options = dict(num_warps=num_warps, num_stages=num_stages, **OWN.get(key, {}))
+    if dtype.itemsize >= 4:
+        options |= ALL_REGISTERS
+    return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
 
 def _launch_forward(q, k, v, work):
+    """-> out, and for an image of several blocks m and 1 / sum of every row [B, L, H, 2]."""
     (_, L, H, K), R = q.shape, k.shape[2]
-    if not fits_one_tile(K, q.dtype, R):
-        return in_blocks.launch_forward(q, k, v, work)
     out = allocate(q.shape, q.dtype, q.device)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    statistics = allocate(statistics_shape(q, k), precise, q.device)
     launch(
-        _forward, len(work.items) * H, q, k, v, out, work.order, work.items,
+        _forward, len(work.items) * H, q, k, v, out, statistics, work.order, work.items,
         *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], L, H,
         **options_for(_forward, K, q.dtype, R),
     )  # fmt: skip
-    return out
+    return out, statistics
 
 
-def _launch_backward(dout, q, k, v, work):
+def statistics_shape(q, k):
+    """[B, L, H, 2] where the backward pass takes statistics from the forward pass, or else [0]."""
+    (*rows, K), R = q.shape, k.shape[2]
+    return (0,) if in_one_block(K, q.dtype, R) else (*rows, 2)
+
+
+def _launch_backward(dout, q, k, v, out, statistics, work):
     (_, L, H, K), (N, R) = q.shape, k.shape[1:3]
-    if not fits_one_tile(K, q.dtype, R):
-        return in_blocks.launch_backward(dout, q, k, v, work)
-    dq, dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     precise = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     parts = [allocate((work.num_slots, R, H, K), precise, q.device) for _ in "kv"]
+    delta = allocate(statistics.shape[:3], precise, q.device)
+    strides = *dout.stride()[:3], *q.stride()[:3], *k.stride()[:4], *v.stride()[:4]
+    programs = len(work.backward_items) * H
+    if len(statistics):
+        launch(
+            _backward_dq, programs, dout, q, k, v, out, dq, statistics, delta,
+            work.order, work.backward_items, *strides, L, H,
+            **options_for(_backward_dq, K, q.dtype, R),
+        )  # fmt: skip
+    options = options_for(_backward, K, q.dtype, R)
     launch(
-        _backward, len(work.items) * H, dout, q, k, v, dq, dk, dv, *parts, work.order, work.items,
-        *dout.stride()[:3], *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], L, N, H,
-        **options_for(_backward, K, q.dtype, R),
+        _backward, programs * triton.cdiv(R, options["BLOCK_R"]), dout, q, k, v, dq, dk, dv,
+        *parts, statistics, delta, work.order, work.backward_items, *strides, L, N, H, **options,
     )  # fmt: skip
-    sum_partials(parts, (dk, dv), work)
+    sum_partials(parts, (dk, dv), work.splits)
     return dq, dk, dv
 
 
@@ -206,9 +336,10 @@ def launch_examples(K, dtype, R):
     q = torch.empty((B, L, H, K), dtype=dtype, device="meta")
     k = torch.empty((B, N, R, H, K), dtype=dtype, device="meta")
     phi = torch.empty((B, L), dtype=torch.int32, device="meta")
-    work = build_work_list(phi, N, heads=H, check=False)
-    _launch_forward(q, k, k, work)
-    _launch_backward(q, q, k, k, work)
+    chunks = choose_chunks(B * L * H)
+    work = WorkList(*launch_list(phi, N, *chunks), (B, L, N), chunks)
+    out, statistics = _launch_forward(q, k, k, work)
+    _launch_backward(q, q, k, k, out, statistics, work)
 
 
 # --- the torch op -------------------------------------------------------------------------------
@@ -217,41 +348,50 @@ def launch_examples(K, dtype, R):
 @operator("image_causal_attention")
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
-) -> torch.Tensor:  # fmt: skip
-    work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
+    order: torch.Tensor, items: torch.Tensor, backward_items: torch.Tensor, splits: torch.Tensor,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    shape = *q.shape[:2], k.shape[1]
+    work = WorkList(order, items, backward_items, splits, shape, (None, chunk))
     return _launch_forward(*map(rows_contiguous, (q, k, v)), work)
 
 
 @operator("image_causal_attention_backward")
 def _attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    order: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
+    out: torch.Tensor, statistics: torch.Tensor,
+    order: torch.Tensor, items: torch.Tensor, backward_items: torch.Tensor, splits: torch.Tensor,
+    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    work = WorkList(order, items, splits, (*q.shape[:2], k.shape[1]), chunk)
-    return _launch_backward(*map(rows_contiguous, (dout, q, k, v)), work)
+    shape = *q.shape[:2], k.shape[1]
+    work = WorkList(order, items, backward_items, splits, shape, (None, chunk))
+    inputs = map(rows_contiguous, (dout, q, k, v))
+    return _launch_backward(*inputs, out.contiguous(), statistics.contiguous(), work)
 
 
 @_attention.register_fake
-def _(q, k, v, order, items, splits, chunk):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _(q, k, v, *work):
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(statistics_shape(q, k), dtype=precise)
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, order, items, splits, chunk):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _(dout, q, k, v, *others):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx, inputs, output):
+    q, k, v, *lists, ctx.chunk = inputs
+    out, statistics = output
+    out = out if len(statistics) else statistics  # with one block of keys neither is read
+    ctx.save_for_backward(q, k, v, out, statistics, *lists)
 
 
-def _run_backward(ctx, dout):
-    return *_attention_backward(dout, *ctx.saved_tensors, ctx.chunk), None, None, None, None
+def _run_backward(ctx, dout, _):
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.chunk), *[None] * 5
 
 
-_attention.register_autograd(_run_backward, setup_context=_save_inputs)
+_attention.register_autograd(_run_backward, setup_context=_save)
 
 # --- the functions to call ----------------------------------------------------------------------
 
@@ -268,15 +408,23 @@ def image_causal_attention(q, k, v, phi, work=None, check=True):
     GPU a work list needs the very tensor that it was built from. ValueError otherwise.
     """
     work = _prepare(q, k, v, phi, work, check)
-    return _attention(q, k, v, work.order, work.items, work.splits, work.chunk)
+    return _attention(q, k, v, *work[:4], work.chunks[1])[0]
 
 
 def image_causal_attention_backward(dout, q, k, v, phi, work=None, check=True):
-    """The gradients dq, dk, dv from dout [B, L, H, K] and the forward's inputs; see there."""
+    """The gradients dq, dk, dv from dout [B, L, H, K] and the forward's inputs; see there.
+
+    For an image of several blocks of keys, the forward pass is run again for what autograd keeps
+    of it.
+    """
     work = _prepare(q, k, v, phi, work, check)
     if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
         raise ValueError(f"dout must be like q, {describe(q)}, got {describe(dout)}")
-    return _attention_backward(dout, q, k, v, work.order, work.items, work.splits, work.chunk)
+    lists = *work[:4], work.chunks[1]
+    if in_one_block(q.shape[3], q.dtype, k.shape[2]):
+        none = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+        return _attention_backward(dout, q, k, v, none, none, *lists)
+    return _attention_backward(dout, q, k, v, *_attention(q, k, v, *lists), *lists)
 
 
 def _prepare(q, k, v, phi, work, check):
@@ -292,7 +440,8 @@ def _prepare(q, k, v, phi, work, check):
             f"work must be for (B, L, N) = {(B, L, N)} on {q.device}, "
             f"got {work.shape} on {work.order.device}"
         )
-    if work.source is None or len(work.items) != B * (N + 1) + B * L // work.chunk:
+    found = len(work.items), len(work.backward_items)
+    if work.source is None or found != count_items(work.shape, work.chunks):
         raise ValueError("work must be as build_work_list returns it, got one that was changed")
     work.source.check(phi, check)
     return work

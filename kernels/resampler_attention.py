@@ -14,41 +14,45 @@ items of at most `chunk`, the first of which also takes the latents. One program
 head and block of queries. An item that has its image to itself stores the result; the others store
 partial ones in float32, which are merged in the order of the features:
 
-    forward     _resample         online softmax                   [_resample_merge: by log-sum-exp]
-    backward    _resample_stats   m, 1 / sum, delta = sum(p * dp)  [_resample_merge: by log-sum-exp]
-                _resample_dq      dq, from the statistics          [sum_partials]
+    forward     _resample         online softmax                     [_resample_merge]
+    backward    _resample_dq      delta = sum(out * dout), then dq   [sum_partials]
                 _resample_dkdv    dk, dv of an item's keys, over all queries: plain stores
 
-The log-sum-exp stays in two parts, the maximum m and the sum, for m + log2(sum) would give p the
-absolute rounding error of a number of the size of m. No atomics: two runs agree bit for bit.
-Nothing is saved but the inputs; the backward pass recomputes scores, p and dp in each of its
-kernels. The host waits for nothing once the list is built, and the number of programs follows from
-the shapes alone.
+The forward pass leaves to the backward pass two numbers a row in float32: the log-sum-exp, in two
+parts, the maximum m and 1 / sum, for m + log2(sum) would give p the absolute rounding error of a
+number of the size of m. With them and out, which is saved with the inputs, the backward pass
+recomputes p and dp in each of its kernels; sum(p * dp) is sum(out * dout), for out = p @ v. No
+atomics: two runs agree bit for bit. The host waits for nothing once the list is built, and the
+number of programs follows from the shapes alone.
 
 Memory traffic, counted, not measured, in numbers of the inputs' dtype, for whole images and R up to
 one block of queries. Forward: H*K * (2*total + 4*B*R); every slot of a split image adds 2 * H*R *
-(K + 2) in float32. Backward: H*K * (8*total + 15*B*R), three passes over all inputs and the
-gradients, with q and dout counted once in each. Concatenating [x_f, latents] of width D before the
+(K + 2) in float32. Backward: H*K * (6*total + 12*B*R), two passes over all inputs, with q and dout
+counted once in each, out, and the gradients. The statistics and delta, B*R*H * 8 numbers in
+float32 over both passes, are not counted. Concatenating [x_f, latents] of width D before the
 projections, as the paper's pseudo-code does in every layer, reads and writes 2*D * (total + B*R)
 numbers more, and needs padding where M differs: for an image of the paper's (M = 100, R = 64,
 D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass moves, for a clip of 8
 frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
-from 0, ragged and padded batches, split and whole images, strided inputs. No register spills for
-sm_80, sm_90 and gfx942 at any K and R of results/compiled.json (K = 32, 64, 80, 96, 128; R = 1, 32,
-64, 100, 256). Not tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide).
-The launch options and the split were not chosen by measured time. float64, for checking gradients,
-exists in the interpreter alone.
+from 0, ragged and padded batches, split and whole images, strided inputs. Spills and repeated tiles
+are looked for on sm_80, sm_90 and gfx942 at the K and R of `compile.py`, with strides that are
+multiples of 16, as projections make them; other strides, or K off that grid, are not looked at. Not
+tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options
+and the split were not chosen by measured time. float64, for checking gradients, exists in the
+interpreter alone.
 """
 
-from kernels.feature_list import (
+from .common.feature_list import (
     FeatureList,
     build_feature_list,
     build_padded_list,
+    choose_chunk,
+    launch_list,
     load_features,
 )
-from kernels.runtime import (
+from .common.runtime import (
     ALL_REGISTERS,
     LOG2E,
     allocate,
@@ -67,7 +71,7 @@ from kernels.runtime import (
     torch,
     triton,
 )
-from kernels.work_list import sum_partials
+from .common.work_list import sum_partials
 
 # --- forward ------------------------------------------------------------------------------------
 
@@ -104,8 +108,9 @@ def attend(
 
 @triton.jit
 def _resample(
-    q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, out_ptr, m_part_ptr, total_part_ptr, out_part_ptr,
-    items_ptr, q_b, q_r, q_h, kx_n, kx_h, vx_n, vx_h, kl_b, kl_r, kl_h, vl_b, vl_r, vl_h, H,
+    q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, out_ptr, statistics_ptr,
+    m_part_ptr, total_part_ptr, out_part_ptr, items_ptr,
+    q_b, q_r, q_h, kx_n, kx_h, vx_n, vx_h, kl_b, kl_r, kl_h, vl_b, vl_r, vl_h, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -126,8 +131,11 @@ def _resample(
             0, latents * R, m, total, out, K, SCALE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if slot < 0:  # the image's only item
-            row = (b * R + r) * H + h  # of out [B, R, H, K]
-            store_rows(out_ptr, row, K, r < R, out / total[:, None], K, BLOCK_K)
+            row = (b * R + r) * H + h  # of out [B, R, H, K] and the statistics [B, R, H, 2]
+            inverse = 1 / total
+            store_rows(out_ptr, row, K, r < R, out * inverse[:, None], K, BLOCK_K)
+            tl.store(statistics_ptr + row * 2, m, r < R)
+            tl.store(statistics_ptr + row * 2 + 1, inverse, r < R)
         else:
             row = (slot * R + r) * H + h  # of the partial results [slots, R, H, ..]
             store_rows(out_part_ptr, row, K, r < R, out, K, BLOCK_K)
@@ -137,18 +145,19 @@ def _resample(
 
 @triton.jit
 def _resample_merge(
-    m_part_ptr, total_part_ptr, x_part_ptr, m_ptr, inverse_ptr, x_ptr, splits_ptr, H,
-    R: tl.constexpr, K: tl.constexpr, STATISTICS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    m_part_ptr, total_part_ptr, out_part_ptr, out_ptr, statistics_ptr, splits_ptr, H,
+    R: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x = sum(2^m_i x_i) / sum(2^m_i total_i) over the parts i of an image that has several."""
-    b, h, r = locate(H, R, BLOCK_M)
-    slot, slots = tl.load(splits_ptr + b * 2).to(tl.int64), tl.load(splits_ptr + b * 2 + 1)
+    """out = sum(2^m_i out_i) / sum(2^m_i total_i) over the parts i of an image that has several."""
+    split, h, r = locate(H, R, BLOCK_M)
+    splits_ptr += split * 3
+    b, slot = tl.load(splits_ptr).to(tl.int64), tl.load(splits_ptr + 1).to(tl.int64)
+    slots = tl.load(splits_ptr + 2)
     if slots > 0:
         ACC: tl.constexpr = m_part_ptr.dtype.element_ty
         m = tl.full([BLOCK_M], float("-inf"), ACC)
         total = tl.zeros([BLOCK_M], ACC)
-        x = tl.zeros([BLOCK_M, BLOCK_K], ACC)
+        out = tl.zeros([BLOCK_M, BLOCK_K], ACC)
         for i in range(slots):
             row = ((slot + i) * R + r) * H + h
             # the first part has the latents, so m is finite from there on. One that is all padding
@@ -157,74 +166,17 @@ def _resample_merge(
             new_m = tl.maximum(m, m_i)
             shrink, weight = tl.exp2(m - new_m), tl.exp2(m_i - new_m)
             total = total * shrink + tl.load(total_part_ptr + row, r < R, other=1.0) * weight
-            x_i = load_rows(x_part_ptr, row, K, r < R, K, BLOCK_K)
-            x = x * shrink[:, None] + x_i * weight[:, None]
+            out_i = load_rows(out_part_ptr, row, K, r < R, K, BLOCK_K)
+            out = out * shrink[:, None] + out_i * weight[:, None]
             m = new_m
-        row = (b.to(tl.int64) * R + r) * H + h
-        store_rows(x_ptr, row, K, r < R, x / total[:, None], K, BLOCK_K)
-        if STATISTICS:
-            tl.store(m_ptr + row, m, r < R)
-            tl.store(inverse_ptr + row, 1 / total, r < R)
+        row = (b * R + r) * H + h
+        inverse = 1 / total
+        store_rows(out_ptr, row, K, r < R, out * inverse[:, None], K, BLOCK_K)
+        tl.store(statistics_ptr + row * 2, m, r < R)
+        tl.store(statistics_ptr + row * 2 + 1, inverse, r < R)
 
 
 # --- backward -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def attend_stats(
-    q, dout, k_ptr, v_ptr, k_n, v_n, begin, end, m, total, delta,
-    K: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """As attend, but delta = sum(p * dp) takes the place of out = sum(p * v)."""
-    for first in range(begin, end, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, n, k_n, n < end, K, BLOCK_K)
-        v = load_rows(v_ptr, n, v_n, n < end, K, BLOCK_K)
-        scores = dot(q, tl.trans(k)) * (SCALE * LOG2E)
-        scores = tl.where((n < end)[None, :], scores, float("-inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        shrink = tl.exp2(m - new_m)
-        p = tl.exp2(scores - new_m[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        delta = delta * shrink + tl.sum(p * dot(dout, tl.trans(v)), 1)
-        m = new_m
-    return m, total, delta
-
-
-@triton.jit
-def _resample_stats(
-    dout_ptr, q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, m_ptr, inverse_ptr, delta_ptr,
-    m_part_ptr, total_part_ptr, delta_part_ptr, items_ptr, do_b, do_r, do_h,
-    q_b, q_r, q_h, kx_n, kx_h, vx_n, vx_h, kl_b, kl_r, kl_h, vl_b, vl_r, vl_h, H,
-    R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    item, h, r = locate(H, R, BLOCK_M)
-    b, begin, end, _, slot, latents = load_features(items_ptr, item)
-    if b >= 0:
-        q = load_rows(q_ptr + b * q_b + h * q_h, r, q_r, r < R, K, BLOCK_K)
-        dout = load_rows(dout_ptr + b * do_b + h * do_h, r, do_r, r < R, K, BLOCK_K)
-        ACC: tl.constexpr = m_ptr.dtype.element_ty
-        m = tl.full([BLOCK_M], float("-inf"), ACC)
-        total, delta = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
-        m, total, delta = attend_stats(
-            q, dout, kx_ptr + h * kx_h, vx_ptr + h * vx_h, kx_n, vx_n, begin, end,
-            m, total, delta, K, SCALE, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        m, total, delta = attend_stats(
-            q, dout, kl_ptr + b * kl_b + h * kl_h, vl_ptr + b * vl_b + h * vl_h, kl_r, vl_r,
-            0, latents * R, m, total, delta, K, SCALE, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if slot < 0:
-            row = (b * R + r) * H + h
-            tl.store(m_ptr + row, m, r < R)
-            tl.store(inverse_ptr + row, 1 / total, r < R)
-            tl.store(delta_ptr + row, delta / total, r < R)
-        else:
-            row = (slot * R + r) * H + h
-            tl.store(m_part_ptr + row, m, r < R)
-            tl.store(total_part_ptr + row, total, r < R)
-            tl.store(delta_part_ptr + row, delta, r < R)
 
 
 @triton.jit
@@ -248,7 +200,7 @@ def add_dq(
 
 @triton.jit
 def _resample_dq(
-    dout_ptr, q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, m_ptr, inverse_ptr, delta_ptr,
+    dout_ptr, q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, out_ptr, statistics_ptr, delta_ptr,
     dq_ptr, dq_part_ptr, items_ptr, do_b, do_r, do_h,
     q_b, q_r, q_h, kx_n, kx_h, vx_n, vx_h, kl_b, kl_r, kl_h, vl_b, vl_r, vl_h, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
@@ -260,10 +212,13 @@ def _resample_dq(
         q = load_rows(q_ptr + b * q_b + h * q_h, r, q_r, r < R, K, BLOCK_K)
         dout = load_rows(dout_ptr + b * do_b + h * do_h, r, do_r, r < R, K, BLOCK_K)
         row = (b * R + r) * H + h
-        m = tl.load(m_ptr + row, r < R, other=0.0)
-        inverse = tl.load(inverse_ptr + row, r < R, other=0.0)
-        delta = tl.load(delta_ptr + row, r < R, other=0.0)
-        dq = tl.zeros([BLOCK_M, BLOCK_K], m_ptr.dtype.element_ty)
+        out = load_rows(out_ptr, row, K, r < R, K, BLOCK_K)
+        m = tl.load(statistics_ptr + row * 2, r < R, other=0.0)
+        inverse = tl.load(statistics_ptr + row * 2 + 1, r < R, other=0.0)
+        delta = tl.sum(out.to(m.dtype) * dout.to(m.dtype), 1)  # sum(p * dp), for out = p @ v
+        if latents:  # of an image's items one is enough
+            tl.store(delta_ptr + row, delta, r < R)
+        dq = tl.zeros([BLOCK_M, BLOCK_K], m.dtype)
         dq = add_dq(
             dq, q, dout, m, inverse, delta, kx_ptr + h * kx_h, vx_ptr + h * vx_h, kx_n, vx_n,
             begin, end, K, SCALE, BLOCK_N, BLOCK_K,
@@ -282,7 +237,7 @@ def _resample_dq(
 @triton.jit
 def store_dkdv(
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_n, v_n, begin, end,
-    dout_ptr, q_ptr, m_ptr, inverse_ptr, delta_ptr, do_r, q_r, H,
+    dout_ptr, q_ptr, statistics_ptr, delta_ptr, do_r, q_r, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -291,14 +246,14 @@ def store_dkdv(
         n = first + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, n, k_n, n < end, K, BLOCK_K)
         v = load_rows(v_ptr, n, v_n, n < end, K, BLOCK_K)
-        dk = tl.zeros([BLOCK_N, BLOCK_K], m_ptr.dtype.element_ty)
-        dv = tl.zeros([BLOCK_N, BLOCK_K], m_ptr.dtype.element_ty)
+        dk = tl.zeros([BLOCK_N, BLOCK_K], delta_ptr.dtype.element_ty)
+        dv = tl.zeros([BLOCK_N, BLOCK_K], delta_ptr.dtype.element_ty)
         for start in range(0, R, BLOCK_M):
             r = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_ptr, r, q_r, r < R, K, BLOCK_K)
             dout = load_rows(dout_ptr, r, do_r, r < R, K, BLOCK_K)
-            m = tl.load(m_ptr + r * H, r < R, other=0.0)
-            inverse = tl.load(inverse_ptr + r * H, r < R, other=0.0)
+            m = tl.load(statistics_ptr + r * H * 2, r < R, other=0.0)
+            inverse = tl.load(statistics_ptr + r * H * 2 + 1, r < R, other=0.0)
             delta = tl.load(delta_ptr + r * H, r < R, other=0.0)
             # transposed, [N, M]: all products then have the rows of a block of keys
             scores = dot(k, tl.trans(q)) * (SCALE * LOG2E)
@@ -315,7 +270,7 @@ def store_dkdv(
 
 @triton.jit
 def _resample_dkdv(
-    dout_ptr, q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, m_ptr, inverse_ptr, delta_ptr,
+    dout_ptr, q_ptr, kx_ptr, vx_ptr, kl_ptr, vl_ptr, statistics_ptr, delta_ptr,
     dkx_ptr, dvx_ptr, dkl_ptr, dvl_ptr, items_ptr, do_b, do_r, do_h,
     q_b, q_r, q_h, kx_n, kx_h, vx_n, vx_h, kl_b, kl_r, kl_h, vl_b, vl_r, vl_h, H,
     R: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
@@ -328,16 +283,16 @@ def _resample_dkdv(
     if b >= 0:
         dout_ptr += b * do_b + h * do_h
         q_ptr += b * q_b + h * q_h
-        row = b * R * H + h  # of the statistics [B, R, H], and of dk_l, dv_l [B, R, H, K]
+        row = b * R * H + h  # of the statistics [B, R, H, 2], delta, and dk_l, dv_l [B, R, H, K]
         store_dkdv(
             kx_ptr + h * kx_h, vx_ptr + h * vx_h, dkx_ptr, dvx_ptr, kx_n, vx_n, begin, end,
-            dout_ptr, q_ptr, m_ptr + row, inverse_ptr + row, delta_ptr + row, do_r, q_r, H,
+            dout_ptr, q_ptr, statistics_ptr + row * 2, delta_ptr + row, do_r, q_r, H,
             R, K, SCALE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_dkdv(
             kl_ptr + b * kl_b + h * kl_h, vl_ptr + b * vl_b + h * vl_h,
             dkl_ptr + row * K, dvl_ptr + row * K, kl_r, vl_r, 0, latents * R,
-            dout_ptr, q_ptr, m_ptr + row, inverse_ptr + row, delta_ptr + row, do_r, q_r, H,
+            dout_ptr, q_ptr, statistics_ptr + row * 2, delta_ptr + row, do_r, q_r, H,
             R, K, SCALE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     for first in range(end, stop, BLOCK_N):  # the padding behind the features
@@ -350,34 +305,52 @@ def _resample_dkdv(
 # --- launching ----------------------------------------------------------------------------------
 
 # (kernel, K > 64, float32) -> latents of a tile, warps of a program, keys of a block, stages (with
-# 2, a block is loaded while the one before it is worked on): wide ones that compile without
-# spilling for sm_80, sm_90 and gfx942 (results/compiled.json); not yet chosen by time
+# 2, a block is loaded while the one before it is worked on): wide ones, chosen so as neither to
+# spill nor to compute a tile twice (`compile.py` looks); not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
-    ("_resample", True, False): (64, 8, 64, 2),
+    ("_resample", True, False): (64, 4, 64, 2),
     ("_resample", False, True): (32, 8, 32, 1),
     ("_resample", True, True): (16, 4, 16, 1),
-    ("_resample_stats", False, False): (64, 4, 64, 2),
-    ("_resample_stats", True, False): (64, 8, 32, 2),
-    ("_resample_stats", False, True): (32, 4, 32, 1),
-    ("_resample_stats", True, True): (16, 8, 32, 1),
     ("_resample_dq", False, False): (64, 4, 64, 2),
-    ("_resample_dq", True, False): (64, 8, 32, 2),
+    ("_resample_dq", True, False): (64, 4, 32, 2),
     ("_resample_dq", False, True): (16, 4, 16, 1),
     ("_resample_dq", True, True): (16, 8, 16, 1),
     ("_resample_dkdv", False, False): (32, 4, 64, 1),
-    ("_resample_dkdv", True, False): (16, 8, 64, 1),
+    ("_resample_dkdv", True, False): (32, 4, 32, 2),
     ("_resample_dkdv", False, True): (16, 4, 32, 1),
     ("_resample_dkdv", True, True): (16, 8, 32, 1),
+}
+# ... and where gfx942's differ: its matrix instructions take float32, and want 16 rows for a warp
+OWN = {
+    ("_resample_dkdv", True, False): dict(BLOCK_N=64, num_stages=1),
+    ("_resample_dkdv", False, True): dict(BLOCK_N=64),
+    ("_resample_dkdv", True, True): dict(BLOCK_N=64, num_warps=4),
 }
 
 
 def options_for(kernel, K, dtype, R):
-    """The constants and launch options of a kernel of this file, _resample_merge excepted."""
-    BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[kernel.__name__, K > 64, dtype.itemsize >= 4]
-    blocks = dict(BLOCK_M=min(BLOCK_M, side(R)), BLOCK_N=BLOCK_N, BLOCK_K=side(K))
-    options = dict(num_warps=num_warps, num_stages=num_stages)
-    if kernel is _resample_dkdv and dtype.itemsize >= 4:
+    """The constants and launch options of a kernel of this file, _resample_merge excepted.
+
+    A matrix instruction has 16 rows. Of a tile of latents, which few latents make small, each warp
+    gets that many, so that none computes what another has. Its blocks of keys shrink with the
+    warps, so that a thread holds no more of them than in a full tile. The smallest tile is that of
+    two warps, 32 latents: one warp's share of a wide head spills. Float32 has such instructions on
+    gfx942 alone. _resample_dkdv has rows of keys, and the latents beside them fill its tile, with
+    zeros where they are few.
+    """
+    key = kernel.__name__, K > 64, dtype.itemsize >= 4
+    BLOCK_M, num_warps, BLOCK_N, num_stages = OPTIONS[key]
+    own = OWN.get(key, {})
+    if kernel is not _resample_dkdv:
+        BLOCK_M = min(BLOCK_M, max(32, side(R)))
+        fewer = min(num_warps, BLOCK_M // 16)
+        own = dict(num_warps=fewer)
+        if dtype.itemsize < 4:
+            num_warps, BLOCK_N = fewer, BLOCK_N * fewer // num_warps
+    blocks = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=side(K))
+    options = dict(num_warps=num_warps, num_stages=num_stages, gfx=own)
+    if dtype.itemsize >= 4 or R < 64:  # few latents: a loop of one turn, which is unrolled
         options |= ALL_REGISTERS
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 
@@ -393,56 +366,44 @@ def _query_blocks(options):
     return triton.cdiv(options["R"], options["BLOCK_M"])
 
 
-def _partials(features, R, H, K, dtype, device):
-    """Scratch for the partial results of split images: m, total [slots, R, H], x [.., K]."""
-    shapes = [(features.num_slots, R, H, *last) for last in ((), (), (K,))]
-    return [allocate(shape, dtype, device) for shape in shapes]
-
-
-def _merge(parts, m, inverse, x, features, statistics):
-    """Merge partial results into x [B, R, H, K], and into m and inverse [B, R, H] if asked."""
-    B, R, H, K = x.shape
-    if features.num_slots:
-        options = dict(R=R, K=K, STATISTICS=statistics, BLOCK_M=8)
-        launch(
-            _resample_merge, B * H * triton.cdiv(R, 8), *parts, m, inverse, x, features.splits, H,
-            **options, BLOCK_K=triton.next_power_of_2(K),
-        )  # fmt: skip
-
-
 def _launch_forward(q, k_x, v_x, k_l, v_l, features):
-    _, R, H, K = q.shape
-    out = allocate(q.shape, q.dtype, q.device)
+    """-> out, and m and 1 / sum of every row [B, R, H, 2]."""
+    (B, R, H, K), slots = q.shape, features.num_slots
     precise = torch.promote_types(q.dtype, torch.float32)
-    parts = _partials(features, R, H, K, precise, q.device)
+    out = allocate(q.shape, q.dtype, q.device)
+    statistics = allocate((B, R, H, 2), precise, q.device)
+    # of split images: m and sum [slots, R, H], and sum * out
+    parts = [allocate((slots, R, H, *last), precise, q.device) for last in ((), (), (K,))]
     options = options_for(_resample, K, q.dtype, R)
     inputs = q, k_x, v_x, k_l, v_l
     programs = len(features.items) * _query_blocks(options)
-    _launch(_resample, programs, (*inputs, out, *parts, features.items), inputs, options)
-    _merge(parts, *parts[:2], out, features, statistics=False)
-    return out
+    _launch(
+        _resample, programs, (*inputs, out, statistics, *parts, features.items), inputs, options
+    )
+    if slots:
+        launch(
+            _resample_merge, len(features.splits) * H * triton.cdiv(R, 8), *parts, out, statistics,
+            features.splits, H, R=R, K=K, BLOCK_M=8, BLOCK_K=triton.next_power_of_2(K),
+        )  # fmt: skip
+    return out, statistics
 
 
-def _launch_backward(dout, q, k_x, v_x, k_l, v_l, features):
-    (B, R, H, K), inputs = q.shape, (dout, q, k_x, v_x, k_l, v_l)
-    precise = torch.promote_types(q.dtype, torch.float32)
-    new = lambda *shape: allocate(shape, precise, q.device)  # noqa: E731
+def _launch_backward(dout, q, k_x, v_x, k_l, v_l, out, statistics, features):
+    (_, R, H, K), inputs = q.shape, (dout, q, k_x, v_x, k_l, v_l)
     grads = [allocate(x.shape, x.dtype, x.device) for x in inputs[1:]]
-    statistics = *(new(B, R, H) for _ in range(2)), new(B, R, H, 1)  # m, 1 / sum, delta
-    parts = _partials(features, R, H, 1, precise, q.device)
-    dq_part = new(features.num_slots, R, H, K)
+    delta = allocate(statistics.shape[:3], statistics.dtype, q.device)
+    dq_part = allocate((features.num_slots, R, H, K), statistics.dtype, q.device)
 
-    def start(kernel, outputs):
-        options = options_for(kernel, K, q.dtype, R)
-        blocks = 1 if kernel is _resample_dkdv else _query_blocks(options)
-        tensors = *inputs, *statistics, *outputs, features.items
-        _launch(kernel, len(features.items) * blocks, tensors, inputs, options)
+    def start(kernel, blocks, options, *tensors):
+        programs, tensors = len(features.items) * blocks, (*inputs, *tensors, features.items)
+        _launch(kernel, programs, tensors, inputs, options)
 
-    start(_resample_stats, parts)
-    _merge(parts, *statistics, features, statistics=True)
-    start(_resample_dq, (grads[0], dq_part))
-    sum_partials([dq_part], grads[:1], features)
-    start(_resample_dkdv, grads[1:])
+    options = options_for(_resample_dq, K, q.dtype, R)
+    blocks = _query_blocks(options)
+    start(_resample_dq, blocks, options, out, statistics, delta, grads[0], dq_part)
+    sum_partials([dq_part], grads[:1], features.splits)
+    options = options_for(_resample_dkdv, K, q.dtype, R)
+    start(_resample_dkdv, 1, options, statistics, delta, *grads[1:])
     return tuple(grads)
 
 
@@ -452,9 +413,11 @@ def launch_examples(K, dtype, R):
     q = torch.empty((B, R, H, K), dtype=dtype, device="meta")
     x = torch.empty((total, H, K), dtype=dtype, device="meta")
     offsets = torch.empty(B + 1, dtype=torch.int32, device="meta")
-    features = build_feature_list(offsets, total, heads=H, check=False)
-    _launch_backward(q, q, x, x, q, q, features)
-    _launch_forward(q, x, x, q, q, features)  # last: of _resample_merge, this is the larger launch
+    chunk = choose_chunk(B, total, H)
+    launch_list(offsets, 8 * 225, 225, chunk)  # padded, as lengths; of packed features, as offsets:
+    features = FeatureList(*launch_list(offsets, total, -1, chunk), (B, total), chunk)
+    out, statistics = _launch_forward(q, x, x, q, q, features)
+    _launch_backward(q, q, x, x, q, q, out, statistics, features)
 
 
 # --- the torch op -------------------------------------------------------------------------------
@@ -464,7 +427,7 @@ def launch_examples(K, dtype, R):
 def _attention(
     q: torch.Tensor, k_x: torch.Tensor, v_x: torch.Tensor, k_l: torch.Tensor, v_l: torch.Tensor,
     items: torch.Tensor, splits: torch.Tensor, chunk: int,
-) -> torch.Tensor:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     features = FeatureList(items, splits, (len(q), len(k_x)), chunk)
     return _launch_forward(*map(rows_contiguous, (q, k_x, v_x, k_l, v_l)), features)
 
@@ -472,33 +435,35 @@ def _attention(
 @operator("resampler_attention_backward")
 def _attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k_x: torch.Tensor, v_x: torch.Tensor, k_l: torch.Tensor,
-    v_l: torch.Tensor, items: torch.Tensor, splits: torch.Tensor, chunk: int,
+    v_l: torch.Tensor, out: torch.Tensor, statistics: torch.Tensor,
+    items: torch.Tensor, splits: torch.Tensor, chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     features = FeatureList(items, splits, (len(q), len(k_x)), chunk)
-    return _launch_backward(*map(rows_contiguous, (dout, q, k_x, v_x, k_l, v_l)), features)
+    inputs = map(rows_contiguous, (dout, q, k_x, v_x, k_l, v_l))
+    return _launch_backward(*inputs, out.contiguous(), statistics.contiguous(), features)
 
 
 @_attention.register_fake
 def _(q, k_x, v_x, k_l, v_l, items, splits, chunk):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:3], 2), dtype=precise)
 
 
 @_attention_backward.register_fake
-def _(dout, q, k_x, v_x, k_l, v_l, items, splits, chunk):
-    inputs = (q, k_x, v_x, k_l, v_l)
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+def _(dout, q, k_x, v_x, k_l, v_l, out, statistics, items, splits, chunk):
+    return tuple(x.new_empty(x.shape) for x in (q, k_x, v_x, k_l, v_l))
 
 
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx, inputs, output):
+    *inputs, items, splits, ctx.chunk = inputs
+    ctx.save_for_backward(*inputs, *output, items, splits)
 
 
-def _run_backward(ctx, dout):
+def _run_backward(ctx, dout, _):
     return *_attention_backward(dout, *ctx.saved_tensors, ctx.chunk), None, None, None
 
 
-_attention.register_autograd(_run_backward, setup_context=_save_inputs)
+_attention.register_autograd(_run_backward, setup_context=_save)
 
 # --- the functions to call ----------------------------------------------------------------------
 
@@ -515,17 +480,19 @@ def resampler_attention(q, k_x, v_x, k_l, v_l, offsets, work=None, check=True):
     and range, and work needs the very tensor that it was built from. ValueError otherwise.
     """
     work = _prepare(q, k_x, v_x, k_l, v_l, offsets, work, check)
-    return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)
+    return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)[0]
 
 
 def resampler_attention_backward(dout, q, k_x, v_x, k_l, v_l, offsets, work=None, check=True):
-    """The gradients dq, dk_x, dv_x, dk_l, dv_l from dout [B, R, H, K] and the forward's inputs."""
+    """The gradients dq, dk_x, dv_x, dk_l, dv_l from dout [B, R, H, K] and the forward's inputs.
+
+    The forward pass is run again for what autograd keeps of it: its output and its statistics.
+    """
     work = _prepare(q, k_x, v_x, k_l, v_l, offsets, work, check)
     if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
         raise ValueError(f"dout must be like q, {describe(q)}, got {describe(dout)}")
-    return _attention_backward(
-        dout, q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk
-    )  # fmt: skip
+    inputs, lists = (q, k_x, v_x, k_l, v_l), (work.items, work.splits, work.chunk)
+    return _attention_backward(dout, *inputs, *_attention(*inputs, *lists), *lists)
 
 
 def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, check=True):
@@ -549,7 +516,7 @@ def padded_resampler_attention(q, k_x, v_x, k_l, v_l, lengths=None, work=None, c
         work = build_padded_list(lengths, M, q.shape[2], check)
     k_x, v_x = k_x.flatten(0, 1), v_x.flatten(0, 1)
     _check(q, k_x, v_x, k_l, v_l, work, "lengths", lengths, check)
-    return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)
+    return _attention(q, k_x, v_x, k_l, v_l, work.items, work.splits, work.chunk)[0]
 
 
 def _prepare(q, k_x, v_x, k_l, v_l, offsets, work, check):

@@ -3,9 +3,12 @@
 Start reading at `xattn.py`; `flamingo.py` is the whole model on a page.
 """
 
-from miniflamingo import command
+import sys
+
+from miniflamingo import command, rooms
 
 command.starting()
+sys.meta_path.insert(0, rooms.Beside)
 
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
 from miniflamingo.prompt import WordTokenizer, build_batch

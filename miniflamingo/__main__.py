@@ -1,4 +1,5 @@
-"""The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`.
+"""The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`,
+and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
 """
@@ -7,6 +8,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +261,8 @@ def parser():
     command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
+    for name, text in KERNELS.items():
+        commands.add_parser(name, add_help=False, help=text)
     return top
 
 
@@ -282,7 +286,7 @@ def _add_checkpoint(command):
 
 
 def add_training(command, stage):
-    """The options of a stage's training, which those of kernels.train are, too."""
+    """The options of a stage's training, which those of train-torch are, too."""
     command.add_argument("--out", type=a_path, required=True, help="folder of the run")
     resume = "go on with the run in --out; begin one where there is none"
     command.add_argument("--resume", action="store_true", help=resume)
@@ -317,6 +321,17 @@ def _add_bridge(command):
     command.add_argument("--resampler", choices=("perceiver", "mlp", "transformer"))
 
 
+# the commands of miniflamingo.kernels (its commands.py has their options), which need torch, and
+# most of them Triton
+KERNELS = {
+    "compare": "every kernel beside its NumPy twin, as a table",
+    "compile": "registers, spills, occupancy; needs no GPU",
+    "predict": "microseconds on GPUs that are not here, and what binds",
+    "step": "seconds a training step, NumPy beside torch",
+    "bench": "time and memory beside every peer's; needs a GPU",
+    "gpu": "test, then bench, what the minutes allow, on a GPU",
+    "train-torch": "the three stages, or the bridge on many processes",
+}
 EXCLUSIVE = {
     "demo": [("--full", "--steps")],
     "generate": [("--beam", "--temperature"), ("--beam", "--top-k"), ("--beam", "--top-p"),
@@ -326,11 +341,17 @@ EXCLUSIVE = {
 
 def main(argv=None):
     """Run a command; returns the exit code."""
-    return run_command("miniflamingo", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo", lambda: run(argv))
 
 
-def run(arguments):
-    """Run a parsed command; returns the exit code."""
+def run(argv):
+    """Parse and run a command; returns the exit code."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if arguments.command in KERNELS:  # imported late: it brings torch
+        return import_module("miniflamingo.kernels.commands").run([arguments.command, *rest])
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     exclude(arguments, *EXCLUSIVE.get(arguments.command, ()))
     if arguments.command == "sizes":
         sizes(arguments.presets or list(PRESETS))

@@ -23,7 +23,7 @@ import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
-PACKAGES = ("miniflamingo", "kernels", "notebooks")
+PACKAGE = "miniflamingo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST = 10  # names of a long list that a message shows
 # what brings a package that may be missing: an extra of pyproject.toml
@@ -107,7 +107,7 @@ def some(names, separator=", "):
 def missing(error):
     """What an ImportError says, and how to get the package where that is known."""
     package = (error.name or "").split(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or package in PACKAGES:
+    if not isinstance(error, ModuleNotFoundError) or package == PACKAGE:
         return str(error)
     extra = f"miniflamingo[{EXTRAS[package]}]" if package in EXTRAS else package
     return f'the package {package} is missing: pip install "{extra}"'
@@ -128,7 +128,7 @@ def starting():
     missing package is one line and an exit code, too. Does nothing in other programs."""
     words = [*sys.orig_argv, "-m", ""]
     name = words[words.index("-m") + 1]
-    if sys.argv[:1] != ["-m"] or name.split(".")[0] not in PACKAGES:
+    if sys.argv[:1] != ["-m"] or name.split(".")[0] != PACKAGE:
         return
 
     def leave(*_):

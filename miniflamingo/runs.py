@@ -1,6 +1,6 @@
 """A run's folder: one process in it, what killed ones left behind, its log, what it has cost.
 
-Shared by miniflamingo.training.Run and the runs of kernels/train.py.
+Shared by miniflamingo.training.Run and the runs of kernels/model/train.py.
 """
 
 import hashlib
@@ -224,9 +224,9 @@ class Costs:
     They lie in the checkpoints, so that what a killed process has cost counts up to its last one.
     """
 
-    def __init__(self, package="miniflamingo"):
+    def __init__(self):
         self.before, self.start = [], time.process_time()
-        self.command = shlex.join(["python", "-m", package, *sys.argv[1:]])
+        self.command = shlex.join(["python", "-m", "miniflamingo", *sys.argv[1:]])
 
     def seconds(self):
         """The processor time of this process since it has taken up the run."""

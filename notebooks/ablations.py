@@ -1,7 +1,7 @@
 """Module 10's experiment: six small bridges that differ in one choice each.
 
-    python -m notebooks.ablations                 all rows, three seeds -> data/ablations.json
-    python -m notebooks.ablations --seeds 1 --steps 100 --out runs/ablations.json
+    python -m miniflamingo.course.ablations      all rows, three seeds -> data/ablations.json
+    python -m miniflamingo.course.ablations --seeds 1 --steps 100 --out runs/ablations.json
 
 A bridge of one resampler layer is trained on documents of three captioned pictures and, with a
 small weight, on binding documents of five. (With a larger weight neither is learned in this time.)
@@ -166,7 +166,7 @@ def measure(seeds, steps, samples=400, jobs=1):
     return rows
 
 
-COMMAND = "python -m notebooks.ablations"
+COMMAND = "python -m miniflamingo.course.ablations"
 
 
 def parser():
@@ -184,7 +184,7 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return run_command("notebooks.ablations", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.ablations", lambda: run(parser().parse_args(argv)))
 
 
 def run(given):

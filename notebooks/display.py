@@ -8,6 +8,8 @@ import textwrap
 from IPython.display import display
 from PIL import Image
 
+from miniflamingo.rooms import path_of
+
 
 def show(figure, alt):
     """Show a matplotlib Figure, with `alt`, what it shows, in words.
@@ -43,7 +45,7 @@ def source(thing):
     """Show the library's own source of a function or class, with the file it stands in."""
     thing = inspect.unwrap(thing)
     code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-    path = thing.__module__.replace(".", "/") + ".py"
+    path = path_of(thing.__module__) + ".py"
     _markdown(f"`{path}`\n```python\n{code}\n```", code)
 
 

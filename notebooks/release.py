@@ -1,7 +1,7 @@
 """Make what a teacher hands out: the student's folder without solutions, and nbgrader's tree.
 
-    python -m notebooks.release              out/student-release/ and out/student-release.zip
-    python -m notebooks.release --nbgrader   also out/nbgrader/: source/, release/, a configuration
+    python -m miniflamingo.course.release              out/student-release/, and as a zip beside it
+    python -m miniflamingo.course.release --nbgrader   also out/nbgrader/: source/, release/, ...
 
 The folder holds the student's notebooks, the checks, the library and a README. It is read through
 before it is packed: no line of a solution may stand in it, outside of the library and the checks,
@@ -22,7 +22,8 @@ import nbformat
 
 from miniflamingo.command import Failed, Parser, a_path, run_command, some
 from miniflamingo.outputs import staged
-from notebooks import render, timings
+
+from . import render, timings
 
 ROOT = render.HERE.parent
 OUT = ROOT / "out"
@@ -185,7 +186,7 @@ def _check_call(code):
 def _grade(cell, call, stars):
     """Make a check's cell an autograded one; -> the number of its exercise."""
     number, asked = call.args[0].value, ", ".join(map(ast.unparse, call.args))
-    hidden = ["### BEGIN HIDDEN TESTS", "from notebooks.checks import check",
+    hidden = ["### BEGIN HIDDEN TESTS", "from miniflamingo.course.checks import check",
               f"assert check({asked}).ok, check({asked})", "### END HIDDEN TESTS"]  # fmt: skip
     # printed: what a graded cell displays would be read as partial credit
     shown = ast.get_source_segment(cell.source, call)
@@ -243,7 +244,7 @@ def released(notebook):
 
 def parser():
     """The command line's grammar."""
-    top = Parser(prog="python -m notebooks.release", description=__doc__)
+    top = Parser(prog="python -m miniflamingo.course.release", description=__doc__)
     top.add_argument("--nbgrader", action="store_true", help="write nbgrader's tree, too")
     top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
     return top
@@ -251,11 +252,12 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return run_command("notebooks.release", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.release", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):
     """Run the parsed command; returns the exit code. Failed where a solution would be given out."""
+    timings.chosen()
     names = ("student-release", "student-release.zip")
     with staged(arguments.out, "release", names) as new:
         write_release(new / names[0])

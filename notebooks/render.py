@@ -1,7 +1,8 @@
 """Render the course: one source, two notebooks, the same bytes at every run.
 
-    python -m notebooks.render               all modules; `python -m notebooks.render 06` for one
-    python -m notebooks.render --check       execute again and compare with what is committed
+    python -m miniflamingo.course.render            all modules
+    python -m miniflamingo.course.render 06         one of them
+    python -m miniflamingo.course.render --check    execute again, compare with what is committed
 
 source/NN_name.py is py:percent. Tags of a cell decide where it goes:
 
@@ -274,7 +275,7 @@ def check(path, notebooks, pictures, folder=HERE):
 
 def parser():
     """The command line's grammar."""
-    top = Parser(prog="python -m notebooks.render", description=__doc__)
+    top = Parser(prog="python -m miniflamingo.course.render", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--check", action="store_true", help="compare, write nothing")
     top.add_argument("--fresh", action="store_true", help="run volatile cells anew, too")
@@ -285,12 +286,12 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code, 1 when a notebook differs or fails."""
-    return run_command("notebooks.render", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.render", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):
     """Run the parsed command; returns the exit code."""
-    from notebooks import timings  # which imports this file
+    from . import timings  # which imports this file
 
     exclude(arguments, ("--check", "--fresh"))
     paths, failed = timings.chosen(arguments.modules), False

@@ -1,7 +1,7 @@
 """Slides of the course, from the committed notebooks: out/slides/06.slides.html.
 
-    python -m notebooks.slides 06               as a student sees it; all without a number
-    python -m notebooks.slides 06 --teacher     with the solutions: 06.teacher.slides.html
+    python -m miniflamingo.course.slides 06               as a student sees it; all without a number
+    python -m miniflamingo.course.slides 06 --teacher     with the solutions: 06.teacher.slides.html
 
 A heading of the second level begins a slide, one of the third a slide below it, and so does what
 would run over the edge. Long code comes as a fragment, at a key. Hints go to the speaker's notes
@@ -18,8 +18,9 @@ from traitlets.config import Config
 
 from miniflamingo.command import Parser, a_path, run_command
 from miniflamingo.outputs import staged
-from notebooks import render, timings
-from notebooks.site import vendor
+
+from . import render, timings
+from .site import vendor
 
 OUT = render.HERE.parent / "out" / "slides"
 ROWS, COLUMNS, FIGURE = 22, 90, 16  # lines on a slide, letters in a line, lines of a figure
@@ -136,7 +137,7 @@ def export(path, kind, out=OUT):
 
 def parser():
     """The command line's grammar."""
-    top = Parser(prog="python -m notebooks.slides", description=__doc__)
+    top = Parser(prog="python -m miniflamingo.course.slides", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--teacher", action="store_true", help="with the solutions")
     top.add_argument("--out", type=a_path, default=OUT, help="the folder to write into")
@@ -145,7 +146,7 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return run_command("notebooks.slides", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.slides", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):

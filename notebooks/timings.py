@@ -1,7 +1,8 @@
 """Measure the modules of the course, and say in the README and in their headers what was measured.
 
-    python -m notebooks.timings              all modules; `python -m notebooks.timings 06` for one
-    python -m notebooks.timings --table      write the README's table again, measure nothing
+    python -m miniflamingo.course.timings            all modules
+    python -m miniflamingo.course.timings 06         one of them
+    python -m miniflamingo.course.timings --table    write the README's table, measure nothing
 
 Measuring runs every code cell of both renderings, one thread, and adds up the processor time of the
 kernel and its children. It writes timings.json, the sentence "Computing takes about N seconds of
@@ -23,7 +24,9 @@ import nbformat
 
 from miniflamingo.command import Parser, run_command
 from miniflamingo.module import write_atomically
-from notebooks import render
+from miniflamingo.rooms import path_of
+
+from . import render
 
 ROOT = render.HERE.parent
 FILE, README = render.HERE / "timings.json", render.HERE / "README.md"
@@ -31,7 +34,10 @@ PROBE = "import os as _os; print(list(_os.times()))"  # processor and wall secon
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300)
 NEAR, LEAST = 0.25, 1  # a claim stands while it is within 25 %, or a second, of the measurement
 SENTENCE = re.compile(r"(Computing[\s#]+takes[\s#]+about[\s#]+)(\d+)([\s#]+)seconds?\b")
-MARKERS = "<!-- modules: made by `python -m notebooks.timings --table` -->\n", "<!-- end -->"
+MARKERS = (
+    "<!-- modules: made by `python -m miniflamingo.course.timings --table` -->\n",
+    "<!-- end -->",
+)
 HEAD = """| module | asks | needs | computing | minutes | explains |
 |---|---|---|---|---|---|
 """
@@ -44,7 +50,9 @@ def sources(numbers=()):
 
 
 def chosen(numbers=()):
-    """The same; ValueError for a number or name that is no module's."""
+    """The same; ValueError for a number or name that is no module's, or without any sources."""
+    if not sources():
+        raise ValueError(f"the course is made in its repository; no sources in {render.HERE}")
     if unknown := [number for number in numbers if not sources([number])]:
         raise ValueError(f"no module is called {' or '.join(unknown)}")
     return sources(numbers)
@@ -205,7 +213,7 @@ def _shown(expression, origins):
     """The file of what is shown, of an expression such as `xattn.compute_phi`; none if unknown."""
     first, *rest = ast.unparse(expression).split(".")
     name = ".".join([origins.get(first, first), *rest])
-    if name.split(".")[0] in ("miniflamingo", "kernels"):
+    if name.startswith("miniflamingo."):
         yield from filter(None, [_file(name)])
 
 
@@ -213,7 +221,7 @@ def _file(name):
     """The file that defines `package.module.thing`, following a package's re-exports."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        base = ROOT.joinpath(*parts[:end])
+        base = ROOT / path_of(".".join(parts[:end]))
         if base.with_suffix(".py").is_file():
             return base.with_suffix(".py").relative_to(ROOT).as_posix()
         if (base / "__init__.py").is_file() and end < len(parts):
@@ -281,7 +289,7 @@ def update(path, timings):
 
 def parser():
     """The command line's grammar."""
-    top = Parser(prog="python -m notebooks.timings", description=__doc__)
+    top = Parser(prog="python -m miniflamingo.course.timings", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--table", action="store_true", help="write the table, measure nothing")
     return top
@@ -289,7 +297,7 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return run_command("notebooks.timings", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.timings", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):

@@ -8,7 +8,7 @@ import inspect
 import linecache
 import os
 
-from kernels import unavailable
+from miniflamingo.kernels import unavailable
 
 if unavailable():
     raise ImportError(f"this module runs Triton kernels, and {unavailable()}")
@@ -16,7 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 
-from kernels.runtime import INTERPRET, tl, torch, triton
+from miniflamingo.kernels.common.runtime import INTERPRET, tl, torch, triton
 
 if not INTERPRET.value:
     raise ImportError("this module wants Triton's interpreter: expected TRITON_INTERPRET=1 from "

@@ -25,7 +25,8 @@ from miniflamingo.prompt import IMAGE, WordTokenizer, build_batch, split_words
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import grammar, shapes
 from miniflamingo.xattn import compute_phi
-from notebooks.display import show
+
+from .display import show
 
 TAG = "<image>"
 MISSING = "To turn this by hand: pip install ipywidgets, restart the kernel, run the cell again."

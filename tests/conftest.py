@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-import kernels  # noqa: F401  (first: it decides on the interpreter before torch brings Triton)
+from miniflamingo import kernels  # noqa: F401  (first: it decides on the interpreter before torch brings Triton)
 
 # their assertions speak as the tests' own do, and hold under PYTHONOPTIMIZE, too
 pytest.register_assert_rewrite("tests.gradients", "tests.models")

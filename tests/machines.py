@@ -65,12 +65,12 @@ def notebooks(*modules):
     def count(output):
         return len(re.findall(": ok, ", output)), len(re.findall(": differs, ", output)), 0
 
-    command = ("-m", "notebooks.render", "--check", "--jobs", "2", *modules)
+    command = ("-m", "miniflamingo.course.render", "--check", "--jobs", "2", *modules)
     return Job(command, count, r"(\w+: differs.*\n.*)")
 
 
 def count_comparisons(output):
-    """The last line of `kernels compare` -> (passed, failed, 0)."""
+    """The last line of `compare` -> (passed, failed, 0)."""
     found = re.search(r"(\d+) comparisons, (\d+) failed", output)
     total, failed = map(int, found.groups()) if found else (0, 0)
     return total - failed, failed, 0
@@ -100,7 +100,7 @@ JOBS = {
         "tests/kernels", "-n2", "--dist=loadfile",
         *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM)),
     ),
-    "compare": Job(("-m", "kernels", "compare"), count_comparisons, r"^ *(.*FAILED)"),
+    "compare": Job(("-m", "miniflamingo", "compare"), count_comparisons, r"^ *(.*FAILED)"),
     "torch's notebooks": notebooks("11", "12", "13", "14"),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from miniflamingo import command
+from miniflamingo.__main__ import KERNELS
 from tests.processes import (
     ROOT,
     Command,
@@ -26,8 +27,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 def needs(words):
     """Skips where a command's packages are not installed."""
-    package = {"kernels": "triton", "notebooks": "nbclient"}.get(words.split(".")[0].split()[0])
-    if package and not importlib.util.find_spec(package):
+    module, command = f"{words} -".split()[:2]
+    package = "triton" if command in KERNELS else "nbclient" if "course" in module else "numpy"
+    if not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")
 
 
@@ -116,17 +118,24 @@ def run_without(missing, words):
     "missing, words, extra",
     [
         *(
-            (["torch", "triton"], f"kernels {words}", "kernels")
-            for words in ("compare", "compile", "step", "bench", "train lm --out x", "train --help")
+            (["torch", "triton"], f"miniflamingo {words}", "kernels")
+            for words in (
+                "compare",
+                "compile",
+                "step",
+                "bench",
+                "train-torch lm --out x",
+                "train-torch --help",
+            )
         ),
-        (["triton"], "kernels compare", "kernels"),
-        (["triton"], "kernels compile", "kernels"),
-        (["jupytext"], "notebooks.render 06", "course"),
-        (["nbclient"], "notebooks.timings 06", "course"),
-        (["nbformat"], "notebooks.release", "course"),
-        (["nbconvert"], "notebooks.slides 06", "course"),
-        (["sphinx"], "notebooks.site.build", "site"),
-        (["IPython"], "notebooks.ablations", "course"),
+        (["triton"], "miniflamingo compare", "kernels"),
+        (["triton"], "miniflamingo compile", "kernels"),
+        (["jupytext"], "miniflamingo.course.render 06", "course"),
+        (["nbclient"], "miniflamingo.course.timings 06", "course"),
+        (["nbformat"], "miniflamingo.course.release", "course"),
+        (["nbconvert"], "miniflamingo.course.slides 06", "course"),
+        (["sphinx"], "miniflamingo.course.site.build", "site"),
+        (["IPython"], "miniflamingo.course.ablations", "course"),
     ],
 )
 def test_what_is_missing_is_named_with_the_way_to_get_it(missing, words, extra, tmp_path):
@@ -137,7 +146,7 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(missing, words, extra, 
 
 
 def test_help_needs_neither_torch_nor_triton():
-    code, out, _ = run_without(["torch", "triton"], "kernels --help")
+    code, out, _ = run_without(["torch", "triton"], "miniflamingo --help")
     assert code == 0 and "compare" in out
 
 
@@ -147,7 +156,9 @@ def test_help_needs_neither_torch_nor_triton():
 @needs_proc
 @pytest.mark.parametrize("which", [INT, TERM], ids=["INT", "TERM"])
 @pytest.mark.parametrize("wait", [0, 0.1, 0.3])
-@pytest.mark.parametrize("words", ["miniflamingo evaluate", "kernels step", "notebooks.slides 06"])
+@pytest.mark.parametrize(
+    "words", ["miniflamingo evaluate", "miniflamingo step", "miniflamingo.course.slides 06"]
+)
 def test_a_signal_while_a_command_is_being_imported(words, wait, which, tmp_path):
     needs(words)
     started = Command(*words.split(), cwd=tmp_path)
@@ -185,15 +196,16 @@ MOMENTS = {
     "demo, questions": ("miniflamingo demo --out o --steps 1", later(printed("questions"), 1), INT),
     # so long a prompt that it is being read when the signal comes, on a fast machine too
     "generate": (f"miniflamingo generate {'--text a ' * 3000}", later(minds_signals, 2), TERM),
-    "compare": ("kernels compare", printed("fp32"), INT),
-    "step": ("kernels step --steps 1000", later(minds_signals, 6), TERM),
-    "bench": ("kernels bench --device cpu", printed("no GPU"), INT),
-    "compile, Ctrl-C": ("kernels compile", has_child("ptxas"), INT),
-    "compile, TERM": ("kernels compile", later(has_child("compile"), 3), TERM),
-    "compile, at once": ("kernels compile", has_child("compile"), INT),
-    "render": ("notebooks.render --check 08", has_child("ipykernel"), INT),
-    "timings": ("notebooks.timings 08", has_child("ipykernel"), TERM),
-    "ablations": ("notebooks.ablations --jobs 2 --out a.json", has_child("ablations"), INT),
+    "compare": ("miniflamingo compare", printed("fp32"), INT),
+    "step": ("miniflamingo step --steps 1000", later(minds_signals, 6), TERM),
+    "bench": ("miniflamingo bench --device cpu", printed("no GPU"), INT),
+    "compile, Ctrl-C": ("miniflamingo compile", has_child("ptxas"), INT),
+    "compile, TERM": ("miniflamingo compile", later(has_child("compile"), 3), TERM),
+    "compile, at once": ("miniflamingo compile", has_child("compile"), INT),
+    "render": ("miniflamingo.course.render --check 08", has_child("ipykernel"), INT),
+    "timings": ("miniflamingo.course.timings 08", has_child("ipykernel"), TERM),
+    "ablations": ("miniflamingo.course.ablations --jobs 2 --out a.json",
+                  has_child("ablations"), INT),
 }  # fmt: skip
 
 
@@ -211,8 +223,8 @@ def test_a_signal_at_any_moment_is_one_line_and_nothing_is_left(moment, tmp_path
 @needs_proc
 @pytest.mark.parametrize(
     "words, happened",
-    [("kernels compile", has_child("ptxas")),
-     ("notebooks.render --check 08", has_child("ipykernel"))],
+    [("miniflamingo compile", has_child("ptxas")),
+     ("miniflamingo.course.render --check 08", has_child("ipykernel"))],
 )  # fmt: skip
 def test_processes_end_when_their_parent_is_killed(words, happened, tmp_path):
     needs(words)

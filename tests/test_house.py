@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import miniflamingo
+from miniflamingo.rooms import FOLDERS
 
 ROOT = Path(miniflamingo.__file__).parent
 FLOORS = ["module", "functional", "attention", "perceiver", "xattn", "vision", "language"]
@@ -55,7 +56,37 @@ def test_every_formula_has_a_gradient_and_a_case(room):
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_numpy_only(path):
     for name in imports(path):
-        assert name.split(".")[0] not in ("torch", "triton", "kernels"), name
+        assert name.split(".")[0] not in ("torch", "triton"), name
+        assert not name.startswith(tuple(FOLDERS)), name
+
+
+KERNELS = ROOT.parent / "kernels"
+# room of kernels/ (".": the kernels themselves) -> the rooms above it, which it must not import
+ABOVE = {"common": ("model", "tools"), ".": ("model", "tools"), "model": ("tools",)}
+
+
+def own_imports(path):
+    """What a file of kernels/ imports of kernels/, below it: "common.runtime.launch", ..."""
+    above = path.relative_to(KERNELS).parent.parts
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            kept = above[: len(above) + 1 - node.level]
+            module = [*kept, *filter(None, [node.module])]
+            yield from (".".join([*module, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_the_kernels_floors_are_one_above_the_other(room):
+    files = [f for f in sorted((KERNELS / room).glob("*.py")) if f.name != "commands.py"]
+    found = [(path.name, name) for path in files for name in own_imports(path)]
+    assert found, room
+    assert not [pair for pair in found if pair[1].split(".")[0] in ABOVE[room]]
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_each_other_by_relative_names(path):
+    """And nothing of the course: a copy under another name, such as a test's, stays whole."""
+    assert not [name for name in imports(path) if name.startswith(tuple(FOLDERS))]
 
 
 @pytest.mark.parametrize("floor, room", list(enumerate(FLOORS)), ids=FLOORS)

@@ -185,7 +185,7 @@ def test_a_file_is_replaced_by_the_command_that_made_it(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "mine", "{}", "[]", "null", '"made_by"', '{"made_by": 1}', '{"meta": [1]}', "[" * 100_000,
-     '{"made_by": "python -m kernels bench"}', json.dumps({"command": MAKER}),
+     '{"made_by": "python -m miniflamingo bench"}', json.dumps({"command": MAKER}),
      json.dumps({"made_by": f"{MAKER} and I"}), "\udcff"],
 )  # fmt: skip
 def test_any_other_file_stays(text, tmp_path):

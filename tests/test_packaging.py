@@ -5,10 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from miniflamingo.rooms import FOLDERS, path_of
 
 ROOT = Path(__file__).parent.parent
 SITE = "notebooks/site/requirements.txt"
@@ -55,7 +58,62 @@ def imports(path):
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_reference_needs_neither_torch_nor_the_kernels(room):
-    assert not {"torch", "triton", "kernels"} & set(imports(room))
+    assert not {"torch", "triton"} & set(imports(room))
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """The paths of what a wheel holds, as setuptools lists them, under their names in it."""
+    if not find_spec("setuptools") or int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("the setuptools that builds the wheel is not installed")
+    code = """
+from setuptools import Distribution
+distribution = Distribution({"script_name": "setup.py"})
+distribution.parse_config_files(["pyproject.toml"])
+build = distribution.get_command_obj("build_py")
+build.build_lib = "."
+build.ensure_finalized()
+print(*build.get_outputs(include_bytecode=False), sep="\\n")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    return {Path(line).as_posix() for line in done.stdout.splitlines()}
+
+
+def test_the_wheel_has_every_room_of_the_library(packed):
+    """A new folder below miniflamingo/ or kernels/ must be named in pyproject.toml."""
+    inside = {path_of(name.removesuffix(".py").replace("/", ".")) for name in packed
+              if name.endswith(".py")}  # fmt: skip
+    for folder in ("miniflamingo", "kernels", "notebooks/checks"):
+        files = {
+            p.relative_to(ROOT).with_suffix("").as_posix() for p in (ROOT / folder).rglob("*.py")
+        }
+        assert files and files <= inside, sorted(files - inside)
+
+
+def test_the_wheel_has_what_runs_and_nothing_of_a_teachers(packed):
+    data = {name for name in packed if not name.endswith(".py")}
+    assert {"miniflamingo/weights/flamingo/model.safetensors", "miniflamingo/worlds/digits.npz",
+            "miniflamingo/kernels/results/compiled.json",
+            "miniflamingo/course/data/ablations.json"} <= data  # fmt: skip
+    assert not [name for name in packed if re.search("teacher|student|source/|site/|ipynb", name)]
+    assert all(name.startswith("miniflamingo/") for name in packed)  # no name of others
+    assert sum((ROOT / _in_repository(name)).stat().st_size for name in packed) < 6e6
+
+
+def _in_repository(name):
+    for package, folder in FOLDERS.items():
+        name = re.sub(f"^{package.replace('.', '/')}/", f"{folder}/", name)
+    return name
+
+
+def test_the_source_archive_is_told_of_every_folder():
+    manifest = (ROOT / "MANIFEST.in").read_text("utf-8")
+    hidden = {p.name for p in ROOT.iterdir() if p.name.startswith(".")}
+    made = {"out", "runs", "build", "dist", "miniflamingo.egg-info"}
+    always = {"pyproject.toml", "MANIFEST.in", "PKG-INFO", "setup.cfg"}
+    for name in {p.name for p in ROOT.iterdir()} - hidden - made - always:
+        assert name in manifest, f"MANIFEST.in leaves out {name}"
 
 
 def test_what_the_readme_names_exists():

@@ -69,6 +69,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",
@@ -83,24 +84,24 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 }
 # a list of commands, or a reference to one
 NAMED = {
-    "python -m kernels compare [--json FILE] [--device DEVICE]",
-    "python -m kernels compare | compile | step | bench | train",
+    "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
     "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
     "python -m miniflamingo train",
 }
 RUN_HERE = {
-    "python -m kernels bench",
-    "python -m kernels bench --json FILE --plots DIR",
-    "python -m kernels compare",
-    "python -m kernels compile",
-    "python -m kernels compile --check --full",
-    "python -m kernels compile --full --json FILE",
-    "python -m kernels step",
-    "python -m kernels train flamingo --out runs/big",
-    "python -m kernels train flamingo --out runs/big --resume",
-    "python -m kernels train flamingo --out runs/bridge",
-    "python -m kernels train flamingo --out runs/bridge --export",
-    "python -m kernels train flamingo --out runs/bridge --resume",
+    "python -m miniflamingo bench",
+    "python -m miniflamingo bench --json FILE --plots DIR",
+    "python -m miniflamingo compare",
+    "python -m miniflamingo compile",
+    "python -m miniflamingo compile --check --full",
+    "python -m miniflamingo compile --full --json FILE",
+    "python -m miniflamingo predict",
+    "python -m miniflamingo step",
+    "python -m miniflamingo train-torch flamingo --out runs/big",
+    "python -m miniflamingo train-torch flamingo --out runs/big --resume",
+    "python -m miniflamingo train-torch flamingo --out runs/bridge",
+    "python -m miniflamingo train-torch flamingo --out runs/bridge --export",
+    "python -m miniflamingo train-torch flamingo --out runs/bridge --resume",
     "python -m miniflamingo demo",
     "python -m miniflamingo demo --full",
     "python -m miniflamingo evaluate",
@@ -117,22 +118,22 @@ RUN_HERE = {
     "python -m miniflamingo train lm --seed 0 --out runs/0/lm",
     "python -m miniflamingo train vision --out runs/vision",
     "python -m miniflamingo train vision --seed 0 --out runs/0/vision",
-    "python -m notebooks.ablations",
-    "python -m notebooks.ablations --seeds 1 --steps 100 --out runs/ablations.json",
-    "python -m notebooks.release",
-    "python -m notebooks.release --nbgrader",
-    "python -m notebooks.render",
-    "python -m notebooks.render --check",
-    "python -m notebooks.render 06",
-    "python -m notebooks.site.build",
-    "python -m notebooks.site.build --no-lite",
-    "python -m notebooks.site.build 06 --no-lite",
-    "python -m notebooks.slides",
-    "python -m notebooks.slides 06",
-    "python -m notebooks.slides 06 --teacher",
-    "python -m notebooks.timings",
-    "python -m notebooks.timings --table",
-    "python -m notebooks.timings 06",
+    "python -m miniflamingo.course.ablations",
+    "python -m miniflamingo.course.ablations --seeds 1 --steps 100 --out runs/ablations.json",
+    "python -m miniflamingo.course.release",
+    "python -m miniflamingo.course.release --nbgrader",
+    "python -m miniflamingo.course.render",
+    "python -m miniflamingo.course.render --check",
+    "python -m miniflamingo.course.render 06",
+    "python -m miniflamingo.course.site.build",
+    "python -m miniflamingo.course.site.build --no-lite",
+    "python -m miniflamingo.course.site.build 06 --no-lite",
+    "python -m miniflamingo.course.slides",
+    "python -m miniflamingo.course.slides 06",
+    "python -m miniflamingo.course.slides 06 --teacher",
+    "python -m miniflamingo.course.timings",
+    "python -m miniflamingo.course.timings --table",
+    "python -m miniflamingo.course.timings 06",
 }
 
 
@@ -189,9 +190,11 @@ def test_every_command_that_is_given_is_tried_and_no_other():
 
 @pytest.mark.parametrize("command", sorted(c for c in NAMED if "|" in c or "[" in c))
 def test_what_a_list_names_exists(command):
-    module = import_module(f"{command.split()[2]}.__main__")
+    module = import_module(
+        "miniflamingo.kernels.commands" if "compare" in command else "miniflamingo.__main__"
+    )
     actions = next(a for a in module.parser()._actions if a.dest == "command").choices
-    for name in re.findall(r"[a-z]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
+    for name in re.findall(r"[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
         assert name in actions
     for option in re.findall(r"\[(--\w+)", command):
         assert option in actions[command.split()[3]].format_help()
@@ -204,7 +207,7 @@ def test_torchrun_takes_its_options(command):
 
     words = shlex.split(command)
     arguments = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
-    assert arguments.module and arguments.training_script == "kernels"
+    assert arguments.module and arguments.training_script == "miniflamingo"
 
 
 # --- small, and otherwise as written --------------------------------------------------------------
@@ -253,8 +256,9 @@ def live(train_live, folder, steps):
 
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
-    from kernels import bench, compare, step
-    from kernels import compile as compiler
+    from miniflamingo.kernels.model import step
+    from miniflamingo.kernels.tools import bench, compare, predict
+    from miniflamingo.kernels.tools import compile as compiler
 
     one = {"images": compare.KERNELS[0].cases["adjacent images"]}
     patch.setattr(compare, "KERNELS", [dataclasses.replace(compare.KERNELS[0], cases=one)])
@@ -263,9 +267,10 @@ def shrink_kernels(patch):
     patch.setattr(bench, "measure_limits", lambda *args: limits)
     patch.setattr(bench, "measure_all", lambda *args: False)
     patch.setattr(bench, "draw_figures", lambda *args: None)
+    patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
-    sizes = ("sm_90", {"num_warps": 4}, 100, 0, 0, 1, 1, {})
+    sizes = ("sm_90", {"num_warps": 4}, 0, 100, 0, 0, 1, 1, {})
     result = compiler.Compiled("_forward", "bf16", 64, 64, *sizes)
     patch.setattr(compiler, "compile_all", lambda jobs: [result] * len(jobs))
     patch.setattr(compiler, "differences", lambda *args: [])
@@ -273,8 +278,8 @@ def shrink_kernels(patch):
 
 def shrink_notebooks(patch, tmp_path):
     """The same for the commands of notebooks."""
-    from notebooks import ablations, release, render, slides, timings
-    from notebooks.site import build
+    from miniflamingo.course import ablations, release, render, slides, timings
+    from miniflamingo.course.site import build
 
     for module in (release, slides):
         patch.setattr(module, "OUT", tmp_path / "out")
@@ -308,26 +313,27 @@ def inputs(words):
 @pytest.mark.parametrize("command", sorted(RUN_HERE))
 def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
     _, _, module, *options = shlex.split(command)
-    needed = {"kernels": "triton", "notebooks": "nbconvert"}.get(module.split(".")[0])
-    if needed and not find_spec(needed):
+    is_kernels = options[:1] and options[0] in miniflamingo_main.KERNELS
+    needed = "triton" if is_kernels else "nbconvert" if "course" in module else "numpy"
+    if not find_spec(needed):
         pytest.skip(f"{needed} is not installed")
     monkeypatch.chdir(tmp_path)
     shrink(monkeypatch, tmp_path)
-    if module == "kernels":
+    if is_kernels:
         shrink_kernels(monkeypatch)
-    if module.startswith("notebooks"):
+    if "course" in module:
         shrink_notebooks(monkeypatch, tmp_path)
     inputs(options)
-    module += ".__main__" * (module in ("kernels", "miniflamingo"))
+    module += ".__main__" * (module == "miniflamingo")
     main = import_module(module).main
-    if "train" in options:
+    if {"train", "train-torch"} & {*options}:
         assert_trains(main, options, capsys)
     elif "ship" in options:  # what these folders hold is tried in tests/test_cards.py
         assert main(options) == 2
         assert "runs/0/lm/model.safetensors" in capsys.readouterr().err
     else:
         assert main(options) == 0
-        if "--json" in options or module == "notebooks.release":
+        if "--json" in options or module == "miniflamingo.course.release":
             assert main(options) == 0  # again: what it has made itself is not in its way
 
 

@@ -15,7 +15,7 @@ MARKERS = "osD^v<>P"
 def plot_cost(document, entry, direction):
     """Microseconds against the number of images N, one line an implementation, one panel a shape.
 
-    document is what `python -m kernels bench --json` writes; the floor is the counted one.
+    document is what `python -m miniflamingo bench --json` writes; the floor is the counted one.
     ValueError when it holds no time for the entry and direction.
     """
     rows = [r for r in _timed(document) if (r["entry"], r["direction"]) == (entry, direction)]
@@ -142,3 +142,42 @@ def _draw_roof(axes, limits, intensities):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.grid(True)
+
+
+@styled
+def plot_prediction(records):
+    """Predicted microseconds of image-causal attention against N, above the floor of each device.
+
+    records: those of `python -m miniflamingo predict`; one panel a direction and size, a colour a
+    device. ValueError when none is of image-causal attention.
+    """
+    rows = [r for r in records if r["entry"] == "image_causal_attention"]
+    if not rows:
+        raise ValueError("expected predictions of image_causal_attention, got none")
+    ways, devices = (list(dict.fromkeys(r[x] for r in rows)) for x in ("direction", "device"))
+    sizes = list(dict.fromkeys(_sizes(r["shape"]) for r in rows))
+    width = max(6.4, 2.7 * len(sizes))
+    figure = Figure((width, 2.6 * len(ways) + 1.2), layout="constrained")
+    panels = figure.subplots(len(ways), len(sizes), sharex=True, sharey=True, squeeze=False)
+    for i, way in enumerate(ways):
+        for axes, size in zip(panels[i], sizes):
+            for device, colour in zip(devices, (INK, VISIBLE, *PEER_COLOURS[3:])):
+                some = [r for r in rows if (r["direction"], r["device"]) == (way, device)]
+                some = sorted((r["shape"]["N"], r["us"], r["floor"]) for r in some
+                              if _sizes(r["shape"]) == size)  # fmt: skip
+                N, us, floor = zip(*some)
+                axes.plot(N, us, "o-", color=colour, ms=4.5, lw=1.8, label=f"{device}, predicted")
+                axes.plot(N, floor, ":", color=colour, lw=1.2, label=f"{device}, floor")
+            axes.set_title("{}, {} heads × {}".format(way, *size), fontsize=9)
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            axes.set_xticks(N)
+            axes.set_yticks([30, 100, 300, 1000])
+            axes.grid(True)
+        panels[i][0].set_ylabel("microseconds")
+    for axes in panels[-1]:
+        axes.set_xlabel("images N")
+    _name_lines(figure, panels[0][0], "predicted, not measured: image-causal attention", width)
+    return figure

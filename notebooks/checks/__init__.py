@@ -8,7 +8,7 @@ The tests give every check typical wrong answers and expect that name.
 import importlib
 import pkgutil
 
-from notebooks.checks.core import Result, check
+from .core import Result, check
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)  # module_NN registers its exercises

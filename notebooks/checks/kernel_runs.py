@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-from notebooks.checks.core import NotDone, Wrong, call, expect
+from .core import NotDone, Wrong, call, expect
 
 
 def expect_stored(answer, programs, arguments, right, mistakes=(), astray="", **constants):
@@ -58,15 +58,15 @@ def _is_kernel(answer):  # what @triton.jit makes, interpreted or compiled
 
 
 def _missing():
-    import kernels
+    from miniflamingo import kernels
 
     return kernels.unavailable()
 
 
 def _triton():
-    """notebooks.triton_cpu, at the last moment: it decides how Triton runs, for good."""
+    """triton_cpu, at the last moment: it decides how Triton runs, for good."""
     try:
-        from notebooks import triton_cpu
+        from .. import triton_cpu
     except ImportError as error:
         raise Wrong(f"cannot be checked here: {error}") from None
     return triton_cpu

@@ -3,7 +3,8 @@
 import numpy as np
 
 from miniflamingo.prompt import BOS, EOC, IMAGE, split_words
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 0.1: a question ------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from miniflamingo.attention import attention, attention_weights
 from miniflamingo.functional import softmax
-from notebooks.checks.core import as_array, call, exercise, expect
+
+from .core import as_array, call, exercise, expect
 
 # --- 1.1: attention -------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from miniflamingo.attention import attention
 from miniflamingo.functional import softmax
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 2.1: counting --------------------------------------------------------------------------------
 

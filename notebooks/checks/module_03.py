@@ -4,7 +4,8 @@ import numpy as np
 
 from miniflamingo.functional import cross_entropy, cross_entropy_backward, log_softmax, softmax
 from miniflamingo.vision import conv2d, l2_normalise, standardise_weight
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 3.1: convolution ---------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from miniflamingo.functional import layer_norm, softmax
 from miniflamingo.perceiver import time_weights
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 4.1: time ------------------------------------------------------------------------------------
 

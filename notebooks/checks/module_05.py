@@ -3,7 +3,8 @@
 import numpy as np
 
 from miniflamingo.functional import log_softmax, softmax
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 5.1: sight -----------------------------------------------------------------------------------
 

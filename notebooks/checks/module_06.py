@@ -7,7 +7,8 @@ import numpy as np
 from miniflamingo.attention import attention
 from miniflamingo.functional import softmax
 from miniflamingo.xattn import compute_phi, image_causal_attention, image_causal_mask
-from notebooks.checks.core import as_array, call, exercise, expect
+
+from .core import as_array, call, exercise, expect
 
 # two pages, <image> = 3: text first, two images; and text, an image at once, another at the end
 TOKENS = np.array([[1, 5, 2, 3, 6, 7, 2, 3, 8], [1, 3, 5, 6, 2, 2, 7, 8, 3]])

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from notebooks.checks.core import Wrong, as_array, call, exercise, expect
+from .core import Wrong, as_array, call, exercise, expect
 
 TAN = "`tan` where `tanh` was meant: beyond alpha = 1.57 it jumps to the opposite sign"
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import tanh_gate_backward
-from notebooks.checks.core import Wrong, as_array, call, exercise, expect
+
+from .core import Wrong, as_array, call, exercise, expect
 
 # --- 8.1: which tokens count ----------------------------------------------------------------------
 

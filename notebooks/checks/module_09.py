@@ -4,7 +4,8 @@ import numpy as np
 
 from miniflamingo.functional import log_softmax
 from miniflamingo.prompt import BOS, EOC, IMAGE
-from notebooks.checks.core import call, exercise, expect
+
+from .core import call, exercise, expect
 
 # --- 9.1: the prompt ------------------------------------------------------------------------------
 

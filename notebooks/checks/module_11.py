@@ -4,8 +4,9 @@ import numpy as np
 
 from miniflamingo.attention import attention
 from miniflamingo.functional import softmax
-from notebooks.checks.core import call, exercise, expect
-from notebooks.checks.kernel_runs import expect_stored
+
+from .core import call, exercise, expect
+from .kernel_runs import expect_stored
 
 # --- 11.1: vector add -----------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ def _axis_mistakes(q, k, v, BLOCK=16):
 
 
 def item_case():
-    """A work list of two rows as kernels.work_list makes it: H, items, order, strides of q and k.
+    """A work list of two rows, without its empty items: H, items, order, strides of q and k.
 
     phi = [2, 1, 1, 2, 0, 2, 1, 2], [0, 1, 1, 0, 1, 0, 0, 1] and at most 3 tokens an item.
     """

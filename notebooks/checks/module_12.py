@@ -3,9 +3,10 @@
 import numpy as np
 
 from miniflamingo.functional import softmax
-from notebooks.checks.core import Wrong, as_array, call, exercise, expect
-from notebooks.checks.kernel_runs import expect_stored
-from notebooks.checks.module_11 import attention_case
+
+from .core import Wrong, as_array, call, exercise, expect
+from .kernel_runs import expect_stored
+from .module_11 import attention_case
 
 # --- 12.1: through the softmax --------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from notebooks.checks.core import call, exercise, expect
+from .core import call, exercise, expect
 
 # --- 13.1: bytes and flops of the forward pass ----------------------------------------------------
 
@@ -99,7 +99,7 @@ def gate_bytes(answer):
 
 
 def gated_bytes(M, D, I, size):
-    """The table of kernels/gated_linear.py, forward, with what every way moves."""
+    """Equation (5), with what every way moves."""
     common = M * I + D * I + M * D
     return size * np.array([common + 5 * M * D, common + 3 * M * D + 2 * D * I, common + M * D])
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from notebooks.checks.core import Wrong, as_array, call, exercise, expect
+from .core import Wrong, as_array, call, exercise, expect
 
 # --- 14.1: a gated block --------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Build the course's site into out/site/: pages to read, an API reference, figures measured.
 
-    python -m notebooks.site.build              all modules; with numbers, such as 06 08, those
-    python -m notebooks.site.build --no-lite    without JupyterLite, see lite.py
+    python -m miniflamingo.course.site.build              all modules; with numbers (06 08), those
+    python -m miniflamingo.course.site.build --no-lite    without JupyterLite, see lite.py
 
 Pages are first written aside, as Sphinx wants them: from the committed notebooks, which are not
 executed, the two READMEs and the library's docstrings. Pages ask nothing of another
@@ -20,16 +20,19 @@ import nbformat
 
 from miniflamingo.command import Failed, Parser, a_path, require, run_command
 from miniflamingo.outputs import staged
-from notebooks import render, timings
-from notebooks.site import lite as browser
-from notebooks.site import vendor
+from miniflamingo.rooms import name_of
+
+from .. import render, timings
+from . import lite as browser
+from . import vendor
 
 HERE, ROOT = Path(__file__).resolve().parent, render.HERE.parent
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
-DIRECTIONS = ("forward", "forward + backward")  # kernels.bench_entries has them, and torch
+LIBRARY = ("miniflamingo", "kernels")  # folders
+DIRECTIONS = ("forward", "forward + backward")  # bench_entries.py has them, and torch
 NOT_MEASURED = """Not measured yet. On a machine with an NVIDIA GPU
 
-    python -m kernels bench --json kernels/results/NAME.json
+    python -m miniflamingo bench --json kernels/results/NAME.json
 
 measures them; the next `make site` draws what it wrote.
 """
@@ -45,15 +48,15 @@ def page_of(path):
     if path.suffix == ".ipynb" and path.parent.name == "student":
         return f"/course/{path.name}"
     name = dotted(path)
-    return f"/api/{name}.md" if name and name.split(".")[0] in ("miniflamingo", "kernels") else None
+    has_page = name and path.relative_to(ROOT).parts[0] in LIBRARY
+    return f"/api/{name}.md" if has_page else None
 
 
 def dotted(path):
     """The module's name of a Python file of the repository; None for anything else."""
     if path.suffix != ".py" or not path.is_relative_to(ROOT):
         return None
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return name_of(path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"))
 
 
 def relink(text, folder, shown):
@@ -131,7 +134,7 @@ def course_page(path, shown, lite=False):
 def write_api(folder):
     """A page for each module of the library, filled by autodoc, and a list of them."""
     names = {}
-    for package in ("miniflamingo", "kernels"):
+    for package in LIBRARY:
         files = sorted((ROOT / package).rglob("*.py"))
         names[package] = [dotted(f) for f in files if f.stem != "__main__"]
     for name in (name for some in names.values() for name in some):
@@ -200,7 +203,7 @@ def build(out, pages, paths, lite=True):
 
 def parser():
     """The command line's grammar."""
-    top = Parser(prog="python -m notebooks.site.build", description=__doc__)
+    top = Parser(prog="python -m miniflamingo.course.site.build", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
     top.add_argument("--no-lite", action="store_true", help="without JupyterLite")
     top.add_argument("--out", type=a_path, default=ROOT / "out" / "site", help="where to")
@@ -209,7 +212,7 @@ def parser():
 
 def main(argv=None):
     """Run the command; returns the exit code."""
-    return run_command("notebooks.site.build", lambda: run(parser().parse_args(argv)))
+    return run_command("miniflamingo.course.site.build", lambda: run(parser().parse_args(argv)))
 
 
 def run(arguments):

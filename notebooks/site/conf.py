@@ -1,4 +1,4 @@
-"""Sphinx's settings of the course's site; `python -m notebooks.site.build` calls it."""
+"""Sphinx's settings of the course's site; `python -m miniflamingo.course.site.build` calls it."""
 
 import re
 from importlib.util import find_spec

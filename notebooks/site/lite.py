@@ -5,7 +5,7 @@ own wheel (made from the student's release: no solution in it) are copied beside
 package index did not offer at build time, compiled packages as a rule, is left to Pyodide's own
 host: the reader's browser fetches it when a notebook is run there, never while pages are read. With
 
-    MINIFLAMINGO_PYODIDE=FOLDER python -m notebooks.site.build
+    MINIFLAMINGO_PYODIDE=FOLDER python -m miniflamingo.course.site.build
 
 a whole Pyodide distribution, unpacked, is copied instead, and nothing is fetched from elsewhere.
 """
@@ -25,8 +25,9 @@ from pathlib import Path
 import nbformat
 
 from miniflamingo.command import Failed
-from notebooks import release, render
-from notebooks.site import vendor
+
+from .. import release, render
+from . import vendor
 
 LAST = 9  # modules 10 and later want more memory, torch or Triton
 ROOTS = ("ipython", "micropip", "jedi", "numpy", "matplotlib", "pillow", "safetensors", "tqdm",

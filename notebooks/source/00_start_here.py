@@ -30,9 +30,9 @@ import json
 import numpy as np
 
 from miniflamingo import demo, plots
+from miniflamingo.course import check, show
 from miniflamingo.flamingo import count_parameters
 from miniflamingo.training import WEIGHTS, load_flamingo
-from notebooks import check, show
 
 model = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
 show(

@@ -33,10 +33,10 @@ from miniflamingo.attention import (
     attention_backward,
     attention_weights,
 )
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import softmax
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 lm = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors").lm.astype(np.float64)

@@ -30,12 +30,12 @@ import numpy as np
 from miniflamingo import plots
 from miniflamingo.attention import TransformerBlock, attention
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import Linear, mean, softmax
 from miniflamingo.module import Module
 from miniflamingo.perceiver import Perceiver, PerceiverLayer
 from miniflamingo.training import AdamW, OptimiserConfig
 from miniflamingo.worlds.shapes import draw_objects
-from notebooks import check, show, source
 
 # %%
 show(

@@ -29,11 +29,11 @@
 import numpy as np
 
 from miniflamingo import plots, vision
+from miniflamingo.course import check, show, source
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import shapes
 from miniflamingo.worlds.datasets import contrastive_batch
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 eye = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors").vision_encoder

@@ -31,10 +31,10 @@ import copy
 import numpy as np
 
 from miniflamingo import perceiver, plots
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import layer_norm, softmax
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import shapes
-from notebooks import check, show, source
 
 # %%
 show(

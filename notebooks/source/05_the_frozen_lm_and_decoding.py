@@ -34,13 +34,13 @@ import numpy as np
 
 from miniflamingo import decoding, plots
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.language import LanguageModel
 from miniflamingo.prompt import BOS, EOC, IMAGE, build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import shapes
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 model = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
@@ -384,7 +384,7 @@ check("5.3", nucleus)
 source(decoding.nucleus)
 
 # %%
-from notebooks.checks.module_05 import nucleus_of, probabilities_of
+from miniflamingo.course.checks.module_05 import nucleus_of, probabilities_of
 
 one, V = logits[None], len(logits)
 panels = {
@@ -459,7 +459,7 @@ check("5.4", beam_step)
 # beams, by hand. At each step we also show the best that was dropped.
 
 # %%
-from notebooks.checks.module_05 import step_of_beam
+from miniflamingo.course.checks.module_05 import step_of_beam
 
 empty = shapes.background(12, np.random.default_rng(5))[11].clip(0, 1)
 asked = build_batch([[empty]], TOKENIZER, 24, close=False)

@@ -31,8 +31,8 @@
 import numpy as np
 
 from miniflamingo import plots, xattn
+from miniflamingo.course import check, show, source
 from miniflamingo.prompt import IMAGE, WordTokenizer
-from notebooks import check, show, source
 
 # %%
 page = (
@@ -299,7 +299,7 @@ assert np.array_equal(mask_loop(phi, N, R), xattn.image_causal_mask(phi, N, R))
 # stand so that no token sees image 2 but the tag itself?
 
 # %%
-from notebooks.widgets import move_image_tag
+from miniflamingo.course.widgets import move_image_tag
 
 move_image_tag("My puppy . <image> My cat . <image> Both sleep .")
 
@@ -514,7 +514,7 @@ def greater_or_equal(q, k, v, phi):
 # `reach` measures what exercise 6.5 asks for, and also how much: the largest change of an output.
 
 # %%
-from notebooks.checks.module_06 import reach
+from miniflamingo.course.checks.module_06 import reach
 
 attends = {
     "the library": image_causal,
@@ -656,8 +656,8 @@ show(
 # tokens) in the fast memory next to the arithmetic and never writes them out. Because an item has
 # exactly one image, the softmax of a row is complete in one piece, and because a token is in
 # exactly one item, no two programs write to the same place. The Triton kernel is
-# `kernels/image_causal_attention.py`, and `python -m kernels compare` shows by how much it differs
-# from the NumPy function above; modules 11 and 12 build it from zero.
+# `kernels/image_causal_attention.py`, and `python -m miniflamingo compare` shows by how much it
+# differs from the NumPy function above; modules 11 and 12 build it from zero.
 
 # %%
 source(xattn.work_list)

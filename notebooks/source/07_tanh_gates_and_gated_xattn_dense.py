@@ -33,11 +33,11 @@ import numpy as np
 
 from miniflamingo import demo, plots, xattn
 from miniflamingo.autograd import Tape, array_of
+from miniflamingo.course import check, show, source
 from miniflamingo.functional import softmax
 from miniflamingo.prompt import build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds.grammar import TOKENIZER
-from notebooks import check, show, source
 
 # %%
 show(
@@ -203,7 +203,7 @@ check("7.2", slopes)
 # The notebook's own copy of the same, for the rest of the module:
 
 # %%
-from notebooks.checks.module_07 import differences
+from miniflamingo.course.checks.module_07 import differences
 
 some = np.array([-1.5, 0.0, 0.8])
 numeric = differences(lambda a: np.vdot(dout, xattn.tanh_gate(y, a, branch)), some)
@@ -390,7 +390,7 @@ show(
 # Turn the gates yourself, and watch the next word leave the frozen LM's:
 
 # %%
-from notebooks.widgets import turn_alpha
+from miniflamingo.course.widgets import turn_alpha
 
 turn_alpha("what color ?")
 
@@ -623,10 +623,9 @@ folded = y + a @ (np.tanh(0.8) * W).T
 assert np.allclose(folded, xattn.tanh_gate(y, 0.8, a @ W.T), rtol=1e-12)
 
 # %% [markdown]
-# Numbers moved in the forward pass beside reading a and W and writing y', as
-# `kernels/gated_linear.py` counts them: 5MD as written above; 3MD + 2DI with addmm; MD for a fused
-# kernel that scales the sums while they are still in registers. For the 3B model's feed-forward, 8
-# pages of 2,048 tokens:
+# Numbers moved in the forward pass beside reading a and W and writing y': 5MD as written above;
+# 3MD + 2DI with addmm; MD for a kernel that scales the sums while they are still in registers. For
+# the 3B model's feed-forward, 8 pages of 2,048 tokens:
 
 # %%
 M, D, I = 8 * 2048, 2048, 4 * 2048
@@ -636,8 +635,9 @@ for name, numbers in moved.items():
 
 # %% [markdown]
 # Bytes are not time: the product itself is long, and a kernel's product may be slower than the
-# vendor's. The library therefore uses addmm until a measurement on a GPU says otherwise, and says
-# so in the kernel's header. The backward pass has one more use of the same thought: equation (4).
+# vendor's. Of a whole block's time, the step from addmm to such a kernel is about one per cent
+# (counted in `kernels/gated_linear.py`), so the library takes addmm. The backward pass has one more
+# use of the same thought: equation (4).
 #
 # ### Exercise 7.5: the gate's gradient without the branch
 #
@@ -691,6 +691,6 @@ print("bug 2:", check("7.5", lambda d, a, alpha, w: np.einsum("gmd,gmi,gdi->g", 
 #
 # **In the paper:** section 3.1.2 and figure 4; the ablation table; the sizes of the blocks, in the
 # appendix. **In the library:** `miniflamingo/xattn.py` from "the gate" on; `Flamingo.read` in
-# `miniflamingo/flamingo.py`; `kernels/gated_linear.py` and `kernels/gated_block.py`.
+# `miniflamingo/flamingo.py`; `kernels/gated_linear.py`.
 #
 # **Next:** module 08, training: the mixture, and how alpha evolves.

@@ -37,11 +37,11 @@ import numpy as np
 
 from miniflamingo import plots, training, xattn
 from miniflamingo.autograd import Tape
+from miniflamingo.course import check, show, source
 from miniflamingo.flamingo import PRESETS
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.training import WEIGHTS, AdamW, BridgeRun, BridgeStage, OptimiserConfig, Run
 from miniflamingo.worlds.datasets import IGNORED
-from notebooks import check, show, source
 
 # %%
 config = BridgeRun(

@@ -30,6 +30,7 @@ import json
 import numpy as np
 
 from miniflamingo import plots
+from miniflamingo.course import check, show, source
 from miniflamingo.decoding import beam_search, generate, log_likelihood
 from miniflamingo.evaluation import TASKS, Evaluation, wilson
 from miniflamingo.functional import log_softmax
@@ -37,7 +38,6 @@ from miniflamingo.prompt import BOS, EOC, IMAGE, build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import datasets, grammar, shapes
 from miniflamingo.worlds.grammar import NAME_IDS, TOKENIZER
-from notebooks import check, show, source
 
 model = load_flamingo(WEIGHTS / "flamingo" / "model.safetensors")
 

@@ -30,12 +30,12 @@ import numpy as np
 
 from miniflamingo import plots, xattn
 from miniflamingo.attention import attention
+from miniflamingo.course import ablations, check, show, source
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.prompt import IMAGE, WordTokenizer, build_batch
 from miniflamingo.training import WEIGHTS, load_flamingo
 from miniflamingo.worlds import datasets, grammar, shapes
 from miniflamingo.worlds.grammar import COLOUR_IDS, TOKENIZER
-from notebooks import ablations, check, show, source
 
 # %%
 paper = {
@@ -209,8 +209,8 @@ show(
 #
 # ## The longer runs
 #
-# `python -m notebooks.ablations` made the file beside this notebook: six rows, three seeds, 300
-# steps, captions *and* binding.
+# `python -m miniflamingo.course.ablations` made the file beside this notebook: six rows, three
+# seeds, 300 steps, captions *and* binding.
 
 # %%
 data = json.loads(ablations.DATA.read_text())

@@ -28,8 +28,8 @@
 import numpy as np
 
 from miniflamingo import plots, xattn
-from notebooks import check, show, source
-from notebooks.triton_cpu import Watch, altered, fenced, tl, torch, triton
+from miniflamingo.course import check, show, source
+from miniflamingo.course.triton_cpu import Watch, altered, fenced, tl, torch, triton
 
 # %%
 show(
@@ -392,7 +392,7 @@ check("11.3", attend)
 # list is built on the device, with items of at most 3 tokens here:
 
 # %%
-from kernels.work_list import build_work_list
+from miniflamingo.kernels.common.work_list import build_work_list
 
 words = ["<BOS>", "Cute", "pets!", "<EOC>"]
 words += ["<image>", "A", "puppy.", "<EOC>", "<image>", "A", "cat.", "<EOC>"]
@@ -406,12 +406,12 @@ show(
     plots.plot_items(words, work.order[0], work.items, H),
     alt="Eight items with two programs each. Items 0 and 1 hold the four tokens without an image "
     "and store zeros; items 2 and 3 the four tokens of image 1, items 4 and 5 those of image 2; "
-    "item 6 is image 3, without a token; item 7 has nothing to do.",
+    "item 6 has nothing to do; item 7 is image 3, without a token.",
 )
 
 # %% [markdown]
 # The number of items is fixed by B, L, N and the chunk alone, not by φ, so the host never waits for
-# the device to tell it; the price is a spare item such as the last. Item 6 looks useless; module 12
+# the device to tell it; the price is a spare item such as item 6. Item 7 looks useless; module 12
 # needs it, and the slots.
 #
 # ### Exercise 11.4: where does a program read?
@@ -475,8 +475,8 @@ def program(pid, q, k, v, order, items, out):
 # rows of a tile, with both masks; `dot` is `tl.dot` in full float32 precision.
 
 # %%
-from kernels import image_causal_attention as forward
-from kernels import runtime, work_list
+from miniflamingo.kernels import image_causal_attention as forward
+from miniflamingo.kernels.common import runtime, work_list
 
 source(forward._forward.fn)
 
@@ -493,7 +493,8 @@ source(work_list.load_item.fn)
 # | `load(order_ptr + ...)` | `order[b, begin:end]` | past the end: token 0, masked everywhere |
 # | `SCALE * LOG2E`, `exp2` | `K ** -0.5`, `np.exp` | powers of 2, one multiplication for both |
 # | `tl.where(r < R, ...)` | | the padded keys of exercise 11.3 |
-# | `dot(p, v) / tl.sum(p, 1)` | the same order | dividing K numbers a row, not R |
+# | `dot(p, v)`, then `* inverse` | the same order | one division a row, not R |
+# | `range(BLOCK_R, R, BLOCK_R)` | | the other blocks of an image with R > 64; else no turn |
 #
 # Nothing of size L × N·R exists. The scores live in registers, 64 × 64 at a time. The programs one
 # after the other, the kernel, and the library agree:
@@ -527,12 +528,13 @@ assert np.allclose(run_kernel(q, k, v, phi), library, atol=1e-6)
 def watch_forward(q, k, v, work):
     tensors = dict(q=q, k=k, v=v, out=np.full_like(q, np.nan))
     tensors = {name: fenced(x) for name, x in tensors.items()}
-    tensors |= dict(order=work.order, items=work.items)
+    tensors |= dict(statistics=torch.empty(0), order=work.order, items=work.items)
     q, k, v = (tensors[name] for name in "qkv")
     sizes = forward.options_for(forward._forward, K, q.dtype, R)
     strides = *q.stride()[:3], *k.stride()[:4], *v.stride()[:4]
     with Watch(**tensors) as watch:
-        forward._forward[(len(work.items) * H,)](*tensors.values(), *strides, L, H, **sizes)
+        programs = len(work.items) * H
+        runtime.launch(forward._forward, programs, *tensors.values(), *strides, L, H, **sizes)
     return watch
 
 
@@ -570,7 +572,7 @@ print("places of out stored twice:", len(places) - len(np.unique(places)))
 # %%
 bugs = {
     "1 padded keys count": ("tl.where((r < R)[None, :]", "tl.where((r < BLOCK_R)[None, :]"),
-    "2 a stride forgotten": ("n * k_n + h * k_h", "n * k_n"),
+    "2 a stride forgotten": ("(image - 1) * k_n + h * k_h", "(image - 1) * k_n"),
     "3 no scale": ("(SCALE * LOG2E)", "LOG2E"),
     "4 no mask at the store": ("H * K, place < end, out", "H * K, place < end + BLOCK_M, out"),
 }
@@ -611,11 +613,11 @@ for bug, (old, new) in {"none": ("item, h", "item, h"), **bugs}.items():
 # on a GPU, where the order is open, it is a race that shows on some days.
 #
 # So test with sizes that are *not* round, several images and heads, text first. That is what the
-# cases of `python -m kernels compare` are: "R = 37, K = 40", "text before the first image",
+# cases of `python -m miniflamingo compare` are: "R = 37, K = 40", "text before the first image",
 # "adjacent images". It compares with NumPy in float64 and allows twice the error of plain torch:
 
 # %%
-from kernels.compare import KERNELS, compare
+from miniflamingo.kernels.tools.compare import KERNELS, compare
 
 for name in ("R = 37, K = 40", "text before the first image"):
     record = next(compare(KERNELS[0], name, "fp32", "cpu"))
@@ -624,8 +626,8 @@ for name in ("R = 37, K = 40", "text before the first image"):
 # %% [markdown]
 # **What the interpreter does not show.** It runs one program after the other, so a race never
 # shows; it knows no registers, so it does not say whether a tile fits; and its times mean nothing.
-# The same source, compiled, does. `python -m kernels compile` compiles it without a GPU and lists
-# the registers.
+# The same source, compiled, does. `python -m miniflamingo compile` compiles it without a GPU and
+# lists the registers.
 
 # %% [markdown]
 # ## Takeaways
@@ -642,7 +644,8 @@ for name in ("R = 37, K = 40", "text before the first image"):
 # - Test with R, K and runs that are not round.
 #
 # **In the paper:** section 3.1.3 (what is computed); kernels are no subject of it. **In the
-# repository:** `kernels/image_causal_attention.py`, `kernels/work_list.py`, `kernels/runtime.py`.
+# repository:** `kernels/image_causal_attention.py`, `kernels/common/work_list.py`,
+# `kernels/common/runtime.py`.
 #
-# **Next:** module 12, the backward kernel: the same tiles, transposed, and the gradient of the
+# **Next:** module 12, the backward kernel: the same tiles once more, and the gradient of the
 # gate.

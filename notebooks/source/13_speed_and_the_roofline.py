@@ -19,8 +19,9 @@
 # Computing takes about 4 seconds of one core.
 #
 # **What is measured here, and what is not.** Every *time* below is taken live, on the processor in
-# front of you. Everything about GPUs is *counted*, or read from compiled code. This project has not
-# been timed on a GPU so far; where a file of such times exists, the last cells draw it.
+# front of you. Everything about GPUs is *counted*, read from compiled code, or *predicted* from
+# both. This project has not been timed on a GPU so far; where a file of such times exists, the last
+# cells draw it.
 
 # %% [markdown]
 # ## The picture and the letters
@@ -37,10 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-import kernels
-from miniflamingo import plots, xattn
+from miniflamingo import kernels, plots, xattn
 from miniflamingo.attention import attention
-from notebooks import check, show, source
+from miniflamingo.course import check, show, source
 
 BANDWIDTH, PEAK = 4.3e12, 790e12  # assumed: bytes a second, flops a second
 
@@ -163,7 +163,7 @@ check("13.1", forward_work)
 # that no token looks at is not read. It counts numbers, not bytes:
 
 # %%
-from kernels import bench_entries
+from miniflamingo.kernels.tools import bench_entries
 
 source(bench_entries.attention_work)
 
@@ -364,21 +364,26 @@ for width in (2048, 4096, 8192):
 # %% [markdown]
 # It shrinks: the product grows with the square of the width, the pass that is saved linearly.
 # Triton products are said to reach 92 to 97 % of cuBLAS. By this count, then, fusing pays at 2048
-# and is a wash at 8192, where the product is so large that it hides everything else. A count is a
-# reason to *measure*, not a result. Until a file of measured times says that it pays, the library
-# keeps its fused products off:
+# and is a wash at 8192, where the product is so large that it hides everything else. And this
+# product is a small part of its block. Both gates (I = D and I = 4D), of the time that all
+# products of a block take, forward and backward:
 
 # %%
-from kernels import gated_linear
+for width in (2048, 4096, 8192):
+    block = 60 * M * width * width / PEAK
+    saved = 2 * (4 * M * width + 10 * width * width) / BANDWIDTH
+    print(f"D = {width}: {saved / block:.1%} of the block's products")
 
-print("fused up to a width of", gated_linear.FUSED_UP_TO)
+# %% [markdown]
+# A kernel of one's own has to be read, tested and kept in step with its compiler, for years. The
+# library calls addmm, and has kernels where the count is of another order: in the attention.
 
 # %% [markdown]
 # ## What compiled code tells
 #
-# Triton compiles for GPUs that are not there: `python -m kernels compile`. The binary says how many
-# registers a thread needs, and registers decide how many *warps* (32 threads each) a multiprocessor
-# (SM) can hold at a time. Many warps hide the wait for memory: while one waits, another computes.
+# Triton compiles for GPUs that are not there (`python -m miniflamingo compile`). A binary says how
+# many registers a thread needs. Registers decide how many *warps* (32 threads each) a
+# multiprocessor (SM) can hold. Many warps hide the wait for memory: one waits, others compute.
 #
 # An SM has four schedulers. Each has 512 registers for each of a warp's 32 lanes, holds at most 16
 # warps, and gives a warp a multiple of 8. Only whole programs (of `num_warps` warps) are resident:
@@ -423,7 +428,7 @@ check("13.4", resident_warps)
 # and their shared memory.
 
 # %%
-from kernels.compile import resident
+from miniflamingo.kernels.tools.compile import resident
 
 source(resident)
 
@@ -464,23 +469,66 @@ if (results / "compiled.json").exists():
         "compiled for sm_90 in bf16 at K = 128, R = 64, with its registers and its warps.",
     )
 else:
-    print("not compiled yet: python -m kernels compile --full --json kernels/results/compiled.json")
+    print("not compiled yet: python -m miniflamingo compile --full --json FILE")
+
+# %% [markdown]
+# ## A card one does not have
+#
+# A floor is what a card could do at best. What a *kernel* should do on it can be said beforehand,
+# too: `python -m miniflamingo predict` runs a kernel's Python on shapes, which tells the turns of
+# its loops and the bytes, and reads the loops' instructions and latencies from the compiled code.
+# Then programs enter the card's places, and share what there is:
+
+# %%
+from miniflamingo.kernels.tools import predict
+
+source(predict.share)
+
+# %% [markdown]
+# **Predict, then run:** 640 programs take 10 microseconds each, alone. The memory needs 25 for all
+# of them. How long do they take where a card has room for 132 at a time? For 264, 396 and 640?
+
+# %%
+for places in (132, 264, 396, 640):
+    waves, taken = -(-640 // places), predict.share([10.0] * 640, places, 25.0)
+    print(f"{places} places: {taken:.1f} us, in waves: {waves}")
+
+# %% [markdown]
+# Few places: the waves decide, and the memory idles. Many: the memory decides, and more places help
+# no more. For this package's kernels the file says which it is. It is a prediction, committed
+# before any measurement, and the benchmark prints it beside the time, for the time to judge it.
+
+# %% tags=["volatile"]
+if rows := predict.committed().get("records"):
+    for r in rows:
+        heads = r["entry"], r["shape"]["H"], r["shape"]["K"]
+        if (r["device"], *heads) == ("H200", "image_causal_attention", 16, 128):
+            print(f"N = {r['shape']['N']:>2}, {r['direction']:<9}{r['us']:>6.0f} us", end=", ")
+            print(f"{r['percent']:.0f} % of what the floor allows; binds: {r['binds']}")
+    show(
+        plots.plot_prediction(rows),
+        alt="Predicted, not measured: microseconds against the number of images for four cards, "
+        "forward above and backward below, each line above the dotted floor of its card.",
+    )
+else:
+    print("not predicted yet: python -m miniflamingo predict --json kernels/results/predicted.json")
 
 # %% [markdown]
 # ## How the benchmark measures
 #
-# `kernels/bench.py` first measures the machine's own two speeds, as we did. Every implementation is
-# then checked against a reference in float64 *before* it is timed; one that is wrong is listed with
-# the reason and gets no time. The worst *row* counts: a norm over everything would hide a few wrong
-# tokens.
+# `kernels/tools/bench.py` first measures the machine's own two speeds, as we did. Every
+# implementation is then checked against a reference in float64 *before* it is timed; one that is
+# wrong is listed with the reason and gets no time. The worst *row* counts: a norm over everything
+# would hide a few wrong tokens.
 
 # %%
-from kernels import bench
+from miniflamingo.kernels.tools import bench
 
 source(bench.worst_row)
 
 # %% [markdown]
-# And on a GPU the inputs rotate through copies that together exceed four times the cache:
+# And on a GPU the inputs rotate through copies, of which the calls touch more than four times the
+# cache:
 
 # %%
 source(bench.rotation)
@@ -488,7 +536,7 @@ source(bench.rotation)
 # %% [markdown]
 # Peers are what others would use: masked attention as open-flamingo writes it, torch's own under a
 # boolean mask, compiled FlexAttention, variable-length attention, and for the block a compiled
-# plain one (`kernels/peers.py`). The file has every time with its spread, its floor and its error.
+# plain one (`kernels/tools/peers.py`). The file has every time with its spread, floor and error.
 #
 # Is there one from a GPU?
 
@@ -503,7 +551,7 @@ for document in measured:
     )
 if not measured:
     print("not measured yet on a GPU. With one at hand:")
-    print("python -m kernels bench --json kernels/results/bench-NAME.json")
+    print("python -m miniflamingo bench --json kernels/results/bench-NAME.json")
 
 # %% tags=["volatile"]
 name = "image_causal_attention"
@@ -561,7 +609,7 @@ print("four copies of 32 MB into new memory, ms:", " ".join(f"{t:.1f}" for t in 
 # of its own in microseconds, so that the experiment gives the same everywhere:
 
 # %%
-from notebooks.checks.module_13 import Device
+from miniflamingo.course.checks.module_13 import Device
 
 source(Device)
 

@@ -38,10 +38,10 @@ import numpy as np
 
 from miniflamingo import plots, training, xattn
 from miniflamingo.__main__ import PAPER_SIZES
+from miniflamingo.course import check, show, source
 from miniflamingo.flamingo import PRESETS, count_parameters
 from miniflamingo.module import load_tensors
 from miniflamingo.training import WEIGHTS
-from notebooks import check, show, source
 
 
 # %%
@@ -323,7 +323,7 @@ for name in paper:
 # This is what the library's own trainer does, its units from the inside out:
 
 # %%
-from kernels import layers, train
+from miniflamingo.kernels.model import layers, train
 
 source(train.shard)
 
@@ -495,12 +495,12 @@ assert ours.shape == theirs.shape and np.allclose(ours, theirs, atol=1e-4)
 # %% [markdown]
 # ### Another decoder
 #
-# A pre-trained LM of another project brings names of its own. `kernels/adapter.py` leaves them
-# alone: a hook in front of every n-th block passes the hidden states through one of our blocks, and
-# the inserted layers are saved apart. (Tested with GPT-2 and LLaMA of `transformers`.)
+# A pre-trained LM of another project brings names of its own. `kernels/model/adapter.py` leaves
+# them alone: a hook in front of every n-th block passes the hidden states through a block of ours,
+# and the inserted layers are saved apart. (Tested with GPT-2 and LLaMA of `transformers`.)
 
 # %%
-from kernels.adapter import insert_into
+from miniflamingo.kernels.model.adapter import insert_into
 
 source(insert_into)
 
@@ -577,7 +577,7 @@ check("14.5", convert)
 # have a squared ReLU. A strict loader gives the first away, as it misses two names:
 
 # %%
-from notebooks.checks.module_14 import converted, their_block
+from miniflamingo.course.checks.module_14 import converted, their_block
 
 theirs = converted(their_block(D=64, D_m=64, H=4, K=16))
 block = copy.deepcopy(shipped.gated_xattn[0])
@@ -702,4 +702,4 @@ for name, model in broken.items():
 # days, the model sharded over 16. Equations (5) to (8) are our arithmetic.
 #
 # **Next:** you have reached the end of the course. Module 00 has the map; `python -m miniflamingo
-# sizes` prints this module's counts, `python -m kernels train --help` the trainer that shards.
+# sizes` prints this module's counts, `python -m miniflamingo train-torch --help` what shards.

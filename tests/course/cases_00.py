@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from miniflamingo.course.checks.module_00 import prompt_of
 from miniflamingo.evaluation import coverage
 from miniflamingo.prompt import BOS, EOC, IMAGE
 from miniflamingo.worlds.grammar import document, phrase
-from notebooks.checks.module_00 import prompt_of
 
 PHI = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 

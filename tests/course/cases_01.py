@@ -3,8 +3,8 @@
 import numpy as np
 
 from miniflamingo.attention import attention, attention_weights
+from miniflamingo.course.checks.module_01 import heads
 from miniflamingo.functional import softmax, softmax_backward
-from notebooks.checks.module_01 import heads
 
 # --- 1.1: attention -------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from miniflamingo.attention import attention
+from miniflamingo.course.checks.module_02 import fourier, read_inputs, turns
 from miniflamingo.functional import softmax
-from notebooks.checks.module_02 import fourier, read_inputs, turns
 
 # --- 2.1: counting --------------------------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from miniflamingo.course.checks.module_05 import nucleus_of, probabilities_of, step_of_beam, sum_of
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.language import LanguageConfig, LanguageModel
-from notebooks.checks.module_05 import nucleus_of, probabilities_of, step_of_beam, sum_of
 
 # --- 5.1 ------------------------------------------------------------------------------------------
 

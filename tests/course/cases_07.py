@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from miniflamingo.course.checks.module_07 import differences, layer_of
 from miniflamingo.functional import linear, linear_backward
 from miniflamingo.xattn import tanh_gate, tanh_gate_backward
-from notebooks.checks.module_07 import differences, layer_of
 
 # --- 7.1 and 7.2 ----------------------------------------------------------------------------------
 

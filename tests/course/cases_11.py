@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kernels import unavailable
+from miniflamingo.kernels import unavailable
 
 missing = unavailable()
 if not missing:
-    from kernels.runtime import INTERPRET, tl, triton
+    from miniflamingo.kernels.common.runtime import INTERPRET, tl, triton
 
     if not INTERPRET.value:
         missing = "the course's kernels are interpreted, and here they are compiled for the GPU"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from notebooks.checks.module_13 import gated_bytes, measured, warps_held
+from miniflamingo.course.checks.module_13 import gated_bytes, measured, warps_held
 
 # --- 13.1: bytes and flops ------------------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from miniflamingo.course.checks.module_14 import converted, device_bytes
 from miniflamingo.perceiver import PerceiverResampler
 from miniflamingo.xattn import GatedCrossAttentionDense
-from notebooks.checks.module_14 import converted, device_bytes
 
 # --- 14.1: a gated block --------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from miniflamingo.course import ablations
 from miniflamingo.perceiver import MLPResampler
-from notebooks import ablations
 
 TINY = {"steps": 1, "weights": (0, 1)}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from miniflamingo.course.checks import check
+from miniflamingo.course.checks.core import EXERCISES
+from miniflamingo.course.checks.module_06 import one_head
 from miniflamingo.functional import softmax
 from miniflamingo.xattn import compute_phi, image_causal_mask
-from notebooks.checks import check
-from notebooks.checks.core import EXERCISES
-from notebooks.checks.module_06 import one_head
 
 # the cases of the other modules stand beside this file: RIGHT and WRONG of cases_NN.py
 OTHERS = [importlib.import_module(p.stem) for p in sorted(Path(__file__).parent.glob("cases_*.py"))]

@@ -7,7 +7,7 @@ from statistics import median
 import nbformat
 import pytest
 
-from notebooks import render as r
+from miniflamingo.course import render as r
 
 SOURCES = sorted((r.HERE / "source").glob("[0-9]*.py"))
 EXERCISE = re.compile(r"### Exercise (\d+\.\d+): .+\n\n([★☆]{3}) · (\d+) minutes · [^.]* lines?\.")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from notebooks import render as r
+from miniflamingo.course import render as r
 
 TINY = """# %% [markdown]
 # # 99 A tiny module
@@ -16,7 +16,7 @@ TINY = """# %% [markdown]
 # %%
 from matplotlib.figure import Figure
 
-from notebooks import check, show, source
+from miniflamingo.course import check, show, source
 
 # %% tags=["exercise"]
 def answer():

@@ -23,8 +23,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from notebooks import render, timings
-from notebooks.site import build, conf, lite, vendor
+from miniflamingo.course import render, timings
+from miniflamingo.course.site import build, conf, lite, vendor
 
 MISSING = [name for name in ("sphinx", "myst_nb", "furo", "playwright") if not find_spec(name)]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -68,7 +68,7 @@ def test_a_course_page_describes_its_figures():
 
 
 def measured(N, kernel, direction):
-    """A row of kernels.bench, with an invented time."""
+    """A row of bench.py, with an invented time."""
     shape = {"B": 1, "L": 8, "N": N, "R": 4, "H": 1, "K": 8, "phi": "even"}
     return {"entry": "image_causal_attention", "direction": direction, "shape": shape,
             "implementation": "fused" if kernel else "torch", "is_kernel": kernel,
@@ -95,7 +95,7 @@ def test_without_results_the_page_says_what_measures_them(tmp_path):
     assert "Not measured yet" in (tmp_path / "benchmarks.md").read_text("utf-8")
     (tmp_path / "other.json").write_text("[1, 2]", "utf-8")
     build.write_benchmarks(tmp_path, tmp_path)
-    assert "python -m kernels bench --json" in (tmp_path / "benchmarks.md").read_text("utf-8")
+    assert "python -m miniflamingo bench --json" in (tmp_path / "benchmarks.md").read_text("utf-8")
 
 
 def test_what_pyodide_packages_need_comes_with_them():
@@ -188,7 +188,7 @@ def page(chromium):
 
 
 NAMES = ["index", "browser", "teaching", "project", "benchmarks", "api/index",
-         "api/miniflamingo.xattn", "api/kernels.image_causal_attention",
+         "api/miniflamingo.xattn", "api/miniflamingo.kernels.image_causal_attention",
          *(f"course/{path.stem}" for path in PATHS)]  # fmt: skip
 HEADINGS = (
     "[...document.querySelectorAll('article :is(h1,h2,h3,h4,h5,h6)')].map(h => +h.tagName[1])"

@@ -9,9 +9,9 @@ import tarfile
 import nbformat
 import pytest
 
-from notebooks import render, slides, timings
-from notebooks.release import solution_lines
-from notebooks.site import vendor
+from miniflamingo.course import render, slides, timings
+from miniflamingo.course.release import solution_lines
+from miniflamingo.course.site import vendor
 
 SOURCES = timings.sources()
 

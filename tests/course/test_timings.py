@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from notebooks import timings as t
+from miniflamingo.course import timings as t
 
 SOURCES = t.sources()
 ids = [path.stem[:2] for path in SOURCES]
@@ -30,9 +30,9 @@ TINY = """# %% [markdown]
 # seconds of one core. See `miniflamingo/vision.py`, not `miniflamingo/nowhere.py`.
 
 # %%
-from kernels import twins
+from miniflamingo.kernels.tools import twins
 from miniflamingo import Flamingo, xattn
-from notebooks import check, source
+from miniflamingo.course import check, source
 
 source(xattn.compute_phi)
 source(Flamingo.read)
@@ -53,7 +53,7 @@ def tiny(tmp_path):
 
 def test_the_table_agrees_with_the_sources_and_the_measurements():
     readme = t.README.read_text(encoding="utf-8")
-    assert t.with_table(readme) == readme, "run `python -m notebooks.timings --table`"
+    assert t.with_table(readme) == readme, "run `python -m miniflamingo.course.timings --table`"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)

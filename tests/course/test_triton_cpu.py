@@ -6,19 +6,19 @@ import sys
 import numpy as np
 import pytest
 
-from kernels import unavailable
-from notebooks.checks import check
-from notebooks.checks.kernel_runs import expect_stored
+from miniflamingo.course.checks import check
+from miniflamingo.course.checks.kernel_runs import expect_stored
+from miniflamingo.kernels import unavailable
 
 if unavailable():
     pytest.skip(unavailable(), allow_module_level=True)
 
-from kernels.runtime import INTERPRET
+from miniflamingo.kernels.common.runtime import INTERPRET
 
 if not INTERPRET.value:
     pytest.skip("kernels are compiled for the GPU here", allow_module_level=True)
 
-from notebooks.triton_cpu import FENCE, Watch, altered, fenced, tl, torch, triton
+from miniflamingo.course.triton_cpu import FENCE, Watch, altered, fenced, tl, torch, triton
 
 
 @triton.jit
@@ -107,22 +107,22 @@ def test_the_right_numbers_without_a_kernel_are_not_enough():
 
 def test_where_triton_is_missing_a_check_says_so(monkeypatch):
     reason = "the kernels need triton, not installed here"
-    monkeypatch.setattr("kernels.unavailable", lambda: reason)
+    monkeypatch.setattr("miniflamingo.kernels.unavailable", lambda: reason)
     assert check("11.1", lambda x, y, n: x + y).message == reason
     with pytest.raises(Exception, match="a function is wanted"):
         expect_stored(None, 1, {}, 0.0)
 
 
 def test_the_other_modules_need_no_torch():
-    code = "import sys, notebooks; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    code = "import sys, miniflamingo.course; print({'torch', 'triton'} & {*sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 def test_where_triton_is_missing_the_module_says_so(monkeypatch):
-    monkeypatch.setattr("kernels.unavailable", lambda: "the kernels need triton")
-    monkeypatch.delitem(sys.modules, "notebooks.triton_cpu")
+    monkeypatch.setattr("miniflamingo.kernels.unavailable", lambda: "the kernels need triton")
+    monkeypatch.delitem(sys.modules, "miniflamingo.course.triton_cpu")
     with pytest.raises(ImportError, match="this module runs Triton kernels, and the kernels need"):
-        import notebooks.triton_cpu  # noqa: F401
+        import miniflamingo.course.triton_cpu  # noqa: F401

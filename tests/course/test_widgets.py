@@ -7,13 +7,13 @@ import nbformat
 import numpy as np
 import pytest
 
+from miniflamingo.course import render as r
+from miniflamingo.course import widgets as w
 from miniflamingo.xattn import compute_phi
-from notebooks import render as r
-from notebooks import widgets as w
 
 TEXT = "My cat . <image> My dog <image> ran ."
 CELLS = [
-    "from notebooks import widgets\nwidgets.move_image_tag('My cat <image> sat .')",
+    "from miniflamingo.course import widgets\nwidgets.move_image_tag('My cat <image> sat .')",
     "widgets.turn_alpha(opening=0.5)",
 ]
 

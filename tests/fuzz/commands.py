@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from miniflamingo import training
+from miniflamingo.__main__ import KERNELS
 from miniflamingo.prompt import build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
 from tests.fuzz import corpus as whole_files
@@ -46,11 +47,13 @@ COMMANDS = [  # module, words, options that keep it short; what stands twice is 
     ("miniflamingo", ["demo"], ["--out", "new", "--steps", "1", "--samples", "2"]),
     *[("miniflamingo", ["ship"], ["runs", "--to", "shipped"])] * 2,
     ("miniflamingo", ["sizes"], ["mini"]),
-    ("kernels", ["compare"], ["--case", "no row has an image yet"]),
-    ("kernels", ["step"], ["--steps", "1"]),
-    ("kernels", ["bench"], ["--quick", "--case", "R = 1,"]),
-    *[("kernels", ["train", "flamingo"], ["--out", "new", "--steps", "2", *FROZEN])] * 2,
-    ("kernels", ["compile"], []),
+    ("miniflamingo", ["compare"], ["--case", "no row has an image yet"]),
+    ("miniflamingo", ["step"], ["--steps", "1"]),
+    ("miniflamingo", ["bench"], ["--quick", "--case", "R = 1,"]),
+    ("miniflamingo", ["predict"], ["--case", "no such case"]),
+    ("miniflamingo", ["gpu"], []),
+    *[("miniflamingo", ["train-torch", "flamingo"], ["--out", "new", "--steps", "2", *FROZEN])] * 2,
+    ("miniflamingo", ["compile"], []),
 ]
 NUMBERS = ["0", "1", "-1", "2", "3", "1000000", "9" * 30, "0.5", "1e300", "-1e300", "1e-320", "nan",
            "inf", "-inf", "1_0", "٣"]  # fmt: skip
@@ -75,7 +78,7 @@ def draw_command(rng, corpus):
     shutil.copytree(Path(corpus, "user"), ".", dirs_exist_ok=True)
     for name in ("runs", "run"):
         shutil.copytree(Path(corpus, name), name)
-    available = [c for c in COMMANDS if c[0] == "miniflamingo" or HAS_TORCH]
+    available = [c for c in COMMANDS if HAS_TORCH or c[1][0] not in KERNELS]
     module, words, base = pick(rng, available)
     more, known = [], options(module, *words)
     for _ in range(int(rng.integers(0, 4))):
@@ -93,7 +96,8 @@ def draw_command(rng, corpus):
 
 
 try:
-    import kernels.compare  # noqa: F401  (here, so that no case has to wait for it)
+    # here, so that no case has to wait for it
+    import miniflamingo.kernels.tools.compare  # noqa: F401
 
     HAS_TORCH = True
 except ImportError:
@@ -120,10 +124,10 @@ def act_checkpoint(case):
     call(work, "accepted" if case["whole"] else None)
 
 
-SHARDED = ["train", "lm", "--out", "sharded", "--steps", "6", "--checkpoint-every", "4"]
+SHARDED = ["train-torch", "lm", "--out", "sharded", "--steps", "6", "--checkpoint-every", "4"]
 WAYS = {  # folder -> commands that read it
     "run": [("miniflamingo", ["train", "lm", *whole_files.RUN, "--resume"])],
-    "sharded": [("kernels", [*SHARDED, how]) for how in ("--resume", "--export")],
+    "sharded": [("miniflamingo", [*SHARDED, how]) for how in ("--resume", "--export")],
     "runs": [
         ("miniflamingo", ["ship", "runs", "--to", "shipped"]),
         ("miniflamingo", ["train", "flamingo", "--out", "new", "--steps", "1", *FROZEN]),

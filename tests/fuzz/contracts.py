@@ -80,7 +80,7 @@ def act_text(text, others):
 @st.composite
 def comparisons(draw):
     """A kernel beside its twin, at a random shape and dtype."""
-    from kernels import block_twins, compare, twins
+    from miniflamingo.kernels.tools import compare, twins
 
     size, strided = lambda: draw(st.integers(1, 40)), draw(st.booleans())
     heads = dict(R=size(), H=draw(st.integers(1, 2)), K=size(), strided=strided)
@@ -91,18 +91,16 @@ def comparisons(draw):
         "image_causal_attention": lambda: compare.attention_case([phi[:3], phi[3:]], N=N, **heads),
         "resampler_attention": lambda: twins.resampler_case(*phi[:3], **heads),
         "decode_attention": lambda: twins.decode_case(*phi, N=N, **heads),
-        "gated_linear": lambda: block_twins.gated_case(*leading, D=D, I=other, strided=strided),
-        "squared_relu_linear": lambda: block_twins.squared_case(*leading, D=D, F=other),
-        "layer_norm": lambda: block_twins.norm_case(*leading, D=D, strided=strided),
+        "gated_linear": lambda: twins.gated_case(*leading, D=D, I=other, strided=strided),
     }
     kernel, dtype = (draw(st.sampled_from(list(x))) for x in (compare.KERNELS, compare.DTYPES))
-    return dataclasses.replace(kernel, cases={"drawn": cases[kernel.name.split(",")[0]]()}), dtype
+    return dataclasses.replace(kernel, cases={"drawn": cases[kernel.name]()}), dtype
 
 
 @examples(4, AS_DRAWN, drawn=comparisons())
 def act_kernel(drawn):
     """The kernel's error is within the bound that `compare` sets."""
-    from kernels import compare
+    from miniflamingo.kernels.tools import compare
 
     kernel, dtype = drawn
     for record in compare.compare(kernel, "drawn", dtype, "cpu"):
@@ -132,9 +130,9 @@ def act_unseen(seed, poison):
     """NaN or infinity in an image that nobody sees, and in memory's gaps, changes nothing."""
     import torch
 
-    from kernels.image_causal_attention import image_causal_attention
-    from kernels.layers import dense_image_causal_attention
     from miniflamingo import xattn
+    from miniflamingo.kernels.image_causal_attention import image_causal_attention
+    from miniflamingo.kernels.model.layers import dense_image_causal_attention
 
     q, k, v, phi = attention_arguments(np.random.default_rng(seed))
     expected = xattn.image_causal_attention(q, k, v, phi)
@@ -156,7 +154,7 @@ def act_padding(seed, poison):
     """NaN or infinity in padded frames changes nothing that the resampler makes of the others."""
     import torch
 
-    from kernels.layers import PerceiverResampler as Torch
+    from miniflamingo.kernels.model.layers import PerceiverResampler as Torch
     from miniflamingo.perceiver import PerceiverResampler
 
     rng = np.random.default_rng(seed)
@@ -181,7 +179,7 @@ def act_padding(seed, poison):
 def _other(kind):
     import torch
 
-    from kernels.work_list import build_work_list
+    from miniflamingo.kernels.common.work_list import build_work_list
 
     return {
         "another phi's work": lambda a: a | {"work": build_work_list((a["phi"] + 1) % 4, 3, 1)},
@@ -207,7 +205,7 @@ def act_arguments(seed, wrong):
     """Arguments that do not fit are refused."""
     import torch
 
-    from kernels.image_causal_attention import image_causal_attention
+    from miniflamingo.kernels.image_causal_attention import image_causal_attention
 
     values = map(torch.from_numpy, attention_arguments(np.random.default_rng(seed)))
     arguments = _other(wrong)(dict(zip(("q", "k", "v", "phi"), values)))

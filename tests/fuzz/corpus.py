@@ -1,7 +1,7 @@
 """Whole files of every kind that the project reads: what the attack then damages.
 
 pictures/, clips/, model/; user/, a folder of somebody's own files; runs/, three finished trainings;
-run/, one that was killed; sharded/, one of `kernels train`.
+run/, one that was killed; sharded/, one of `train-torch`.
 """
 
 import io
@@ -140,25 +140,25 @@ def _runs():
     """Three finished runs, and one of six steps that was killed in its fifth."""
     frozen = ["--lm", "runs/lm", "--vision", "runs/vision"]
     for stage, more in (("lm", []), ("vision", []), ("flamingo", frozen)):
-        train("miniflamingo", stage, "--out", f"runs/{stage}", "--steps", "2", *more)
+        train("train", stage, "--out", f"runs/{stage}", "--steps", "2", *more)
     metrics = training.WEIGHTS / "flamingo" / "metrics.json"
     Path("runs/flamingo/metrics.json").write_bytes(metrics.read_bytes())
     step, pid = training.Run.step, os.fork()
     if pid == 0:
         training.Run.step = lambda run: os._exit(0) if run.optimiser.step == 4 else step(run)
-        train("miniflamingo", "lm", *RUN)
+        train("train", "lm", *RUN)
     os.waitpid(pid, 0)
     assert len(Path("run/log.jsonl").read_text("utf-8").splitlines()) == 4
-    train("kernels", "lm", *RUN[:1], "sharded", *RUN[2:], "--checkpoint-every", "4")
+    train("train-torch", "lm", *RUN[:1], "sharded", *RUN[2:], "--checkpoint-every", "4")
     Path("sharded/model.safetensors").unlink()
 
 
 RUN = ["--out", "run", "--steps", "6", "--checkpoint-every", "3"]
 
 
-def train(module, stage, *words):
+def train(command, stage, *words):
     """A training command with the small defaults; AssertionError unless it ends well."""
     try:
-        small.run(module, ["train", stage, *words])
+        small.run("miniflamingo", [command, stage, *words])
     except SystemExit as stop:
-        assert not stop.code, (module, stage, words, stop.code)
+        assert not stop.code, (command, stage, words, stop.code)

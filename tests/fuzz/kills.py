@@ -39,14 +39,14 @@ STEPS = ["--steps", "12", "--checkpoint-every", "1"]
 WEIGHTS = ROOT / "miniflamingo" / "weights"
 FROZEN = ["--lm", str(WEIGHTS / "lm"), "--vision", str(WEIGHTS / "vision")]
 LM, VISION, BRIDGE = (["train", stage, *STEPS] for stage in ("lm", "vision", "flamingo"))
-SHARDED = [*SMALL, "kernels", *BRIDGE, *FROZEN]
+SHARDED = [*SMALL, "miniflamingo", "train-torch", *BRIDGE[1:], *FROZEN]
 TRAININGS = [
     Training("train lm", (*SMALL, "miniflamingo", *LM)),
     Training("train vision", (*SMALL, "miniflamingo", *VISION)),
     Training("train flamingo", (*SMALL, "miniflamingo", *BRIDGE, *FROZEN)),
     Training("train flamingo, at its real size", ("-m", "miniflamingo", *BRIDGE), 0.1),
-    Training("kernels train, both processes killed", (*TORCHRUN, *SHARDED), 0.5),
-    Training("kernels train, one of two killed", (*TORCHRUN, "--max-restarts=3", *SHARDED), 0.5, 3),
+    Training("train-torch, both processes killed", (*TORCHRUN, *SHARDED), 0.5),
+    Training("train-torch, one of two killed", (*TORCHRUN, "--max-restarts=3", *SHARDED), 0.5, 3),
 ]
 
 
@@ -83,7 +83,7 @@ def attack(training, count, seed, place):
 def start(training, out):
     """The command as a process, in a group of its own; what it prints goes to a file."""
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    one["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/train.py
+    one["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/model/train.py
     with open(f"{out}.txt", "ab") as said:
         return subprocess.Popen(training.command(out), env=os.environ | one, stdout=said,
                                 stderr=said, cwd=out.parent, start_new_session=True)  # fmt: skip

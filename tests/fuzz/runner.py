@@ -204,7 +204,7 @@ def judge_command(done):
         raise Failure(f"lost (exit code {done.code}): {lost}\n" + "\n".join(lines))
     if done.code in (1, 2):
         usage = bool(lines) and lines[0].startswith("usage:")
-        one = len(lines) == 1 and re.match(r"(miniflamingo|kernels): error: \S", lines[0])
+        one = len(lines) == 1 and re.match(r"miniflamingo: error: \S", lines[0])
         if not usage and not one:
             raise Failure(f"exit code {done.code} with {len(lines)} lines:\n" + "\n".join(lines))
         return {"refused": 1}

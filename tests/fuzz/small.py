@@ -57,7 +57,7 @@ def run(module, words):
     training.LanguageRun = SmallLanguageRun
     training.VisionRun = SmallVisionRun
     training.BridgeRun = SmallBridgeRun
-    for name in ("miniflamingo.__main__", "kernels.__main__", "kernels.train"):
+    for name in ("miniflamingo.__main__", "miniflamingo.kernels.model.train"):
         sys.modules.pop(name, None)  # they read the defaults when they are imported
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -121,7 +121,7 @@ def test_what_must_not_happen_is_noticed_and_kept(act, kind, tmp_path):
     [
         (0, "", "accepted"),
         (2, "usage: a\n  b\na: error: c\n", "refused"),
-        (2, "lm:  50%|##  | 1/2 [00:00<00:00, 9it/s]\rkernels: error: x\n", "refused"),
+        (2, "lm:  50%|##  | 1/2 [00:00<00:00, 9it/s]\rminiflamingo: error: x\n", "refused"),
         (1, "miniflamingo: error: step 3: the loss is nan\n", "refused"),
         (130, "interrupted\n", "stopped"),
     ],

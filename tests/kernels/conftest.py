@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(params=["interpreter", "gpu"])
 def device(request):
     """The torch device: the CPU under Triton's interpreter, or a GPU; skips what is not here."""
-    from kernels.runtime import INTERPRET
+    from miniflamingo.kernels.common.runtime import INTERPRET
 
     if request.param == "gpu" and INTERPRET.value:
         pytest.skip("no GPU that torch can use (or TRITON_INTERPRET is set)")

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from kernels.adapter import insert_into  # noqa: E402
-from kernels.layers import MISSING  # noqa: E402
+from miniflamingo.kernels.model.adapter import insert_into  # noqa: E402
+from miniflamingo.kernels.model.layers import MISSING  # noqa: E402
 
 SIZES = {"dim": 16, "media_dim": 12, "heads": 2, "head_dim": 8}
 PROMPT = torch.tensor([[5, 3, 7, 8, 3, 9], [5, 6, 7, 3, 8, 9]])  # 3 is <image>
@@ -191,6 +191,28 @@ def test_the_kernel_gives_the_same_logits():
         with gated.reading(media, PHI):
             logits.append(model(PROMPT).logits)
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_with_a_cache_the_kernel_for_one_token_writes():
+    from miniflamingo.kernels.common import runtime
+
+    written, launches = [], []
+    for backend in ("torch", "fused"):
+        model, gated, media = with_layers(llama, backend=backend)
+        names = []
+
+        def note(kernel, programs, *args, names=names, **options):
+            names.append(kernel.__name__)
+            kernel[(programs,)](*args, **options)
+
+        with runtime.replaced(launch=note), gated.reading(media, PHI):
+            written.append(generate(model, PROMPT))
+        launches.append(names)
+    assert torch.equal(*written)
+    layers = len(gated)
+    steps = ["_decode"] * layers * 7  # the prompt's pass writes the first of eight tokens
+    assert launches == [[], ["_list_work"] + ["_forward"] * layers + steps]
 
 
 def test_the_whole_decoder_compiles_without_a_graph_break():

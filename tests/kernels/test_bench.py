@@ -1,5 +1,6 @@
 """The benchmark, without a GPU: its counting, its peers, its checks, its file and its figures."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,27 +12,26 @@ import types
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if importlib.util.find_spec("torch") is None:
     pytest.skip("the peers need torch, not installed here", allow_module_level=True)
 
 import torch
 
-from kernels import __main__ as command_line
-from kernels import bench, bench_entries, peers
-from kernels.layers import GatedCrossAttentionDense
+from miniflamingo import __main__ as command_line
 from miniflamingo import plots, xattn
+from miniflamingo.kernels.model.layers import GatedCrossAttentionDense
+from miniflamingo.kernels.tools import bench, bench_entries, peers
 
 ENTRIES = {entry.name: entry for entry in bench.ENTRIES}
 SMALL = {
     "image_causal_attention": dict(B=2, L=40, N=3, R=5, H=2, K=16, phi="random"),
     "gated_xattn_dense": dict(B=2, L=20, N=3, R=5, H=2, K=16, D=24, D_m=12, phi="random"),
-    "gated_linear": dict(B=2, L=5, D=24, F=40),
-    "squared_relu_linear": dict(B=2, L=5, D=24, F=40),
     "resampler_attention": dict(I=3, M=9, R=5, H=2, K=16),
     "decode_attention": dict(B=3, N=4, R=5, H=2, K=16),
 }
+LIMITS = {"copy_bytes_per_second": 1e9, "flops_per_second": 1e12}
 ONE_IMAGE = {**SMALL["image_causal_attention"], "N": 1, "phi": "even"}
 
 
@@ -110,7 +110,7 @@ def test_flops_are_those_that_torch_counts(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["image_causal_attention", "gated_linear", "squared_relu_linear", "resampler_attention"],
+    ["image_causal_attention", "resampler_attention"],
 )
 def test_every_argument_and_result_is_moved_once(name):
     entry = ENTRIES[name]
@@ -166,6 +166,15 @@ def uncompiled(monkeypatch):
     module = types.SimpleNamespace(varlen_attn=segment_attention)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     monkeypatch.setattr(peers, "compiled", lambda function, **options: function)
+    attention = torch.nn.attention  # on a CPU there is neither flash's backend nor cuDNN's
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+
+
+CASES = [
+    *SMALL.items(),
+    ("image_causal_attention", ONE_IMAGE),
+    ("image_causal_attention", {**ONE_IMAGE, "N": 4}),
+]
 
 
 def runnable(implementations):
@@ -175,7 +184,7 @@ def runnable(implementations):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name,shape", [*SMALL.items(), ("image_causal_attention", ONE_IMAGE)])
+@pytest.mark.parametrize("name,shape", CASES)
 def test_every_implementation_equals_the_reference(name, shape, uncompiled):
     if os.environ.get("TRITON_INTERPRET") == "0":
         pytest.skip("the kernel does not run on CPU tensors")
@@ -245,8 +254,10 @@ def test_varlen_refuses_a_phi_that_decreases(uncompiled):
 def measured(implementations, name="image_causal_attention"):
     """The records of an entry whose implementations are replaced."""
     entry = dataclasses.replace(ENTRIES[name], implementations=lambda shape: implementations)
-    limits = {"copy_bytes_per_second": 1e9, "flops_per_second": 1e12}
-    return bench.measure_case(entry, SMALL[name], "cpu", limits, 4)
+    records = list(bench.measure_case(entry, SMALL[name], "cpu", LIMITS, 4))
+    for record in records:
+        bench.add_ratio(record, [dataclasses.asdict(r) for r in records])
+    return records
 
 
 def leak(state, q, k, v, phi):
@@ -311,12 +322,11 @@ def test_a_batch_that_does_not_fit_is_halved():
         ENTRIES["image_causal_attention"], make=make, implementations=lambda shape: [peers.EAGER]
     )
     shape = {**SMALL["image_causal_attention"], "B": 8}
-    limits = {"copy_bytes_per_second": 1e9, "flops_per_second": 1e12}
-    records = bench.measure_fitting(entry, shape, "cpu", limits, 2)
+    records = list(bench.measure_fitting(entry, shape, "cpu", LIMITS, 2))
     assert sizes == [8, 4, 2] and {r.shape["B"] for r in records} == {2}
     never = dataclasses.replace(entry, reference=lambda shape: out_of_memory)
     with pytest.raises(ValueError, match="does not fit"):
-        bench.measure_fitting(never, {**shape, "B": 2}, "cpu", limits, 2)
+        list(bench.measure_fitting(never, {**shape, "B": 2}, "cpu", LIMITS, 2))
 
 
 def out_of_memory(*args):
@@ -345,7 +355,8 @@ def test_the_summary_of_times():
 
 def test_calls_go_round_the_copies():
     seen = []
-    assert len(bench.time_calls(seen.append, 2, 5, "cpu")) == 5
+    taken, host = bench.time_calls(seen.append, 2, 5, "cpu")
+    assert len(taken) == 5 and host == taken
     assert seen[:3] == [0, 1, 0] and seen[3:] == [0, 1, 0, 1, 0]
 
 
@@ -378,7 +389,8 @@ class FakeGpu:
 
 def test_a_gpus_calls_are_timed_without_the_pause_before_them(monkeypatch):
     gpu = FakeGpu(monkeypatch)
-    taken = bench.time_calls(lambda i: gpu.run(0.25 * (1 + i), i), 2, 4, "cuda")
+    taken, host = bench.time_calls(lambda i: gpu.run(0.25 * (1 + i), i), 2, 4, "cuda")
+    assert len(host) == 4 and all(0 < x < 1e5 for x in host)
     assert taken == pytest.approx([250, 500, 250, 500])  # microseconds
     assert gpu.calls[-8:] == ["pause", 0, "pause", 1, "pause", 0, "pause", 1]
 
@@ -388,12 +400,29 @@ def test_the_copies_exceed_the_cache(monkeypatch, B, L):
     FakeGpu(monkeypatch)
     shape = dict(B=B, L=L, N=2, R=64, H=16, K=64, phi="even")
     args, _ = arguments("image_causal_attention", shape)
-    copies = bench.rotation(args, "cuda")
     one = sum(x.nbytes for x in bench.floats(args))
+    copies = bench.rotation(args, "cuda", one)
     assert (len(copies) - 1) * one >= 4 * 60 * 2**20 > (len(copies) - 2) * one
     assert all(x.requires_grad for x in bench.floats(copies[-1]))
     assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
     assert all(copy[3] is args[3] for copy in copies)
+
+
+def test_decoding_does_not_stay_in_the_cache(monkeypatch):
+    """It touches one image in N: all bytes of the arguments would be N times too many."""
+    FakeGpu(monkeypatch)
+    rotated = []
+    real = bench.rotation
+    monkeypatch.setattr(
+        bench, "rotation", lambda args, device, touched: rotated.append(real(args, "cuda", touched))
+    )
+    shape, entry = SMALL["decode_attention"], ENTRIES["decode_attention"]
+    monkeypatch.setattr(bench, "LEAST_CACHE", 2**18)
+    properties = types.SimpleNamespace(L2_cache_size=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    next(bench.measure_case(entry, shape, "cpu", LIMITS, 2), None)
+    read = shape["B"] * shape["H"] * shape["K"] * (1 + 2 * shape["R"]) * 4  # q, one image's k and v
+    assert len(rotated[0]) - 1 == math.ceil(4 * 2**18 / read)
 
 
 def test_memory_counts_what_was_prepared(monkeypatch):
@@ -408,9 +437,12 @@ def test_memory_counts_what_was_prepared(monkeypatch):
     fields = "e", ONE_IMAGE, "bf16", "forward", "cuda", "eager", False, 1, 1, 1.0, "bytes"
     trial = bench.Trial(bench.Record(*fields), choice)
     bench.attempt(trial, bench.prepare, args)
-    monkeypatch.setattr(bench, "_time_cuda", lambda *args: [2.0, 2.0])
+    times = iter([[2.0, 2.0], [5.0, 5.0]])
+    monkeypatch.setattr(bench, "_time_cuda", lambda *args: (next(times), [9.0, 9.0]))
     bench.attempt(trial, bench.clock, [args], dout, 2)
-    assert trial.record.peak_bytes == 700 + 30 and trial.record.percent_of_floor == 50
+    r = trial.record
+    assert r.peak_bytes == 700 + 30 and r.percent_of_floor == 50
+    assert (r.microseconds, r.host_microseconds, r.prepared_microseconds) == (2, 9, 5)
 
 
 @pytest.mark.parametrize("value,error", [(1.0, 0.0), (1.5, 0.5), (math.nan, math.inf)])
@@ -487,9 +519,46 @@ def test_a_kernel_that_fails_on_a_gpu_exits_with_1(monkeypatch, capsys):
     fields = "e", {"B": 1}, "bf16", "forward", "cuda", "fused", True, 1, 1, 1.0, "bytes"
     record = bench.Record(*fields, reason="wrong")
     monkeypatch.setattr(bench, "measure_fitting", lambda *args: [record])
-    document = {"limits": {}, "records": []}
-    assert bench.measure_all(document, [(None, {})], "cuda", 1, None)
+    meta = {"backend": "cuda", "repeats": 1, "gpu": None}
+    document = {"meta": meta, "limits": {}, "records": []}
+    assert bench.measure_all(document, [(None, {})], None)
     assert "wrong" in capsys.readouterr().out and len(document["records"]) == 1
+
+
+def test_a_file_grows_and_what_it_has_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bench.json"
+    options = ["bench", "--device", "cpu", "--quick", "--case", "decode", "--json", str(path)]
+    monkeypatch.setattr(bench, "measure_limits", lambda *args: {**LIMITS, "product_side": 1})
+    assert command_line.main(options) == 0
+    first = json.loads(path.read_text("utf-8"))
+    some = {**first, "records": first["records"][:2]}
+    path.write_text(json.dumps(some), "utf-8")
+    assert command_line.main([*options, "--append"]) == 0
+    second = json.loads(path.read_text("utf-8"))
+    assert second["records"][:2] == some["records"]
+    assert list(map(bench.key, second["records"])) == list(map(bench.key, first["records"]))
+    monkeypatch.setattr(bench, "code_digest", lambda: "other kernels")
+    assert command_line.main([*options, "--append"]) == 2
+    assert "expected times of the same code, other kernels" in capsys.readouterr().err
+    assert json.loads(path.read_text("utf-8")) == second
+    assert command_line.main(["bench", "--append"]) == 2
+
+
+def test_a_kernels_row_has_its_prediction_beside_it(monkeypatch):
+    if kernels.unavailable():
+        pytest.skip(kernels.unavailable())
+    from miniflamingo.kernels.tools import predict
+
+    shape = ENTRIES["decode_attention"].shapes["cuda"][0]
+    fields = "decode_attention", shape, "bfloat16", "forward", "cuda", "fused", True, 1, 1, 1.0
+    record = bench.Record(*fields, "bytes", microseconds=15.0, host_microseconds=3.0, spread=0.0,
+                          percent_of_floor=1.0, error=0.0)  # fmt: skip
+    found = dict(device="H200", entry="decode_attention", shape=shape, direction="forward", us=10.0)
+    monkeypatch.setattr(predict, "committed", lambda: {"records": [found]})
+    bench.add_prediction(record, "NVIDIA A30")
+    assert record.predicted_microseconds is None
+    bench.add_prediction(record, "NVIDIA H200")
+    assert record.predicted_microseconds == 10 and bench.row(record).endswith("10.0 +50%")
 
 
 # --- the figures ----------------------------------------------------------------------------------

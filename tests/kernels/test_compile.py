@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
 
-from kernels import compile as kernel_compile
-from kernels import image_causal_attention
-from kernels.__main__ import main
+from miniflamingo.__main__ import main
+from miniflamingo.kernels.tools import compile as kernel_compile
 
 ROOT = Path(kernels.__file__).parent
 REFRESH = "renew the file: " + kernel_compile.RENEW
@@ -39,7 +38,7 @@ def records(committed):
 @pytest.fixture(scope="module")
 def compiler():
     """Skips where kernels cannot be compiled."""
-    code = "from kernels import compile; print(compile.missing() or '')"
+    code = "from miniflamingo.kernels.tools import compile; print(compile.missing() or '')"
     reason = run_python(code).stdout.strip()
     if reason:
         pytest.skip(reason)
@@ -59,7 +58,7 @@ def launched_kernels(calls=None):
     calls: only those in which this function is called, by themselves or by what they call.
     """
     functions = {}
-    for path in ROOT.glob("*.py"):
+    for path in ROOT.rglob("*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:
             decorators = getattr(node, "decorator_list", [])
             if any(ast.unparse(d) == "triton.jit" for d in decorators):
@@ -72,7 +71,7 @@ def launched_kernels(calls=None):
 
 def runtime_functions():
     """The @triton.jit functions of runtime.py, none of which is launched."""
-    for node in ast.parse((ROOT / "runtime.py").read_text("utf-8")).body:
+    for node in ast.parse((ROOT / "common" / "runtime.py").read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef):
             yield node.name
 
@@ -94,7 +93,7 @@ def test_the_committed_table_is_of_these_sources(committed):
 
 
 def test_compiling_again_gives_the_committed_table(compiler):
-    command = [sys.executable, "-m", "kernels", "compile", "--check"]
+    command = [sys.executable, "-m", "miniflamingo", "compile", "--check"]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     if "compilers are others" in done.stdout:
@@ -115,10 +114,10 @@ def test_the_table_has_every_kernel_and_every_size(records, dtype, target):
             assert (kernel.__name__, K, R) in found, REFRESH
 
 
-def test_nothing_in_the_table_spills(records):
+def test_nothing_in_the_table_spills_or_is_repeated(records):
     limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
     for record in records:
-        assert record["spilled"] == 0, record
+        assert (record["spilled"], record["repeated"]) == (0, 0), record
         assert record["shared"] <= limits[record["target"]], record
         assert record["programs"] >= 1, record
 
@@ -164,77 +163,22 @@ def test_the_readme_quotes_the_table(records):
 
 def picked(record):
     """Whether README's table has it: the paper's R, or the largest for the kernels of such."""
-    blocks = ("_forward_blocks", "_backward_dq", "_backward_dkdv")
-    R = 256 if record["kernel"] in blocks else 64
+    R = 256 if record["kernel"] == "_backward_dq" else 64
     case = ("bf16", 128, R, "sm_90")
     return tuple(record[k] for k in ("dtype", "K", "R", "target")) == case
 
 
 # --- the digest ---------------------------------------------------------------------------------
 
-KERNEL = '''
-"""A file."""
 
-from elsewhere import thing
-
-OPTIONS = {"_kernel": ("#", 4)}
-
-
-@triton.jit
-def _kernel(x):
-    """What it does."""
-    return x  # as it is
-
-
-def launch(x):
-    return x + 1
-
-
-class Alone:
-    def method(self):
-        return 2
-'''
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "same"),
-    [
-        ("A file.", "Another\nfile.", True),
-        ('"""What it does."""', "# nothing", True),
-        ("# as it is", "", True),
-        ("\n\n", "\n", True),
-        ("import thing", "import other", True),
-        ("return x + 1", "return x + 2", True),  # shows in the launches, if it matters
-        ("return 2", "return 3", True),
-        ("class Alone:", "class Alone:\n    field: int = 3\n", True),
-        ("return x  ", "return -x  ", False),
-        ("@triton.jit\n", "@triton.jit\n@more\n", False),
-        ('("#", 4)', '("#", 8)', False),
-        ('"#"', '"##"', False),
-    ],
-)
-def test_the_digest_is_of_the_kernels_code(before, after, same, tmp_path):
-    (tmp_path / "kernel.py").write_text(KERNEL, "utf-8")
-    first = kernel_compile.kernel_code(tmp_path)
-    assert KERNEL.count(before) >= 1 and "return x" in first["kernel.py"]
-    (tmp_path / "kernel.py").write_text(KERNEL.replace(before, after), "utf-8")
-    assert (kernel_compile.kernel_code(tmp_path) == first) == same
-
-
-def test_files_without_kernels_are_left_out(tmp_path):
-    (tmp_path / "kernel.py").write_text(KERNEL, "utf-8")
-    (tmp_path / "layers.py").write_text("x = 1\n", "utf-8")
-    assert kernel_compile.kernel_code(tmp_path).keys() == {"kernel.py"}
-    assert {"runtime.py", "work_list.py"} <= kernel_compile.kernel_code().keys()
-
-
-def test_the_digest_is_of_the_launches(monkeypatch):
-    monkeypatch.setattr(kernel_compile, "FULL", kernel_compile.USUAL)
-    first = kernel_compile.digest()
-    assert kernel_compile.digest() == first
-    options = image_causal_attention.OPTIONS
-    monkeypatch.setitem(options, ("_forward", True, False), (128, 4))
-    assert kernel_compile.digest() != first
+def test_the_digest_is_of_the_files_with_kernels(tmp_path):
+    kernel, other = tmp_path / "kernel.py", tmp_path / "layers.py"
+    kernel.write_text("x = 1\n@triton.jit\ndef _kernel(): pass\n", "utf-8")
+    first = kernel_compile.digest(tmp_path)
+    other.write_text("x = 1\n", "utf-8")
+    assert kernel_compile.digest(tmp_path) == first
+    kernel.write_text("x = 2\n@triton.jit\ndef _kernel(): pass\n", "utf-8")
+    assert kernel_compile.digest(tmp_path) != first
 
 
 @pytest.fixture
@@ -306,7 +250,7 @@ def test_occupancy(target, registers, shared, num_warps, expected):
 
 def example(num_warps=4, **fields):
     base = dict(kernel="k", dtype="bf16", K=64, R=64, target="sm_90")
-    base |= dict(registers=32, spilled=0, shared=0, loads=3, loads128=2, tensor={})
+    base |= dict(repeated=0, registers=32, spilled=0, shared=0, loads=3, loads128=2, tensor={})
     base["options"] = dict(num_warps=num_warps)
     return kernel_compile.Compiled(**{**base, **fields})
 
@@ -320,13 +264,14 @@ def test_warps_are_of_an_sm_and_waves_of_a_simd():
 
 def test_the_products_use_tensor_cores():
     reason = run_python(
-        "from kernels import compile; print(compile.missing() or '')"
+        "from miniflamingo.kernels.tools import compile; print(compile.missing() or '')"
     ).stdout.strip()
     if reason:
         pytest.skip(reason)
     code = """
-from kernels import compile as c, gated_linear
-c.EXAMPLES, driver = (gated_linear.launch_examples,), c._Driver()
+from miniflamingo.kernels import image_causal_attention
+from miniflamingo.kernels.tools import compile as c
+c.EXAMPLES, driver = (image_causal_attention.launch_examples,), c._Driver()
 c.triton.runtime.driver.set_active(driver)
 for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "wgmma.mma_async")):
     driver.device = target
@@ -335,8 +280,9 @@ for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "w
         print(kernel.__name__, found in ptx)
 """
     done = run_python(code)
-    products = "_gated_linear True\n_gated_linear_dweight True\n_gate_dweight False\n"
-    assert done.stdout == 2 * products, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for line in ("_forward True", "_backward True", "_sum_partials False"):
+        assert lines.count(line) == 2, done.stdout + done.stderr
 
 
 def test_shared_memory_must_fit():
@@ -344,12 +290,13 @@ def test_shared_memory_must_fit():
     assert not example(target="gfx942", shared=64 * 1024 + 1).ok
     assert example(target="sm_90", shared=64 * 1024 + 1).ok
     assert not example(spilled=8).ok and " NO " in str(example(spilled=8))
+    assert not example(repeated=1).ok
 
 
 def test_registers_and_waves_are_those_that_llvm_reports(compiler):
     code = r"""
 import re
-from kernels import compile as c
+from miniflamingo.kernels.tools import compile as c
 for name, options, target, binary in c.binaries(
     ("bf16", 64, 64), {"_decode", "_forward", "_resample_merge"}, ("gfx942",)
 ):
@@ -370,12 +317,49 @@ for name, options, target, binary in c.binaries(
 
 def test_a_spill_is_seen(compiler):
     code = """
-from kernels import compile as c, image_causal_attention as ica
-ica.OPTIONS["_backward", True, False] = (64, 16)
-print([r.ok for r in c.compile_one(("bf16", 128, 64), {"_backward"}, ("sm_90",))])
+from miniflamingo.kernels import image_causal_attention as ica
+from miniflamingo.kernels.tools import compile as c
+ica.OWN.clear()
+ica.OPTIONS["_backward", False, True, False] = (64, 4, 64, 1)
+[result] = c.compile_one(("bf16", 128, 64), {"_backward"}, ("sm_90",))
+print(result.ok, result.repeated, result.spilled > 0)
 """
     done = run_python(code)
-    assert done.stdout.strip() == "[False]", done.stdout + done.stderr
+    assert done.stdout.strip() == "False 0 True", done.stdout + done.stderr
+
+
+def test_a_repeated_tile_is_seen(compiler):
+    """Eight warps have 16 rows each of a product: of one with 64 rows, half of them too many."""
+    code = """
+from miniflamingo.kernels.tools import compile as c
+from miniflamingo.kernels import image_causal_attention as ica
+ica.OPTIONS["_forward", False, False, False] = (64, 8, 64, 1)
+[result] = c.compile_one(("bf16", 64, 64), {"_forward"}, ("sm_90",))
+print(result.ok, result.repeated, result.spilled)
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "False 1 0", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "warps", "rest", "shape", "expected"),
+    [
+        ("nvidia_mma", "4, 1", "instrShape = [16, 32, 16]", "64x32", 0),
+        ("nvidia_mma", "8, 1", "instrShape = [16, 32, 16]", "64x32", 1),
+        ("nvidia_mma", "1, 8", "instrShape = [16, 8]", "64x32", 1),
+        ("nvidia_mma", "2, 4", "instrShape = [16, 8]", "64x32", 0),
+        ("amd_mfma", "4, 1", "instrShape = [32, 32, 8]", "64x64", 1),
+        ("amd_mfma", "4, 1", "instrShape = [16, 16, 16]", "64x64", 0),
+        ("blocked", "4, 1", "sizePerThread = [4, 4], threadsPerWarp = [2, 16]", "32x64", 0),
+        ("blocked", "8, 1", "sizePerThread = [4, 4], threadsPerWarp = [2, 16]", "32x64", 1),
+    ],
+)
+def test_a_layout_that_repeats_a_tile(kind, warps, rest, shape, expected):
+    ttgir = f"""#mma = #ttg.{kind}<{{version = 3, warpsPerCTA = [{warps}], {rest}}}>
+    %p = tt.dot %q, %k, %zero : tensor<1x1xbf16> * tensor<1x1xbf16> -> tensor<{shape}xf32, #mma>
+    %x = tt.trans %p : tensor<{shape}xf32, #mma> -> tensor<1x1xf32, #mma>
+"""
+    assert kernel_compile.repeated_tiles(ttgir) == expected
 
 
 def test_every_kernel_is_usual_and_sampled_for_one_target():

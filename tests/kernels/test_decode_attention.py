@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import compare, decode_attention, twins
-from kernels.image_causal_attention import image_causal_attention
-from kernels.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels import decode_attention
+from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels.image_causal_attention import image_causal_attention
+from miniflamingo.kernels.tools import compare, twins
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 ATTENTION = next(k for k in compare.KERNELS if k.name == "decode_attention")
@@ -173,7 +174,7 @@ def test_a_broken_kernel_turns_the_table_red(name, tmp_path):
     namespace = "broken_decode_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
     path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     comparison = dataclasses.replace(ATTENTION, kernel=module.decode_attention, cases=BRIEF)

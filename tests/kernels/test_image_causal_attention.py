@@ -1,9 +1,13 @@
 """The fused image-causal attention against its NumPy twin, plain torch, and its own promises."""
 
+import itertools
+import math
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -14,13 +18,18 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import compare
-from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.runtime import INTERPRET, cast, launch, poisoned, replaced
-from kernels.work_list import build_work_list, choose_chunk
 from miniflamingo import xattn
+from miniflamingo.kernels.common import work_list
+from miniflamingo.kernels.common.runtime import INTERPRET, cast, launch, poisoned, replaced
+from miniflamingo.kernels.common.work_list import build_work_list, choose_chunks
+from miniflamingo.kernels.image_causal_attention import (
+    image_causal_attention,
+    image_causal_attention_backward,
+)
+from miniflamingo.kernels.tools import compare
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
+DEVICE = "cpu" if INTERPRET.value else "cuda"
 ATTENTION = next(k for k in compare.KERNELS if k.name == "image_causal_attention")
 
 
@@ -131,39 +140,130 @@ def test_two_runs_agree_bit_for_bit(R, device):
     assert all(torch.equal(x, y) for x, y in zip(both(*args), both(*args)))
 
 
-@settings(max_examples=60, deadline=None)
+def listed(phi, N, chunks):
+    """The lists of some chunks, whose memory holds -7 at first: order, items, backward, splits."""
+    empty = work_list._empty_lists
+    filled = lambda *args: tuple(x.fill_(-7) for x in empty(*args))  # noqa: E731
+    with patch.object(work_list, "_empty_lists", filled):
+        return [x.cpu() for x in work_list.launch_list(phi.to(DEVICE), N, *chunks)]
+
+
+def slots_of(items, order, phi, chunk):
+    """Check items against phi -> {(batch row, image): the slots of its items}."""
+    seen, slots = torch.zeros_like(phi), {}
+    for b, image, begin, end, slot in items.tolist():
+        assert 0 <= begin <= end <= begin + chunk and end <= phi.shape[1]
+        tokens = order[b, begin:end].tolist()
+        assert (phi[b, tokens] == image).all() and tokens == sorted(tokens)
+        seen[b, tokens] += 1
+        slots.setdefault((b, image), []).append(slot)
+    assert (seen == 1).all()
+    return slots
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_work_list_holds_every_token_once(data):
-    B, L, N = (data.draw(st.integers(0, most)) for most in (3, 30, 5))
-    cells = data.draw(st.lists(st.integers(0, N), min_size=B * L, max_size=B * L))
-    phi, chunk = torch.tensor(cells, dtype=torch.int64).reshape(B, L), data.draw(st.integers(1, 9))
-    work = build_work_list(phi, N, chunk=chunk)
-    seen, slots, owners = torch.zeros_like(phi), [], []
-    for b, image, begin, end, slot in work.items.tolist():
-        tokens = work.order[b, begin:end].long() if begin < end else torch.tensor([], dtype=int)
-        assert len(tokens) <= chunk and (phi[b, tokens] == image).all()
-        assert tokens.tolist() == sorted(tokens.tolist())
-        seen[b, tokens] += 1
-        slots += [slot] * (slot >= 0)
-        owners += [(b, image)] * (image > 0)
-    assert (seen == 1).all()
-    assert sorted(slots) == list(range(len(slots))) and len(slots) <= work.num_slots
-    assert set(owners) == {(b, n) for b in range(B) for n in range(1, N + 1)}
-    sums = [s for first, count in work.splits.tolist() for s in range(first, first + count)]
-    assert sorted(sums) == sorted(slots)
+    B, L, N = (data.draw(st.integers(0, most)) for most in (2, 30, 9))
+    row = st.lists(st.integers(-1, N + 1), min_size=L, max_size=L)
+    rows = [data.draw(row.map(sorted) | row) for _ in range(B)]
+    chunks = [data.draw(st.integers(1, 9)) for _ in range(2)]
+    given_phi = torch.tensor(rows, dtype=torch.int64).reshape(B, L)
+    phi = torch.where((given_phi >= 0) & (given_phi <= N), given_phi, 0)
+    order, items, backward, splits = listed(given_phi, N, chunks)
+    assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
+    forward_slots, slots = (
+        slots_of(items, order, phi, chunks[0]),
+        slots_of(backward, order, phi, chunks[1]),
+    )
+    assert {s for own in forward_slots.values() for s in own} <= {-1}
+    images = {(b, n) for b in range(B) for n in range(1, N + 1)}
+    assert images <= slots.keys() and images <= forward_slots.keys()
+    used, expected = [], {}
+    for b, n in images:  # one with more tokens than an item has slots side by side, and is listed
+        count = -(-int((phi[b] == n).sum()) // chunks[1])
+        first = slots[b, n][0]
+        assert slots[b, n] == ([*range(first, first + count)] if count > 1 else [-1])
+        if count > 1:
+            expected[b * N + n - 1] = [first, count]
+            used += slots[b, n]
+    assert {i: [first, count] for i, first, count in splits.tolist() if count} == expected
+    assert len(set(used)) == len(used)
+    assert all(0 <= s < B * work_list.most_splits(N, L, chunks[1])[1] for s in used)
+
+
+@pytest.mark.parametrize("N,L,chunk", [(1, 9, 4), (3, 9, 4), (2, 20, 4), (5, 4, 4), (0, 9, 4)])
+def test_no_more_room_for_partial_sums_than_some_phi_needs(N, L, chunk):
+    """Against all ways to give L tokens to N images."""
+    ways = itertools.combinations_with_replacement(range(L + 1), N)
+    counts = (np.diff([0, *ends]) for ends in ways)
+    split = [[-(-n // chunk) for n in count if n > chunk] for count in counts]
+    most = max(map(len, split)), max(map(sum, split))
+    assert work_list.most_splits(N, L, chunk) == most
+
+
+def test_a_long_run_after_short_ones_fills_all_its_places_in_the_splits():
+    phi = torch.tensor([[1, 2, 3, 4, *[5] * 12, 6]])
+    order, _, backward, splits = listed(phi, 6, (2, 2))
+    assert [row for row in splits.tolist() if row[2]] == [[4, *splits[1, 1:].tolist()]]
+    assert len(splits) == 5 and splits[:, 2].tolist() == [0, 6, 0, 0, 0]
+    assert slots_of(backward, order, phi, 2)[0, 5] == list(range(splits[1, 1], splits[1, 1] + 6))
+
+
+def test_long_rows_and_many_images():
+    """More tokens than a program takes at a time, and more items."""
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randint(0, 3, (1, 5000), generator=generator)
+    order, _, backward, splits = listed(phi, 2, (7, 3))
+    assert torch.equal(order.long(), phi.argsort(dim=1, stable=True))
+    assert len(slots_of(backward, order, phi, 3)[0, 2]) == -(-int((phi == 2).sum()) // 3)
+    phi = torch.arange(40)[None].flip(1)
+    order, items, _, splits = listed(phi, 39, (64, 64))
+    assert torch.equal(order[0], torch.arange(40, dtype=torch.int32).flip(0))
+    assert len(slots_of(items, order, phi, 64)) == 40 and not splits[:, 2].any()
+
+
+def test_one_kernel_builds_the_list_and_one_more_adds_up(device):
+    launches = []
+
+    def record(kernel, programs, *args, **options):
+        launches.append((kernel.__name__, programs))
+
+    args = draw([[1] * 70 + [2] * 130], N=2, K=64, R=64, device=device)
+    with replaced(launch=record):
+        both(*args)
+    B, H, items = 1, 2, 3 + 200 // 64  # two images and none, and what full items there are
+    one = [("_list_work", B)]
+    backward = [("_backward", items * H), ("_sum_partials", 2 * 64 * H * 64 // 1024)]
+    assert launches == [*one, ("_forward", items * H), *one, *backward]
+
+
+def test_what_no_phi_can_split_costs_no_memory_and_no_launch(device):
+    shapes, launches = [], []
+
+    def allocate(shape, **options):
+        shapes.append(tuple(shape))
+        return torch.empty(shape, **options)
+
+    args = draw([[1] * 64, [0] * 64], N=1, device=device)
+    with replaced(allocate=allocate, launch=lambda kernel, *_, **__: launches.append(kernel)):
+        image_causal_attention_backward(*args)
+    assert [s for s in shapes if math.prod(s)] == [x.shape for x in args[1:4]]
+    assert [kernel.__name__ for kernel in launches] == ["_list_work", "_backward"]
 
 
 def test_work_list_agrees_with_its_twin():
     phi = np.array([[0, 2, 2, 1, 2], [3, 3, 0, 0, 3]])
     owner, tokens = xattn.work_list(phi, N=3, most=2)
     expected = {(int(o), tuple(t[t < phi.size].tolist())) for o, t in zip(owner, tokens)}
-    work = build_work_list(torch.tensor(phi), 3, chunk=2)
-    got = {
-        (b * 3 + image - 1, tuple((b * 5 + work.order[b, begin:end]).tolist()))
-        for b, image, begin, end, _ in work.items.tolist()
-        if image and begin < end
-    }
-    assert got == expected
+    order, *both_items, _ = listed(torch.tensor(phi), 3, (2, 2))
+    for items in both_items:
+        got = {
+            (b * 3 + image - 1, tuple((b * 5 + order[b, begin:end]).tolist()))
+            for b, image, begin, end, *_ in items.tolist()
+            if image and begin < end
+        }
+        assert got == expected
 
 
 def test_layers_share_a_work_list(device):
@@ -173,8 +273,8 @@ def test_layers_share_a_work_list(device):
 
 
 def test_chunks_grow_with_the_work():
-    assert [choose_chunk(rows) for rows in (0, 2**15, 2**16, 2**17, 2**24)] == [
-        64, 64, 128, 256, 512,
+    assert [choose_chunks(rows) for rows in (0, 2**14, 2**15, 2**16, 2**18 - 1, 2**18, 2**24)] == [
+        (64, 64), (64, 64), (64, 128), (64, 256), (64, 512), (128, 1024), (512, 2048),
     ]  # fmt: skip
 
 
@@ -182,6 +282,19 @@ def test_unchecked_phi_outside_its_range_counts_as_0(device):
     args = draw([[0, 1, 2, 0]], N=2, device=device)
     wrong = torch.tensor([[-5, 1, 2, 3]], device=device, dtype=torch.int32)
     assert all(torch.equal(x, y) for x, y in zip(both(*args[:-1], wrong, check=False), both(*args)))
+
+
+@pytest.mark.parametrize("R", [5, 70])
+def test_autograd_gives_what_the_backward_function_gives(R, device):
+    dout, q, k, v, phi = draw([[0, 1, 1, 2] * 40, [2] * 160], N=2, R=R, device=device)
+    expected = both(dout, q, k, v, phi)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with poisoned():
+        out = image_causal_attention(q, k, v, phi)
+        kept = [x for x in out.grad_fn.saved_tensors if x.shape == out.shape]
+        results = out, *torch.autograd.grad(out, leaves, dout)
+    assert all(torch.equal(x, y) for x, y in zip(results, expected))
+    assert len(kept) == (1 if R == 5 else 2)  # q, and the output where there are several blocks
 
 
 def test_poison_shows_what_a_kernel_forgets():
@@ -219,14 +332,18 @@ def test_gradcheck(R, chunk):
     assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=True)
 
 
-def test_opcheck(device):
-    dout, q, k, v, phi = draw([[0, 1, 2]], N=2, device=device)
+@pytest.mark.parametrize("R", [5, 70])
+def test_opcheck(R, device):
+    dout, q, k, v, phi = draw([[0, 1, 2]], N=2, R=R, device=device)
     work = build_work_list(phi, 2)
-    lists = work.order, work.items, work.splits, work.chunk
+    lists = *work[:4], work.chunks[1]
     ops = torch.ops.miniflamingo
+    torch.library.opcheck(ops.work_list.default, (phi, 2, 64, 64))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.image_causal_attention.default, (*leaves, *lists))
-    torch.library.opcheck(ops.image_causal_attention_backward.default, (dout, q, k, v, *lists))
+    found = ops.image_causal_attention(q, k, v, *lists)
+    backward = ops.image_causal_attention_backward.default
+    torch.library.opcheck(backward, (dout, q, k, v, *found, *lists))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -286,10 +403,7 @@ WRONG = {
     "mixed dtypes": (dict(v=kv.half()), "one dtype.*got float32, float32, float16"),
     "integers": (dict(q=q.int(), k=kv.int(), v=kv.int()), "float32.*got int32, int32, int32"),
     "mixed devices": (dict(v=kv.to("meta")), "one device.*got cpu, cpu, meta"),
-    "a work list for others": (
-        dict(work=build_work_list(phi[:, :3], 3)), r"\(2, 5, 3\).*got \(2, 3, 3\)",
-    ),
-}  # fmt: skip
+}
 
 
 @interpreted
@@ -329,6 +443,13 @@ def test_an_image_that_nobody_looks_at_reaches_nothing(bad, R, device):
     assert not results[2][unseen].any() and not results[3][unseen].any()
 
 
+def test_a_work_list_of_other_sizes_is_refused(device):
+    _, q, k, v, phi = draw([[0, 1, 1, 2]] * 2, N=2, device=device)
+    work = build_work_list(phi[:, :3], 3)
+    with pytest.raises(ValueError, match=r"\(2, 4, 2\) on .*, got \(2, 3, 3\)"):
+        image_causal_attention(q, k, v, phi, work)
+
+
 def test_a_work_list_of_another_phi_is_refused(device):
     dout, q, k, v, phi = draw([[0, 1, 1, 2]], N=2, device=device)
     work = build_work_list(torch.tensor([[0, 0, 1, 1]], device=device), 2)
@@ -349,7 +470,8 @@ def test_a_work_list_of_another_phi_is_refused(device):
 def test_a_work_list_that_was_changed_is_refused(device):
     _, q, k, v, phi = draw([[0, 1, 1, 2] * 40], N=2, device=device)
     work = build_work_list(phi, 2)
-    for change in ({"chunk": 16}, {"source": None}, {"items": work.items[:-1]}):
+    changes = {"chunks": (64, 16)}, {"source": None}, {"items": work.items[:-1]}
+    for change in (*changes, {"backward_items": work.items[:-1]}):
         with pytest.raises(ValueError, match="as build_work_list returns it"):
             image_causal_attention(q, k, v, phi, work._replace(**change))
 

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels import layers  # noqa: E402
 from miniflamingo import Flamingo, FlamingoConfig  # noqa: E402
+from miniflamingo.kernels.model import layers  # noqa: E402
 from tests.models import batch_of, tiny  # noqa: E402
 
 IMAGE = FlamingoConfig().image_token
@@ -186,26 +186,6 @@ def test_a_layer_alone_has_its_twin_s_output_and_gradients(backend, skip):
         np.testing.assert_allclose(ours[name], expected[name], 1e-10, 1e-12, err_msg=name)
 
 
-@pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
-@pytest.mark.parametrize("skip", [False, True])
-def test_fused_products_change_nothing(skip, monkeypatch):
-    from kernels import gated_block
-
-    layer, y, media, phi = open_layer(torch.float64, skip_without_image=skip)
-    expected, called = run_layer(layer, y, media, phi, "torch"), []
-    block = gated_block.gated_xattn_dense
-    monkeypatch.setattr(
-        gated_block, "gated_xattn_dense", lambda *a, **o: called.append(o) or block(*a, **o)
-    )
-    layer.fused_products = True
-    torch.testing.assert_close(run_layer(layer, y, media, phi, "torch"), expected)
-    assert not called  # the backend decides first
-    ours = run_layer(layer, y, media, phi, "fused")
-    assert len(called) == 1
-    for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-9, atol=1e-11)
-
-
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -248,7 +228,7 @@ def test_under_autocast_the_attention_gets_one_dtype(backend, dtype, stream, mon
     layer, y, media, phi = open_layer()
     seen, attend = [], layers.dense_image_causal_attention
     if backend == "fused":
-        from kernels import image_causal_attention as module
+        from miniflamingo.kernels import image_causal_attention as module
 
         attend = module.image_causal_attention
     else:
@@ -309,6 +289,110 @@ def test_projected_media_serve_as_well_and_layers_share_a_work_list(backend):
     assert torch.equal(layer(y, media, phi, backend, work, check=False), expected)
 
 
+# --- decoding: one token a row ------------------------------------------------------------------
+
+needs_kernels = pytest.mark.skipif(layers.MISSING is not None, reason=str(layers.MISSING))
+
+
+def decoding_step(dtype=torch.float32, **options):
+    """A layer, y [3, 1, D], the images' keys and values, and phi: none, image 2, image 3."""
+    layer, y, media, _ = open_layer(dtype, **options)
+    y, media = torch.cat([y, y])[:3, :1], torch.cat([media, media])[:3]
+    with torch.no_grad():
+        return layer, y, layer.project_media(media), torch.tensor([[0], [2], [3]])
+
+
+def launches_of(call):
+    """(kernel's name, where its tensors lie) of every launch of a call, none of which is made."""
+    from miniflamingo.kernels.common.runtime import replaced
+
+    made = []
+
+    def record(kernel, programs, *args, **options):
+        made.append((kernel.__name__, [x.data_ptr() for x in args if torch.is_tensor(x)]))
+
+    with replaced(launch=record):
+        call()
+    return made
+
+
+@needs_kernels
+def test_a_decoded_token_takes_the_kernel_for_one_token_in_the_memory_that_there_is():
+    layer, y, kept, phi = decoding_step()
+    work = lambda: layers.share_work(phi, 3, 2, "fused")  # noqa: E731
+    step = lambda: layer(y, None, phi, "fused", work(), kept, False)  # noqa: E731
+    with torch.no_grad():
+        first, again = launches_of(step), launches_of(step)
+    for ((name, (_, k, v, _, where)),) in (first, again):
+        assert name == "_decode"
+        assert [k, v, where] == [x.data_ptr() for x in (*kept, phi)]
+    # with gradients, with a work list, and for two tokens, it is the other one
+    assert [name for name, _ in launches_of(step)] == ["_list_work", "_forward"]
+    with torch.no_grad():
+        given = layers.share_work(torch.cat([phi, phi], 1), 3, 2, "fused")
+        assert len(given.order[0]) == 2
+        y, phi = torch.cat([y, y], 1), torch.cat([phi, phi], 1)
+        assert [name for name, _ in launches_of(step)] == ["_list_work", "_forward"]
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+def test_a_decoded_token_gets_what_the_kernel_for_many_gives(dtype, tolerance, skip):
+    layer, y, kept, phi = decoding_step(dtype, skip_without_image=skip)
+    many = layer(y, None, phi, "fused", None, kept).detach()
+    plain = layer(y, None, phi, "torch", None, kept).detach()
+    with torch.no_grad():
+        one = layer(y, None, phi, "fused", None, kept)
+        heads = layer.attention.heads_output(layer.norm(y), kept, phi, "fused")
+    for expected in (many, plain):
+        assert abs(one - expected).max() <= tolerance * abs(expected).max()
+    assert (heads[0] == 0).all() and (heads[1:] != 0).any(-1).all()
+    unseen = torch.arange(1, 4) != phi
+    for x in kept:
+        x[unseen] = torch.nan
+    with torch.no_grad():
+        assert torch.equal(layer(y, None, phi, "fused", None, kept), one)
+
+
+@needs_kernels
+def test_a_step_of_decoding_reads_nothing_on_the_host():
+    """As a CUDA graph needs it: with tensors that hold nothing, reading one is an error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException as Read
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as Shaped
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer, y, kept, phi = decoding_step(skip_without_image=True)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y, phi, *kept = (mode.from_tensor(x) for x in (y, phi, *kept))
+        for read, error in ((phi.tolist, Read), (phi.max().item, Read), (phi.nonzero, Shaped)):
+            with pytest.raises(error):
+                read()
+        work = layers.share_work(phi, 3, 2, "fused")
+        assert layer(y, None, phi, "fused", work, kept, False).shape == y.shape
+
+
+@needs_kernels
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_a_cuda_graph_holds_a_step_of_decoding(device):
+    layer, y, kept, phi = decoding_step()
+    layer, y, phi, *kept = (x.to(device) for x in (layer, y, phi, *kept))
+    step = lambda: layer(y, None, phi, "fused", None, kept, False)  # noqa: E731
+    with torch.no_grad():
+        step()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for new in ([[0], [2], [3]], [[3], [0], [1]]):
+            phi.copy_(torch.tensor(new))
+            graph.replay()
+            torch.testing.assert_close(out, step())
+
+
 @both
 def test_an_unchecked_phi_outside_counts_as_none(backend):
     layer, y, media, phi = open_layer(skip_without_image=True)
@@ -350,7 +434,7 @@ def train_on_two(rank, folder, backend):
     grads = gradients_of_two(rank, backend, dist.init_device_mesh("cpu", (2,)))
     if rank == 0:
         torch.save(grads, f"{folder}/grads")
-    gc.collect()  # as in kernels/train.py
+    gc.collect()  # as in kernels/model/train.py
     dist.barrier()
     dist.destroy_process_group()
 
@@ -455,10 +539,8 @@ def equal(ours, expected):
 
 @both
 @each_bad
-@pytest.mark.parametrize("fused_products", [False, True])
-def test_an_image_that_nobody_looks_at_reaches_nothing(backend, bad, fused_products):
+def test_an_image_that_nobody_looks_at_reaches_nothing(backend, bad):
     layer, y, media, phi = open_layer()
-    layer.fused_products = fused_products
     expected = run_layer(layer, y, media, phi, backend)
     media[1, 1:] = bad  # row 1 looks at image 1 alone
     equal(run_layer(layer, y, media, phi, backend), expected)
@@ -501,10 +583,8 @@ def test_an_image_that_some_look_at_reaches_only_them(bad, only_last):
 
 @both
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("fused_products", [False, True])
-def test_what_a_skipped_token_overflows_to_is_not_seen(backend, fused_products):
+def test_what_a_skipped_token_overflows_to_is_not_seen(backend):
     layer, y, media, phi = open_layer(skip_without_image=True)
-    layer.fused_products = fused_products
     with torch.no_grad():  # the norm gives every token but one of zeros a huge number
         layer.ffw.norm.bias.zero_()
         layer.ffw.norm.weight.fill_(1e30)

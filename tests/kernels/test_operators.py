@@ -2,7 +2,7 @@
 
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -10,42 +10,23 @@ if kernels.unavailable():
 import torch
 from torch.autograd import forward_ad
 
-from kernels.decode_attention import decode_attention
-from kernels.gated_block import TEXT_WEIGHTS, gated_xattn_dense, project_media
-from kernels.gated_linear import gated_linear, gated_linear_backward
-from kernels.image_causal_attention import image_causal_attention, image_causal_attention_backward
-from kernels.layer_norm import layer_norm, layer_norm_backward
-from kernels.layers import GatedCrossAttentionDense
-from kernels.resampler_attention import (
+from miniflamingo.kernels.common.runtime import INTERPRET
+from miniflamingo.kernels.decode_attention import decode_attention
+from miniflamingo.kernels.gated_linear import gated_linear, gated_linear_backward
+from miniflamingo.kernels.image_causal_attention import (
+    image_causal_attention,
+    image_causal_attention_backward,
+)
+from miniflamingo.kernels.resampler_attention import (
     padded_resampler_attention,
     resampler_attention,
     resampler_attention_backward,
 )
-from kernels.runtime import INTERPRET
-from kernels.squared_relu_linear import squared_relu_linear, squared_relu_linear_backward
 
 if not INTERPRET.value:
     pytest.skip("rules of torch, checked with the interpreter alone", allow_module_level=True)
 
 PHI, OFFSETS = torch.tensor([[0, 1, 2]]), torch.tensor([0, 3])
-BLOCK = GatedCrossAttentionDense(4, 3, 2, 2)
-WEIGHTS = dict(BLOCK.named_parameters())
-
-
-def block(y, k, v):
-    weights = {name: WEIGHTS[name].detach() for name in TEXT_WEIGHTS}
-    return gated_xattn_dense(y, (k, v), PHI, weights, fused=True)
-
-
-def keys(media):
-    return project_media(media, {n: w.detach() for n, w in WEIGHTS.items()}, (2, 2), PHI)[0]
-
-
-def fused(function):
-    """A product by its kernel, and by the library's product."""
-    return [lambda *args, f=f: function(*args, fused=f) for f in (True, False)]
-
-
 text, media, latents, features = (1, 3, 2, 4), (1, 2, 3, 2, 4), (1, 2, 2, 4), (3, 2, 4)
 OPERATORS = {
     "image_causal_attention": (
@@ -61,18 +42,9 @@ OPERATORS = {
     "decode_attention": (
         lambda q, k, v: decode_attention(q, k, v, PHI[0, 1:2]), ((1, 2, 4), media, media),
     ),
-    **dict(zip(
-        ("gated_linear, fused", "gated_linear, addmm"),
-        ((f, ((3, 4), (3, 5), (), (4, 5))) for f in fused(gated_linear)),
-    )),
-    **dict(zip(
-        ("squared_relu_linear, fused", "squared_relu_linear, a pass"),
-        ((f, ((3, 4), (5, 4))) for f in fused(squared_relu_linear)),
-    )),
-    "layer_norm": (layer_norm, ((3, 4), (4,), (4,))),
-    "gated_xattn_dense": (block, ((1, 3, 4), (1, 2, 3, 2, 2), (1, 2, 3, 2, 2))),
-    "project_media": (keys, ((1, 2, 3, 3),)),
+    "gated_linear": (gated_linear, ((3, 4), (3, 5), (), (4, 5))),
 }  # fmt: skip
+LISTS = {"work_list", "feature_list"}  # of integers, which have no derivatives
 COMPOSED = ("padded_resampler_attention", "gated_xattn_dense", "project_media")
 BACKWARDS = {
     "image_causal_attention_backward": (
@@ -84,12 +56,6 @@ BACKWARDS = {
     ),
     "gated_linear_backward": (
         lambda *args: gated_linear_backward(*args)[1], ((3, 4), (3, 4), (3, 5), (), (4, 5)),
-    ),
-    "squared_relu_linear_backward": (
-        lambda *args: squared_relu_linear_backward(*args)[0], ((3, 5), (3, 4), (5, 4)),
-    ),
-    "layer_norm_backward": (
-        lambda dout, x, w: layer_norm_backward(dout, x, w, w)[0], ((3, 4), (3, 4), (4,)),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPERATORS)
@@ -143,7 +109,7 @@ def test_forward_mode_is_an_error(name, way):
         FORWARD_MODE[way](*drawn(name))
 
 
-@pytest.mark.parametrize("name", ["image_causal_attention", "gated_linear, fused", "layer_norm"])
+@pytest.mark.parametrize("name", ["image_causal_attention", "gated_linear"])
 def test_forward_mode_inside_a_compiled_function_is_an_error(name):
     with pytest.raises(Exception, match="forward-mode"):
         compiled(*drawn(name))
@@ -187,4 +153,5 @@ def test_every_operator_is_tried():
     registered = {n.split("::")[1] for n in names if n.startswith("miniflamingo::")}
     registered = {n for n in registered if not n.startswith("broken_")}  # other tests' copies
     tried = {name.split(",")[0] for name in OPERATORS | BACKWARDS}
-    assert registered == tried - set(COMPOSED)
+    assert registered - LISTS == tried - set(COMPOSED)
+    assert registered >= LISTS

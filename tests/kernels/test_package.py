@@ -1,4 +1,4 @@
-"""Importing `kernels`: with and without Triton, before and after it. Each in its own process."""
+"""Importing `miniflamingo.kernels`: with and without Triton, before and after it, as processes."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
-ROOT = Path(kernels.__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 needs_triton = pytest.mark.skipif(
     kernels.unavailable() is not None, reason=str(kernels.unavailable())
 )
@@ -33,43 +33,49 @@ def run_python(code, **environment):
 
 
 def test_imports_without_triton():
-    code = WITHOUT_TRITON + "import kernels; print(kernels.unavailable())"
+    code = WITHOUT_TRITON + "from miniflamingo import kernels; print(kernels.unavailable())"
     assert "need triton, not installed" in run_python(code)[1]
 
 
 @pytest.mark.parametrize(
     "module",
-    ["image_causal_attention", "resampler_attention", "decode_attention", "compare", "compile"],
+    [
+        "image_causal_attention",
+        "resampler_attention",
+        "decode_attention",
+        "tools.compare",
+        "tools.compile",
+    ],
 )
 def test_a_kernel_without_triton_is_one_clear_error(module):
-    status, _, error = run_python(WITHOUT_TRITON + f"import kernels.{module}")
+    status, _, error = run_python(WITHOUT_TRITON + f"import miniflamingo.kernels.{module}")
     assert status == 1 and error[0].startswith("ImportError: the kernels need triton")
 
 
 def test_a_command_without_triton_is_one_line():
-    code = WITHOUT_TRITON + "import sys, kernels.__main__ as m; sys.exit(m.main(['compare']))"
+    code = WITHOUT_TRITON + "import sys, miniflamingo.__main__ as m; sys.exit(m.main(['compare']))"
     status, _, error = run_python(code)
-    assert status == 2 and error[0].startswith("kernels: error: the kernels need triton")
+    assert status == 2 and error[0].startswith("miniflamingo: error: the kernels need triton")
 
 
 @needs_triton
 def test_the_interpreter_is_chosen_only_without_a_gpu():
-    code = "import kernels, os, torch\nprint(os.environ.get('TRITON_INTERPRET'), "
+    code = "import miniflamingo.kernels, os, torch\nprint(os.environ.get('TRITON_INTERPRET'), "
     code += "torch.cuda.is_available())"
     assert run_python(code)[1] in ("1 False", "None True")
 
 
 @needs_triton
 def test_the_users_choice_stands():
-    code = "import kernels, os; print(os.environ['TRITON_INTERPRET'])"
+    code = "import miniflamingo.kernels, os; print(os.environ['TRITON_INTERPRET'])"
     assert run_python(code, TRITON_INTERPRET="0")[1] == "0"
 
 
 @needs_triton
 def test_triton_must_not_come_first():
-    code = "import triton, torch, kernels\nif torch.cuda.is_available(): print('gpu')\n"
-    code += "import kernels.runtime"
+    code = "import triton, torch\nif torch.cuda.is_available(): print('gpu')\n"
+    code += "import miniflamingo.kernels.common.runtime"
     status, out, error = run_python(code)
     if out == "gpu":
         pytest.skip("with a GPU the order does not matter")
-    assert status == 1 and "import kernels first" in error[0]
+    assert status == 1 and "import that first" in error[0]

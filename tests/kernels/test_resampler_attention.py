@@ -3,11 +3,12 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-import kernels
+from miniflamingo import kernels
 
 if kernels.unavailable():
     pytest.skip(kernels.unavailable(), allow_module_level=True)
@@ -16,10 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import compare, resampler_attention, twins
-from kernels.feature_list import build_feature_list, build_padded_list, choose_chunk
-from kernels.resampler_attention import padded_resampler_attention
-from kernels.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels import resampler_attention
+from miniflamingo.kernels.common import feature_list
+from miniflamingo.kernels.common.feature_list import (
+    build_feature_list,
+    build_padded_list,
+    choose_chunk,
+)
+from miniflamingo.kernels.common.runtime import INTERPRET, poisoned, replaced
+from miniflamingo.kernels.resampler_attention import padded_resampler_attention
+from miniflamingo.kernels.tools import compare, twins
 
 interpreted = pytest.mark.skipif(not INTERPRET.value, reason="float64 is the interpreter's alone")
 ATTENTION = next(k for k in compare.KERNELS if k.name == "resampler_attention")
@@ -170,16 +177,18 @@ def test_two_runs_agree_bit_for_bit(chunk, device):
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_list_holds_every_row_once(data):
     M, chunk = (data.draw(st.integers(least, 9)) for least in (0, 1))
     counts = data.draw(st.lists(st.integers(0, M), max_size=4))
     offsets = torch.tensor([0, *np.cumsum(counts, dtype=int)])
-    packed = build_feature_list(offsets, int(offsets[-1]), chunk=chunk)
+    starts, empty = torch.arange(len(counts)) * M, feature_list._empty_lists
+    filled = lambda *args: tuple(x.fill_(-7) for x in empty(*args))  # noqa: E731
+    with patch.object(feature_list, "_empty_lists", filled):
+        packed = build_feature_list(offsets, int(offsets[-1]), chunk=chunk)
+        apart = build_padded_list(torch.tensor(counts, dtype=torch.int32), M, chunk=chunk)
     check_list(packed, offsets[:-1], offsets[:-1] + torch.tensor(counts, dtype=int), offsets[-1])
-    starts = torch.arange(len(counts)) * M
-    apart = build_padded_list(torch.tensor(counts, dtype=torch.int32), M, chunk=chunk)
     check_list(apart, starts, starts + torch.tensor(counts, dtype=int), len(counts) * M)
 
 
@@ -196,8 +205,8 @@ def check_list(features, starts, ends, total):
             latents += [image] * takes_latents
             slots += [slot] * (slot >= 0)
     assert (rows == 1).all() and sorted(latents) == list(range(len(starts)))
-    assert sorted(slots) == list(range(len(slots))) and len(slots) <= features.num_slots
-    sums = [s for first, n in features.splits.tolist() for s in range(first, first + n)]
+    assert len(set(slots)) == len(slots) and all(s < features.num_slots for s in slots)
+    sums = [s for _, first, n in features.splits.tolist() for s in range(first, first + n)]
     assert sorted(sums) == sorted(slots)
 
 
@@ -272,15 +281,17 @@ BREAKAGES = {
     ),
     "the first block only": ("m, total, out = attend(", "_, _, _ = attend(", {"forward"}),
     "partial results not merged": (
-        "    _merge(parts, *parts[:2], out, features, statistics=False)\n", "", {"forward"},
+        "    if slots:\n", "    if False:\n", {"forward", "backward"},
     ),
     "parts weighted alike": ("weight = tl.exp2(m - new_m), tl.exp2(m_i - new_m)",
                              "weight = tl.exp2(m - m), tl.exp2(m_i - m_i)", {"forward"}),
     "statistics not merged": (
-        "    _merge(parts, *statistics, features, statistics=True)\n", "", {"backward"},
+        "        tl.store(statistics_ptr + row * 2 + 1, inverse, r < R)\n\n\n# --- backward",
+        "\n\n# --- backward", {"backward"},
     ),
+    "delta from a part": ("        if latents:  #", "        if slot < 0:  #", {"backward"}),
     "partial dq not added": (
-        "    sum_partials([dq_part], grads[:1], features)\n", "", {"backward"},
+        "    sum_partials([dq_part], grads[:1], features.splits)\n", "", {"backward"},
     ),
     "delta forgotten": (" - delta[:, None])", ")", {"backward"}),
     "delta forgotten in dk": (" - delta[None, :])", ")", {"backward"}),
@@ -302,7 +313,7 @@ def broken(tmp_path, name):
     namespace = "broken_resampler_" + "".join(filter(str.isalnum, name))
     path = tmp_path / f"{namespace}.py"
     path.write_text(source.replace('@operator("', f'@operator("{namespace}_'), "utf-8")
-    spec = importlib.util.spec_from_file_location(namespace, path)
+    spec = importlib.util.spec_from_file_location(f"miniflamingo.kernels.{namespace}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return dataclasses.replace(
@@ -342,7 +353,8 @@ def test_opcheck(device):
     lists, ops = (work.items, work.splits, work.chunk), torch.ops.miniflamingo
     leaves = [x.clone().requires_grad_() for x in args]
     torch.library.opcheck(ops.resampler_attention.default, (*leaves, *lists))
-    torch.library.opcheck(ops.resampler_attention_backward.default, (dout, *args, *lists))
+    backward, found = ops.resampler_attention_backward, ops.resampler_attention(*args, *lists)
+    torch.library.opcheck(backward.default, (dout, *args, *found, *lists))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

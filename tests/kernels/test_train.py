@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from kernels import __main__ as kernels_main  # noqa: E402
-from kernels import layers, train  # noqa: E402
+from miniflamingo import __main__ as command_line  # noqa: E402
 from miniflamingo import runs, training  # noqa: E402
+from miniflamingo.kernels.model import layers, train  # noqa: E402
 from miniflamingo.language import LanguageConfig  # noqa: E402
 from miniflamingo.module import load_tensors  # noqa: E402
 from miniflamingo.vision import VisionConfig  # noqa: E402
@@ -72,7 +72,7 @@ def torchrun(*arguments, restarts=0):
     command += ["--nproc-per-node=2", f"--max-restarts={restarts}", HERE / "train_worker.py"]
     root = str(HERE.parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/train.py
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see kernels/model/train.py
     done = subprocess.run(
         [*command, *arguments],
         env=environment,
@@ -304,7 +304,7 @@ def test_a_damaged_log_is_refused_and_a_lock_is_kept(finished, tmp_path):
 def test_only_our_own_checkpoints_are_removed_and_the_parts_add_up(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     whole = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
-    assert whole["parts"][0]["command"].startswith("python -m kernels")
+    assert whole["parts"][0]["command"].startswith("python -m miniflamingo")
     assert whole["processor_seconds"] == round(runs.seconds(whole["parts"]), 1) > 0
     (tmp_path / "run" / "checkpoints" / "mine").mkdir()
     (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine", "utf-8")
@@ -342,7 +342,7 @@ def two_processes(out):
     root = str(HERE.parent.parent)
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-m", "kernels", *LM, "--out", str(out), "--resume"]
+    command = [sys.executable, "-m", "miniflamingo", *LM, "--out", str(out), "--resume"]
     started = [
         subprocess.Popen(command, cwd=root, env=shared | {"RANK": rank, "LOCAL_RANK": rank},
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
@@ -359,7 +359,9 @@ def test_an_error_of_one_process_ends_both_with_one_line(tmp_path):
     part.mkdir()  # only the second process reads it
     codes, (first, second) = two_processes(tmp_path)
     assert codes == [2, 2]
-    assert first.count("\n") == 1 and first.startswith("kernels: error: ") and str(part) in first
+    assert (
+        first.count("\n") == 1 and first.startswith("miniflamingo: error: ") and str(part) in first
+    )
     assert second == ""
 
 
@@ -371,30 +373,30 @@ def test_a_loss_that_is_no_number_stops_the_run(parts, tmp_path, monkeypatch):
     assert not (tmp_path / "model.safetensors").exists() and log_of(tmp_path) == []
 
 
-LM = ["train", "lm", "--steps", "3", "--batch", "8", "--device", "cpu", "--warmup", "1"]
+LM = ["train-torch", "lm", "--steps", "3", "--batch", "8", "--device", "cpu", "--warmup", "1"]
 
 
 def test_the_command_trains_a_language_model_and_converts_a_checkpoint(tmp_path, capsys):
     ours, numpy = tmp_path / "torch", tmp_path / "numpy"
-    assert kernels_main.main([*LM, "--out", str(ours)]) == 0
+    assert command_line.main([*LM, "--out", str(ours)]) == 0
     optimiser = training.OptimiserConfig(3, warmup=1)
     stage = training.LanguageStage(training.LanguageRun(optimiser, batch=8))
     training.Run(stage, numpy).train(progress=False)
     assert_same_curve(log_of(ours), log_of(numpy))
     made = (ours / "model.safetensors").read_bytes()
     (ours / "model.safetensors").unlink()
-    assert kernels_main.main([*LM, "--out", str(ours), "--export"]) == 0
+    assert command_line.main([*LM, "--out", str(ours), "--export"]) == 0
     assert (ours / "model.safetensors").read_bytes() == made
     stage.model.load(ours / "model.safetensors")
-    assert kernels_main.main([*LM, "--out", str(ours)]) == 2
+    assert command_line.main([*LM, "--out", str(ours)]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert kernels_main.main([*LM, "--out", str(tmp_path / "none"), "--export"]) == 2
+    assert command_line.main([*LM, "--out", str(tmp_path / "none"), "--export"]) == 2
     assert "no checkpoint in" in capsys.readouterr().err
 
 
 def test_the_command_trains_a_vision_encoder(tmp_path):
     sizes = ["--steps", "2", "--batch", "8", "--device", "cpu", "--out", str(tmp_path)]
-    assert kernels_main.main(["train", "vision", *sizes]) == 0
+    assert command_line.main(["train-torch", "vision", *sizes]) == 0
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
     _, about = load_tensors(tmp_path / "model.safetensors")
     assert "vision" in about
@@ -402,5 +404,5 @@ def test_the_command_trains_a_vision_encoder(tmp_path):
 
 def test_other_commands_still_refuse_what_they_do_not_know(capsys):
     with pytest.raises(SystemExit):
-        kernels_main.main(["compile", "--fast"])
+        command_line.main(["compile", "--fast"])
     assert "unrecognized arguments: --fast" in capsys.readouterr().err

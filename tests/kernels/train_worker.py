@@ -1,12 +1,12 @@
-"""One process of the tests of kernels/train.py, started by torchrun: trains a small bridge."""
+"""One process of the tests of model/train.py, started by torchrun: trains a small bridge."""
 
 import json
 import os
 import signal
 import sys
 
-from kernels import train
 from miniflamingo.flamingo import FlamingoConfig
+from miniflamingo.kernels.model import train
 from miniflamingo.training import (
     BridgeRun,
     BridgeStage,

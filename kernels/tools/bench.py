@@ -1,11 +1,13 @@
-"""What the kernels cost on this machine, beside their peers: `python -m kernels bench`.
+"""What the kernels cost on this machine, beside their peers: `python -m miniflamingo bench`.
 
 First the machine's own limits are measured: the bandwidth of a large copy, and the rate of a large
 matrix product. Then every implementation of every entry (bench_entries.py), forward and forward +
 backward. Its output and gradients are checked against the reference in float64 before it is timed;
 one that cannot run, or is wrong, is listed with the reason. A row's figures:
 
-    us          median of the timed calls, microseconds
+    us          median of the timed calls, microseconds on the device
+    host        the host's microseconds a call: where they are more, they decide
+    prepared    us, with what is made of phi once a forward pass (a mask, a work list) in every call
     spread      between the medians of the first and the second half of the calls, over the median
     of floor    the floor's share of the time. The floor is counted by hand (`work` of
                 an entry): every input read once and every output written once at the measured
@@ -13,20 +15,26 @@ one that cannot run, or is wrong, is listed with the reason. A row's figures:
     ratio       to the kernel's time
     MB          the most memory that a call held beyond its arguments, with what was prepared
     error       the worst row's, relative to its norm or a typical row's (see worst_row)
+    predicted   of a kernel on a GPU that predict.py knows, and by how much us is above it
 
 The file has more: both halves' medians, bytes and flops, and prepare_microseconds, how long the
-host waits for what is made of phi once a forward pass (a mask, a work list): "us" leaves it out.
+host waits for what is prepared.
 
-On a GPU the inputs are bfloat16 and rotate through copies that together exceed four times the L2
-cache (or 60 MB, if that is more), so that a call finds it cold; CUDA events time it, behind a pause
-on the device that is longer than the host needs to enqueue the call. On a CPU small shapes in
-float32 are timed for plain torch and NumPy alone: the interpreter's time says nothing of a kernel.
+The file is written anew after each row, so that a run that is cut short leaves what it has;
+`--append` goes on with one: what it has, of the same GPU, versions and kernels, is kept.
+
+On a GPU the inputs are bfloat16 and rotate through copies of which the calls touch more than four
+times the L2 cache (or 60 MB, if that is more), so that they find it cold; CUDA events time them,
+behind a pause on the device that is longer than the host needs to enqueue the call. On a CPU small
+shapes in float32 are timed for plain torch and NumPy alone: the interpreter's time says nothing of
+a kernel.
 
 To add a kernel or a peer, add an Implementation to a list in peers.py; to add an entry, an Entry.
 """
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json as jsonlib
 import math
@@ -41,11 +49,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels.bench_entries import DIRECTIONS, ENTRIES
 from miniflamingo import outputs
 from miniflamingo.command import some
 
-COMMAND = "python -m kernels bench"
+from .bench_entries import DIRECTIONS, ENTRIES
+
+COMMAND = "python -m miniflamingo bench"
 FIGURES = ("cost_forward.png", "cost_forward_backward.png", "roofline.png")
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # of the worst row: above what rounding does to it, below what one key too many among 64 would do
@@ -117,13 +126,15 @@ def error_of(results, expected):
 # --- timing ---------------------------------------------------------------------------------------
 
 
-def rotation(args, device):
-    """Copies of the arguments that together exceed what the cache holds; phi is shared."""
+def rotation(args, device, touched):
+    """Copies of the arguments, of which calls touch more than the cache holds; phi is shared.
+
+    touched: bytes of the arguments that a call reads. Decoding reads one image in N.
+    """
     if device == "cpu":
         return [args]
     cache = max(LEAST_CACHE, torch.cuda.get_device_properties(device).L2_cache_size)
-    size = sum(x.nbytes for x in floats(args))
-    copies = max(1, math.ceil(4 * cache / size))
+    copies = max(1, math.ceil(4 * cache / touched))
     fresh = [tuple(x.detach().clone() if x.is_floating_point() else x for x in args)
              for _ in range(copies)]  # fmt: skip
     for x in (x for copy in fresh for x in floats(copy)):
@@ -132,7 +143,7 @@ def rotation(args, device):
 
 
 def time_calls(step, copies, repeats, device):
-    """Microseconds of each of `repeats` calls step(i), i running round the copies."""
+    """(microseconds, the host's) of each of `repeats` calls step(i), i running round the copies."""
     for i in range(max(3, copies)):
         step(i % copies)
     return (_time_cuda if device == "cuda" else _time_cpu)(step, copies, repeats)
@@ -144,7 +155,7 @@ def _time_cpu(step, copies, repeats):
         start = time.perf_counter()
         step(i % copies)
         taken.append((time.perf_counter() - start) * 1e6)
-    return taken
+    return taken, taken
 
 
 def _time_cuda(step, copies, repeats):
@@ -154,13 +165,16 @@ def _time_cuda(step, copies, repeats):
     pause = int((time.perf_counter() - start) * 4e9) + 100_000  # cycles: twice what the host needs
     torch.cuda.synchronize()
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
+    host = []
     for i, (begin, end) in enumerate(events):
         torch.cuda._sleep(pause)
         begin.record()
+        start = time.perf_counter()
         step(i % copies)
+        host.append((time.perf_counter() - start) * 1e6)
         end.record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) * 1e3 for begin, end in events]
+    return [begin.elapsed_time(end) * 1e3 for begin, end in events], host
 
 
 def summary(taken):
@@ -177,8 +191,8 @@ def measure_limits(device, repeats):
     size, side = (2**29, 8192) if device == "cuda" else (2**23, 512)
     source, target = draw(size), torch.empty(size, dtype=draw.dtype, device=device)
     a, b = draw(side, side), draw(side, side)
-    copy = summary(time_calls(lambda i: target.copy_(source), 1, repeats, device))
-    product = summary(time_calls(lambda i: a @ b, 1, repeats, device))
+    copy = summary(time_calls(lambda i: target.copy_(source), 1, repeats, device)[0])
+    product = summary(time_calls(lambda i: a @ b, 1, repeats, device)[0])
     return {
         "copy_bytes": 2 * source.nbytes,
         "copy_bytes_per_second": 2 * source.nbytes / copy["microseconds"] * 1e6,
@@ -212,6 +226,9 @@ class Record:
     spread: float | None = None
     percent_of_floor: float | None = None
     ratio: float | None = None
+    host_microseconds: float | None = None
+    prepared_microseconds: float | None = None
+    predicted_microseconds: float | None = None
     prepare_microseconds: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
@@ -237,6 +254,7 @@ class Trial:
     implementation: object
     state: object = None
     state_bytes: int = 0
+    prepares: bool = False  # whether every call does
 
 
 def attempt(trial, step, *args):
@@ -277,8 +295,8 @@ def new_record(entry, shape, args, direction, implementation, device, limits):
     )  # fmt: skip
 
 
-def measure_case(entry, shape, device, limits, repeats):
-    """All implementations in all directions -> [Record]: first checked, then timed."""
+def measure_case(entry, shape, device, limits, repeats, wanted=lambda record, choice: True):
+    """Yield a Record of each wanted implementation and direction: checked, then timed."""
     args = entry.make(shape, Draw(device))
     for x in floats(args):
         x.requires_grad_()
@@ -289,17 +307,16 @@ def measure_case(entry, shape, device, limits, repeats):
         for direction in entry.directions
         if (choice.needs, device) != ("cpu", "cuda")
     ]
-    expected = expect(entry, shape, args, dout)
-    for trial in trials:
+    trials = [trial for trial in trials if wanted(trial.record, trial.implementation)]
+    if trials:
+        expected, read = expect(entry, shape, args, dout), entry.work(shape, args, False)[0]
+        copies = rotation(args, device, (read - dout.numel()) * dout.itemsize)
+    while trials:
+        trial = trials.pop(0)  # what it holds is free for the next
         attempt(trial, prepare, args)
         attempt(trial, check, args, dout, expected)
-    del expected
-    copies = rotation(args, device)
-    for trial in trials:
         attempt(trial, clock, copies, dout, repeats)
-    records = [trial.record for trial in trials]
-    add_ratios(records)
-    return records
+        yield trial.record
 
 
 def prepare(trial, args):
@@ -323,7 +340,8 @@ def synchronised_bytes(trial):
 def call_trial(trial, args, dout):
     """Run it once in its direction; see `call`."""
     dout = None if trial.record.direction == "forward" else dout
-    return call(trial.implementation, trial.state, args, dout)
+    state = trial.implementation.prepare(*args) if trial.prepares else trial.state
+    return call(trial.implementation, state, args, dout)
 
 
 def check(trial, args, dout, expected):
@@ -343,27 +361,43 @@ def clock(trial, copies, dout, repeats):
         torch.cuda.reset_peak_memory_stats()
         call_trial(trial, copies[0], dout)
         record.peak_bytes = torch.cuda.max_memory_allocated() - held + trial.state_bytes
-    times = summary(
-        time_calls(lambda i: call_trial(trial, copies[i], dout), len(copies), repeats, device)
-    )
-    record.microseconds, record.halves, record.spread = times.values()
+    step = lambda i: call_trial(trial, copies[i], dout)  # noqa: E731
+    taken, host = time_calls(step, len(copies), repeats, device)
+    record.microseconds, record.halves, record.spread = summary(taken).values()
+    record.host_microseconds = statistics.median(host)
     record.percent_of_floor = 100 * record.floor_microseconds / record.microseconds
+    if trial.implementation.lists:
+        trial.prepares = True
+        taken, _ = time_calls(step, len(copies), 10, device)
+        record.prepared_microseconds = statistics.median(taken)
 
 
-def add_ratios(records):
-    """Each time over the kernel's in the same direction, where there is one."""
-    for record in records:
-        kernel = [r for r in records if r.is_kernel and r.direction == record.direction]
-        if record.microseconds and kernel and kernel[0].microseconds:
-            record.ratio = record.microseconds / kernel[0].microseconds
+def add_ratio(record, records):
+    """Its time over the kernel's, of the same case, if that is among the records."""
+    case = record.entry, record.shape, record.direction
+    kernel = [r for r in records if r["is_kernel"] and r["microseconds"]
+              and (r["entry"], r["shape"], r["direction"]) == case]  # fmt: skip
+    if record.microseconds and kernel:
+        record.ratio = record.microseconds / kernel[0]["microseconds"]
 
 
-def measure_fitting(entry, shape, device, *options):
+def add_prediction(record, gpu):
+    """What predict.py said of this kernel on this GPU, if anything."""
+    from . import devices, predict  # they need Triton
+
+    device = devices.find(gpu)
+    if device and record.is_kernel:
+        case = record.entry, record.shape, record.direction
+        record.predicted_microseconds = predict.look_up(device.name, *case)
+
+
+def measure_fitting(entry, shape, *options):
     """measure_case, with half the batch (B or I) as long as memory does not allow it."""
     letter = "B" if "B" in shape else "I"
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return measure_case(entry, shape, device, *options)
+            yield from measure_case(entry, shape, *options)
+            return
         if shape[letter] == 1:
             raise ValueError(f"{entry.name} does not fit in this GPU's memory: {shape}")
         shape = {**shape, letter: shape[letter] // 2}
@@ -378,7 +412,7 @@ def choose_device(device):
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda: expected a GPU that torch can use, got none")
+        raise ValueError("expected a GPU that torch can use (cuda), got none")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         raise ValueError("a GPU is timed without TRITON_INTERPRET in the environment, got it set")
     return "cuda"
@@ -405,9 +439,33 @@ def meta(device, quick, repeats):
         "numpy": np.__version__,
         "torch": torch.__version__,
         "triton": version("triton"),
+        "code": code_digest(),
         "quick": quick,
         "repeats": repeats,
     }
+
+
+def code_digest(folder=Path(__file__).parent.parent):
+    """A hash of the files that hold kernels, and of the peers."""
+    texts = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    texts = [text for text in texts if b"\n@triton.jit" in text or b"class Implementation" in text]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+SAME = ("gpu", "cpu", "torch", "triton", "code", "quick")
+
+
+def begin(device, quick, repeats, json=None):
+    """A document without records, or the one in the file `json`, if it is of this GPU and code."""
+    now = meta(device, quick, repeats)
+    if json is None or not Path(json).exists():
+        return {"meta": now, "limits": measure_limits(device, repeats), "records": []}
+    document = jsonlib.loads(Path(json).read_text("utf-8"))
+    other = [key for key in SAME if document["meta"].get(key) != now[key]]
+    if other:
+        raise ValueError(f"--append: {json}: expected times of the same {other[0]}, "
+                         f"{now[other[0]]}, got {document['meta'].get(other[0])}")  # fmt: skip
+    return document
 
 
 def cpu_name():
@@ -478,76 +536,116 @@ def print_limits(document):
     )
 
 
-def print_case(records):
-    """The table of a case: one part for each direction."""
-    for direction in dict.fromkeys(r.direction for r in records):
-        rows = [r for r in records if r.direction == direction]
-        r = rows[0]
-        print(
-            f"\n{label(r.entry, r.shape)}, {r.dtype}, {direction}: {r.bytes / 1e6:.3g} MB, "
-            f"{r.flops / 1e9:.3g} GFLOP, floor {r.floor_microseconds:.3g} us ({r.floor_by})"
-        )
-        print(f"  {'':<30}{'us':>10}{'spread':>8}{'of floor':>10}{'ratio':>8}{'MB':>8}{'error':>9}")
-        for r in rows:
-            print(f"  {r.implementation:<30}" + (row(r) if r.reason is None else f"  - {r.reason}"))
+HEADER = ("us", 10), ("host", 8), ("prepared", 10), ("spread", 8), ("of floor", 10), ("ratio", 8), \
+    ("MB", 8), ("error", 9), ("predicted", 11)  # fmt: skip
 
 
-def row(record):
-    """A record's figures."""
-    ratio = f"{record.ratio:.2f}" if record.ratio else ""
-    memory = f"{record.peak_bytes / 1e6:.0f}" if record.peak_bytes is not None else ""
-    return (
-        f"{record.microseconds:>10.1f}{record.spread:>8.1%}{record.percent_of_floor:>9.1f}%"
-        f"{ratio:>8}{memory:>8}{record.error:>9.1e}"
+def print_head(r):
+    """What stands above the rows of a case and direction."""
+    print(
+        f"\n{label(r.entry, r.shape)}, {r.dtype}, {r.direction}: {r.bytes / 1e6:.3g} MB, "
+        f"{r.flops / 1e9:.3g} GFLOP, floor {r.floor_microseconds:.3g} us ({r.floor_by})"
     )
+    print(f"  {'':<30}" + "".join(f"{name:>{width}}" for name, width in HEADER))
 
 
-def run(device="auto", json=None, quick=False, case="", plots=None):
+def row(r):
+    """A record's figures, or the reason why there are none."""
+    if r.reason:
+        return f"  {r.implementation:<30}  - {r.reason}"
+    fields = (
+        f"{r.microseconds:.1f}",
+        f"{r.host_microseconds:.1f}",
+        f"{r.prepared_microseconds:.1f}" if r.prepared_microseconds else "",
+        f"{r.spread:.1%}",
+        f"{r.percent_of_floor:.1f}%",
+        f"{r.ratio:.2f}" if r.ratio else "",
+        f"{r.peak_bytes / 1e6:.0f}" if r.peak_bytes is not None else "",
+        f"{r.error:.1e}",
+        f"{r.predicted_microseconds:.1f}" if r.predicted_microseconds else "",
+    )
+    text = "".join(f"{field:>{width}}" for field, (_, width) in zip(fields, HEADER))
+    above = f" {r.microseconds / r.predicted_microseconds - 1:+.0%}" if fields[-1] else ""
+    return f"  {r.implementation:<30}{text}{above}"
+
+
+def run(device="auto", json=None, quick=False, case="", plots=None, append=False):
     """The command: print the tables, write the file `json` and the figures; returns the exit code.
 
-    The file is written anew after each case, so that a run that is cut short leaves what it has.
     Exit code 1 where a kernel is wrong or did not run on a GPU.
     """
     device = choose_device(device)
     cases = chosen(device, quick, case)
     outputs.check_file(json, COMMAND)
+    if append and json is None:
+        raise ValueError("--append: expected --json FILE, too, which is to grow")
     if plots and not Path(plots).is_dir():
         raise ValueError(f"--plots: expected an existing folder, got {plots}")
-    repeats = 10 if quick else 50
     drawn = (
         outputs.staged(plots, "bench", FIGURES, "--plots") if plots else contextlib.nullcontext()
     )
     with drawn as folder:
-        document = {"meta": meta(device, quick, repeats), "limits": measure_limits(device, repeats)}
-        document["records"] = []
+        document = begin(device, quick, 10 if quick else 50, json if append else None)
         print_limits(document)
-        failed = measure_all(document, cases, device, repeats, json)
+        failed = measure_all(document, cases, json)
         if folder:
             draw_figures(document, folder)
     return 1 if failed else 0
 
 
-def measure_all(document, cases, device, repeats, json):
-    """Measure the cases into the document; True where a kernel failed on a GPU, or it was lost."""
-    failed = False
+def key(r):
+    """What tells one row from all others."""
+    return r["entry"], str(r["shape"]), r["direction"], r["implementation"]
+
+
+def measure_all(document, cases, json, slow=(False, True), left=lambda: True):
+    """Measure into the document, and its file, what it has not yet; True where a kernel failed.
+
+    slow: in one go fast implementations and slow ones, or those of one kind alone. A row is begun
+    as long as left().
+    """
+    device, repeats = document["meta"]["backend"], document["meta"]["repeats"]
+    failed, had = False, {key(r) for r in document["records"]}
     if device == "cuda":
         # all implementations compile the same functions; past a limit torch runs them uncompiled
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+    wanted = lambda record, choice: choice.slow in slow and key(asdict(record)) not in had  # noqa: E731
     for entry, shape in cases:
+        options, head = (device, document["limits"], repeats, wanted), None
+        rows = measure_fitting(entry, shape, *options) if left() else ()
         try:
-            records = measure_fitting(entry, shape, device, document["limits"], repeats)
+            for record in rows:
+                add(record, document, json)
+                head = print_row(record, head)
+                failed |= device == "cuda" and record.is_kernel and bool(record.reason)
+                if not left():
+                    break
         except GpuLost as error:
             print(f"\n{error}")
             return True
-        failed |= device == "cuda" and any(r.is_kernel and r.reason for r in records)
-        document["records"] += map(asdict, records)
-        print_case(records)
-        if json:
-            write_json(json, document)
         if device == "cuda":
             torch.compiler.reset()  # or the next shapes would count as recompilations
     return failed
+
+
+def add(record, document, json):
+    """A new row of the document and, at once, of its file."""
+    add_ratio(record, document["records"] + [asdict(record)])
+    if document["meta"]["gpu"]:
+        add_prediction(record, document["meta"]["gpu"])
+    document["records"].append(asdict(record))
+    if json:
+        write_json(json, document)
+
+
+def print_row(record, head):
+    """Print it, below a head if it has not that of the row before -> its head."""
+    mine = record.entry, record.shape, record.direction
+    if mine != head:
+        print_head(record)
+    print(row(record), flush=True)
+    return mine
 
 
 def draw_figures(document, folder):

@@ -10,7 +10,7 @@ that a kernel forgot to store is seen; `compile.py` records launches instead of 
 import contextlib
 import functools
 
-from kernels import unavailable
+from .. import unavailable
 
 if unavailable():
     raise ImportError(unavailable())
@@ -28,7 +28,7 @@ if INTERPRET.value:
     DTYPES += (torch.float64,)  # for checking gradients
 
 if INTERPRET.value and isinstance(tl.sum, triton.runtime.JITFunction):
-    raise ImportError("Triton was imported before `kernels`: import kernels first, or set "
+    raise ImportError("Triton came before `miniflamingo.kernels`: import that first, or set "
                       "TRITON_INTERPRET=1, where there is no GPU")  # fmt: skip
 
 # --- launching and allocating -------------------------------------------------------------------
@@ -44,13 +44,33 @@ def launch(kernel, programs, *args, **options):
     """Start `programs` programs of a kernel, on the device of its first argument."""
     if "launch" in _replaced:
         return _replaced["launch"](kernel, programs, *args, **options)
-    if torch.version.hip:
-        options.pop("maxnreg", None)  # AMD's compiler has no such option
     if programs:
         device = args[0].device
         on_gpu = device.type == "cuda"
+        options = options_of(options, _target(device) if on_gpu else None)
         with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
             kernel[(programs,)](*args, **options)
+
+
+@functools.cache
+def _target(device):
+    if torch.version.hip:
+        return "gfx"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def options_of(options, target):
+    """Launch options as a target, "sm_90" or "gfx", takes them: with its own, options[target].
+
+    AMD's compiler has no maxnreg, and its matrix instructions are told to have 16 rows: of those
+    with 32, which it would choose, four warps fill 128, and a tile of 64 would be computed twice.
+    """
+    own = options.get(target, {})
+    options = {k: v for k, v in options.items() if not isinstance(v, dict)} | own
+    if target == "gfx":
+        options.pop("maxnreg", None)
+        options["matrix_instr_nonkdim"] = 16
+    return options
 
 
 def allocate(shape, dtype, device):

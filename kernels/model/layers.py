@@ -7,7 +7,7 @@ looks at images, or latents at features, `backend` chooses "torch" (plain torch:
 concatenation), "fused" (the kernels) or "auto" (the kernels on a GPU, where they can take the
 tensors; plain torch elsewhere).
 
-`GatedCrossAttentionDense` stands alone: kernels/adapter.py puts it into other projects' decoders.
+`GatedCrossAttentionDense` stands alone: adapter.py puts it into other projects' decoders.
 
 Letters: B batch, L text tokens, N images, T frames, S features of a frame, R visual tokens, H
 heads, K head width, D width, D_m width of the visual tokens, V words.
@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import unavailable
-from kernels.operands import packed
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
 from miniflamingo.vision import ACTIVATION_GAIN
 from miniflamingo.xattn import compute_phi
+
+from .. import unavailable
+from ..common.operands import packed
 
 BACKENDS = ("auto", "torch", "fused")
 MISSING = unavailable()  # why there is no kernel here, None where there is
@@ -51,7 +52,7 @@ def choose_backend(backend, x, K, R, only_last=True):
         _warn_once(f"plain torch stands in for the fused kernel: {MISSING}")
     if backend == "torch" or MISSING or (backend == "auto" and not (x.is_cuda and only_last)):
         return "torch"
-    from kernels.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
+    from ..common.runtime import DTYPES, MAX_K, MAX_R  # needs Triton
 
     fits = x.dtype in DTYPES and K <= MAX_K and R <= MAX_R
     return "fused" if fits or backend == "fused" else "torch"
@@ -121,6 +122,22 @@ def dense_image_causal_attention(q, k, v, phi, only_last=True):
     q = torch.where(has_image[..., None], q, 0)  # of a token that looks at nothing, NaN is unseen
     out = attend(q, k.flatten(1, 2), v.flatten(1, 2), (sees | ~has_image)[:, None])
     return torch.where(has_image[..., None], out, 0)
+
+
+def fused_image_causal_attention(q, k, v, phi, work=None):
+    """The same by a kernel: that of one token a row, where there is one and no work list.
+
+    That one has no gradient, and nothing in it waits for the device or depends on what phi holds,
+    so that a CUDA graph can hold a step of decoding. phi's range is not checked.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[1] == 1 and work is None and not wants_gradient:
+        from ..decode_attention import decode_attention
+
+        return decode_attention(q[:, 0], k, v, phi[:, 0])[:, None]
+    from ..image_causal_attention import image_causal_attention
+
+    return image_causal_attention(q, k, v, phi, work, check=False)
 
 
 class MultiHeadAttention(nn.Module):
@@ -197,7 +214,7 @@ class PerceiverLayer(nn.Module):
 
     def _attend_fused(self, x, inputs, work):
         """The same attention without the concatenation: its two parts are projected apart."""
-        from kernels.resampler_attention import padded_resampler_attention
+        from ..resampler_attention import padded_resampler_attention
 
         a = self.attention
         q = a.project(a.q_proj, x)
@@ -264,7 +281,7 @@ class PerceiverResampler(Resampler):
 
     def _list_features(self, x_f, mask):
         """What the fused layers share: which of the features [B*N, T*S, D] are real."""
-        from kernels.feature_list import build_padded_list
+        from ..common.feature_list import build_padded_list
 
         images, M = x_f.shape[:2]
         lengths = torch.full((images,), M, device=x_f.device) if mask is None else mask.sum(1)
@@ -275,10 +292,15 @@ class PerceiverResampler(Resampler):
 
 
 def share_work(phi, N, heads, backend):
-    """phi's work list for all layers of a model, or None where no layer will want one."""
+    """phi's work list for all layers of a model, or None where no layer will want one.
+
+    One token a row, as in decoding, wants none where there are no gradients.
+    """
+    if phi.shape[1] == 1 and not torch.is_grad_enabled():
+        return None
     if backend == "torch" or MISSING or (backend == "auto" and not phi.is_cuda):
         return None
-    from kernels.image_causal_attention import build_work_list
+    from ..image_causal_attention import build_work_list
 
     return build_work_list(phi, N, heads, check=False)
 
@@ -334,9 +356,7 @@ class ImageCausalCrossAttention(MultiHeadAttention):
         q = self.project(self.q_proj, x)
         k, v = (projected.to(q.dtype) for projected in keys_values)  # autocast may come in between
         if choose_backend(backend, q, q.shape[-1], k.shape[2], self.only_last) == "fused":
-            from kernels.image_causal_attention import image_causal_attention
-
-            return image_causal_attention(q, k, v, phi, work, check=False).flatten(-2)
+            return fused_image_causal_attention(q, k, v, phi, work).flatten(-2)
         return dense_image_causal_attention(q, k, v, phi, self.only_last).flatten(-2)
 
     def forward(self, x, keys_values, phi, backend="auto", work=None):
@@ -351,13 +371,7 @@ class GatedCrossAttentionDense(nn.Module):
     gradient, NaN or not. It runs under torch.compile (fullgraph), autocast, activation
     checkpointing, DDP and, after `without_scalars`, FSDP2. only_last and skip_without_image as in
     miniflamingo.xattn.
-
-    fused_products = True, set on a layer, makes the fused backend take the text's norms, gates and
-    feed-forward from gated_block.py as well. Not the default: nothing is measured yet. It does not
-    run under autocast, and reads the layer's weights without calling the modules that hold them.
     """
-
-    fused_products = False
 
     def __init__(
         self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False
@@ -385,13 +399,6 @@ class GatedCrossAttentionDense(nn.Module):
         self._check(y, media, phi, keys_values, check)
         if keys_values is None:
             keys_values = self.project_media(keep_seen(media, phi, self.attention.only_last))
-        if self.fused_products and self._chooses_fused(backend, y, keys_values):
-            from kernels.gated_block import gated_xattn_dense
-
-            weights, skip = dict(self.named_parameters()), self.skip_without_image
-            return gated_xattn_dense(
-                y, keys_values, phi, weights, work, skip_without_image=skip, check=False
-            )
         a = self.attention.heads_output(self.norm(y), keys_values, phi, backend, work)
         y = gated_add(y, self.alpha_xattn, a, self.attention.out_proj.weight)
         if not self.skip_without_image:
@@ -400,11 +407,6 @@ class GatedCrossAttentionDense(nn.Module):
         h = self.ffw.hidden(torch.where(has_image, y, 0))  # what is skipped may overflow there
         h = torch.where(has_image, h, 0)
         return gated_add(y, self.alpha_dense, h, self.ffw.down.weight)
-
-    def _chooses_fused(self, backend, y, keys_values):
-        a = self.attention
-        R = keys_values[0].shape[2]
-        return choose_backend(backend, y, a.head_dim, R, a.only_last) == "fused"
 
     def _check(self, y, media, phi, keys_values, check):
         a, (D,), x = self.attention, self.norm.normalized_shape, media

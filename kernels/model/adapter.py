@@ -7,7 +7,7 @@
 The decoder stays what it was: a forward pre-hook in front of every n-th block passes the hidden
 states through a layer (paper, section 3.1.2), so the names of its parameters, its checkpoints and
 its methods remain. Outside of `reading`, and while all gates are shut, it is the original, bit for
-bit. Letters as in kernels/layers.py.
+bit. Letters as in kernels/model/layers.py.
 
 Needs a decoder whose blocks take the hidden states [B, L, D] as their first argument or as
 `hidden_states`, and, to generate with a cache, get it as an argument with `get_seq_length`.
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layers import GatedCrossAttentionDense, check_phi, share_work
+from .layers import GatedCrossAttentionDense, check_phi, share_work
 
 HALVES = (torch.float16, torch.bfloat16)
 

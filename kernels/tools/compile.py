@@ -1,10 +1,12 @@
-"""Compile every kernel for GPUs that need not be here: `python -m kernels compile`.
+"""Compile every kernel for GPUs that need not be here: `python -m miniflamingo compile`.
 
 Triton compiles without a GPU and without a driver. This command records the launches that the
 kernels' own launchers make, hands each to Triton's JIT as on a GPU (so with the same specialisation
 on sizes and alignments), and reads from the binary what one program needs:
 
     registers   of a thread (gfx942: vector registers, accumulation registers among them)
+    repeated    matrix products whose layout gives a tile to more warps than have a part of it, so
+                that some compute what others have (see `repeated_tiles`)
     spilled     cuda: bytes of a thread's stack; the kernels have no arrays, so what lies there are
                 registers that did not fit. gfx942: vector registers that went to memory
     shared      bytes of shared memory
@@ -14,45 +16,43 @@ on sizes and alignments), and reads from the binary what one program needs:
     tensor      tensor-core instructions in the code: HMMA, HGMMA; gfx942: v_mfma, by the type of
                 its inputs. Instructions as written, not as executed: a loop's body counts once
 
-A launch is fine if nothing is spilled and its shared memory fits. Float32 products are exact (no
-tf32), so on sm_80 and sm_90, whose tensor cores have no float32, they run on the ordinary cores;
-gfx942 has v_mfma for float32. Kernels without a matrix product have no tensor-core instructions.
+A launch is fine if nothing is spilled or repeated and its shared memory fits. Float32 products are
+exact (no tf32), so on sm_80 and sm_90, whose tensor cores have no float32, they run on the ordinary
+cores; gfx942 has v_mfma for float32. Kernels without a matrix product have no tensor-core
+instructions.
 
 `--full` compiles more classes of shapes (see FULL), `--json FILE` writes the table as JSON:
 `results/compiled.json` is what both gave. `--check` fails unless that file's digest is that of the
-sources and, with the same Triton and ptxas, compiling again gives its figures: every kernel for one
-target, with `--full` the whole file. Exit code 1 if a launch or the check fails, 2 if something is
-missing.
+files with kernels and, with the same Triton and ptxas, compiling again gives its figures: every
+kernel for one target, with `--full` the whole file. Exit code 1 if a launch or the check fails, 2
+if something is missing.
 """
 
-import ast
 import datetime
 import hashlib
-import io
 import json as jsonlib
+import math
 import os
 import platform
 import re
 import resource
 import subprocess
 import tempfile
-import tokenize
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
-from kernels import (
+from miniflamingo import outputs
+from miniflamingo.command import in_processes
+
+from .. import (
     decode_attention,
     gated_linear,
     image_causal_attention,
-    layer_norm,
     resampler_attention,
-    squared_relu_linear,
 )
-from kernels.runtime import INTERPRET, replaced, torch, triton
-from miniflamingo import outputs
-from miniflamingo.command import in_processes
+from ..common.runtime import INTERPRET, options_of, replaced, torch, triton
 
 # of each kernel file: (K, dtype, R) -> None
 EXAMPLES = (
@@ -60,12 +60,10 @@ EXAMPLES = (
     resampler_attention.launch_examples,
     decode_attention.launch_examples,
     gated_linear.launch_examples,
-    squared_relu_linear.launch_examples,
-    layer_norm.launch_examples,
 )
-COMMITTED = Path(__file__).parent / "results" / "compiled.json"
-COMMAND = "python -m kernels compile"
-RENEW = "python -m kernels compile --full --json kernels/results/compiled.json"
+COMMITTED = Path(__file__).parent.parent / "results" / "compiled.json"
+COMMAND = "python -m miniflamingo compile"
+RENEW = "python -m miniflamingo compile --full --json kernels/results/compiled.json"
 
 # --- the architectures --------------------------------------------------------------------------
 
@@ -151,6 +149,7 @@ class Compiled:
     R: int
     target: str
     options: dict  # blocks, warps and stages
+    repeated: int
     registers: int
     spilled: int
     shared: int
@@ -160,8 +159,9 @@ class Compiled:
 
     @property
     def ok(self):
-        """Whether it fits."""
-        return self.spilled == 0 and self.shared <= TARGETS[self.target].largest
+        """Whether it fits, and nothing is computed twice."""
+        fits = self.spilled == 0 and self.shared <= TARGETS[self.target].largest
+        return fits and self.repeated == 0
 
     def record(self):
         """The fields and what follows from them, for JSON."""
@@ -177,7 +177,7 @@ class Compiled:
     def __str__(self):
         record = self.record()
         fields = f"{self.kernel:<23}{self.dtype:>5}{self.K:>5}{self.R:>5}  {self.target:<7}"
-        fields += f"{self.registers:>10}{self.spilled:>9}{self.shared:>9}"
+        fields += f"{self.repeated:>9}{self.registers:>10}{self.spilled:>9}{self.shared:>9}"
         fields += f"{record['warps']:>7}/{record['most_warps']:<2} {record['limit']:<10}"
         fields += f"{self.loads128:>4}/{self.loads:<4}"
         tensor = " ".join(f"{count} {name}" for name, count in self.tensor.items()) or "-"
@@ -186,8 +186,8 @@ class Compiled:
 
 
 HEADER = (
-    f"{'kernel':<23}{'dtype':>5}{'K':>5}{'R':>5}  {'target':<7}{'registers':>10}{'spilled':>9}"
-    f"{'shared':>9}  occupancy, limit   loads128 tensor                options"
+    f"{'kernel':<23}{'dtype':>5}{'K':>5}{'R':>5}  {'target':<7}{'repeated':>9}{'registers':>10}"
+    f"{'spilled':>9}{'shared':>9}  occupancy, limit   loads128 tensor                options"
 )
 
 # --- compiling ----------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def record_launches(dtype, K, R):
     launches = {}
 
     def record(kernel, programs, *args, **options):
-        launches[(kernel.__name__, *options.items())] = (kernel, args, options)
+        launches[kernel.__name__, repr(options)] = (kernel, args, options)
 
     with replaced(launch=record):
         for examples in EXAMPLES:
@@ -236,16 +236,25 @@ def binaries(case, kernels=None, targets=tuple(TARGETS)):
 
     Yields (kernel's name, options, target, Triton's binary).
     """
-    driver = _Driver()
-    triton.runtime.driver.set_active(driver)
     for kernel, args, options in record_launches(*case):
         if kernels is None or kernel.__name__ in kernels:
             for target in targets:
-                driver.device = target
-                own = dict(options)
-                if TARGETS[target].target.backend == "hip":
-                    own.pop("maxnreg", None)  # as `launch` does
-                yield kernel.__name__, own, target, kernel.warmup(*args, grid=(1,), **own)
+                own, binary = compile_launch(kernel, args, options, target)
+                yield kernel.__name__, own, target, binary
+
+
+def compile_launch(kernel, args, options, target):
+    """Compile one launch for a target -> (the options that count there, Triton's binary)."""
+    driver = _Driver()
+    driver.device = target
+    triton.runtime.driver.set_active(driver)
+    own = options_for_target(options, target)
+    return own, kernel.warmup(*args, grid=(1,), **own)
+
+
+def options_for_target(options, target):
+    """A launch's options as they count for a target."""
+    return options_of(options, "gfx" if target == "gfx942" else target)
 
 
 def compile_one(case, kernels=None, targets=tuple(TARGETS)):
@@ -254,8 +263,7 @@ def compile_one(case, kernels=None, targets=tuple(TARGETS)):
     for name, options, target, binary in binaries(case, kernels, targets):
         chosen = {k: v for k, v in options.items() if isinstance(v, int) and k not in ("R", "K")}
         chosen["num_warps"] = binary.metadata.num_warps
-        read = _read_amd if TARGETS[target].target.backend == "hip" else _read_cuda
-        usage = dict(shared=binary.metadata.shared, **read(binary))
+        usage = read_usage(binary)
         results.append(Compiled(name, *case, target, chosen, **usage))
     return results
 
@@ -280,6 +288,32 @@ def compile_all(jobs):
 
 def _tool(name):
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def repeated_tiles(ttgir):
+    """Of a kernel's matrix products, how many compute some of their result more than once -> int.
+
+    ttgir is Triton's GPU dialect. A product's layout says how many warps lie along each axis, and
+    what one of them covers there: an instruction's tile or, without tensor cores, the elements of
+    its threads. Where that is more than the result has, the warps begin again at its start.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.\w+<\{(.*)\}>", ttgir, re.M))
+    dots = r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<([\dx]+)x\w+, (#\w+)>"
+    count = 0
+    for shape, name in re.findall(dots, ttgir):
+        fields = dict(re.findall(r"(\w+) = \[([\d, ]+)\]", layouts[name]))
+        parts = ("warpsPerCTA", "instrShape", "sizePerThread", "threadsPerWarp")
+        sizes = [map(int, fields[part].split(",")) for part in parts if part in fields]
+        covered = [math.prod(axis) for axis in zip(*sizes)]
+        count += any(c > int(size) for c, size in zip(covered, shape.split("x")))
+    return count
+
+
+def read_usage(binary):
+    """The fields of Compiled that the binary tells."""
+    read = _read_amd if "amdgcn" in binary.asm else _read_cuda
+    repeated = repeated_tiles(binary.asm["ttgir"])
+    return dict(shared=binary.metadata.shared, repeated=repeated, **read(binary))
 
 
 def _read_cuda(binary):
@@ -319,49 +353,10 @@ def _reading(registers, spilled, loads, wide, tensor):
 # --- the committed file -------------------------------------------------------------------------
 
 
-def digest():
-    """A hash of what FULL compiles: the kernels' code, and each launch's arguments and options."""
-    launches = [
-        (case, kernel.__name__, [getattr(x, "dtype", x) for x in args], sorted(options.items()))
-        for case in FULL
-        for kernel, args, options in record_launches(*case)
-    ]
-    return hashlib.sha256(repr((kernel_code(), launches)).encode()).hexdigest()
-
-
-def kernel_code(folder=Path(__file__).parent):
-    """The code of a folder's @triton.jit functions and the constants beside them, file by file.
-
-    Comments, docstrings, blank lines, imports, classes and all other functions are left out:
-    whatever they change in what is compiled shows in the launches.
-    """
-    code = {}
-    for path in sorted(folder.glob("*.py")):
-        text = path.read_text("utf-8")
-        if re.search(r"^@triton\.jit", text, re.M):
-            code[path.name] = _reduced(text)
-    return code
-
-
-def _reduced(text):
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(text)):
-        if _is_left_out(node):
-            decorators = getattr(node, "decorator_list", [])
-            first = min(n.lineno for n in [node, *decorators])
-            lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-def _is_left_out(node):
-    if isinstance(node, ast.FunctionDef):
-        return "triton.jit" not in map(ast.unparse, node.decorator_list)
-    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return docstring or isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef))
+def digest(folder=Path(__file__).parent.parent):
+    """A hash of the files that have kernels or helpers of kernels: of every byte of them."""
+    texts = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(t for t in texts if b"\n@triton.jit" in t)).hexdigest()
 
 
 def tools():
@@ -399,7 +394,7 @@ def stale(meta):
     """Why a file is not of these sources, in one sentence; None if it is."""
     if meta["digest"] == digest():
         return None
-    return f"the kernels or their launches are not those of {COMMITTED.name}; renew it: {RENEW}"
+    return f"the files with kernels are not those of {COMMITTED.name}; renew it: {RENEW}"
 
 
 def differences(records, results):
@@ -427,7 +422,7 @@ def check_committed(full):
     if stale(meta):
         print(stale(meta))
         return 1
-    print(f"{COMMITTED.name}: {len(records)} records, of the kernels' present code")
+    print(f"{COMMITTED.name}: {len(records)} records, of the files with kernels as they are")
     if any(meta[name] != version for name, version in tools().items()):
         print(f"not compiled again: the file's compilers are others than these, {tools()}")
         return 0
@@ -454,7 +449,7 @@ def print_table(cases, json):
         print(result, flush=True)
         results.append(result)
     seconds, bad = _cpu_seconds() - before, sum(not result.ok for result in results)
-    print(f"{len(results)} compiled, {bad} with spills or too much shared memory")
+    print(f"{len(results)} compiled, {bad} with spills, repeated tiles or too much shared memory")
     if json:
         write_json(json, results)
         # little where Triton's cache had the code

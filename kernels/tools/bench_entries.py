@@ -1,4 +1,4 @@
-"""What `python -m kernels bench` times: shapes, arguments, and the work counted by hand.
+"""What `python -m miniflamingo bench` times: shapes, arguments, and the work counted by hand.
 
 To add an entry, add an Entry to ENTRIES; its implementations are in `peers.py`. Letters: B batch, L
 text tokens, N images, R visual tokens of an image, H heads, K head width, D and D_m the widths of
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import peers
+from . import peers
 
 DIRECTIONS = ("forward", "forward + backward")
 
@@ -80,27 +80,6 @@ def make_block(shape, draw):
             center = 0.5 if "alpha" in name else 1.0 if name.endswith("weight") else 0.0
             weights.append(draw(*p.shape, scale=0.1) + center)
     return draw(B, L, D), draw(B, N, R, D_m), draw.place(make_phi(shape)), *weights
-
-
-def make_gated_linear(shape, draw):
-    """x, a, alpha, weight: the gate half open, the product of order 1."""
-    B, L, D, F = (shape[letter] for letter in "BLDF")
-    return draw(B, L, D), draw(B, L, F), draw() * 0.1 + 0.5, draw(D, F, scale=F**-0.5)
-
-
-def make_squared_relu_linear(shape, draw):
-    """x, weight: the product of order 1."""
-    B, L, D, F = (shape[letter] for letter in "BLDF")
-    return draw(B, L, F), draw(D, F, scale=F**-0.5)
-
-
-def product_work(shape, args, backward=False):
-    """One product: arguments in, output out; backward the same again, dout in and gradients out."""
-    B, L, D, F = (shape[letter] for letter in "BLDF")
-    tensors, out = sum(x.numel() for x in args), B * L * D
-    if backward:  # two products of its size
-        return 3 * tensors + 2 * out, 3 * 2 * B * L * D * F
-    return tensors + out, 2 * B * L * D * F
 
 
 def attention_work(shape, args, backward=False):
@@ -186,29 +165,6 @@ ENTRIES = [
         peers.reference_block,
         peers.block_implementations,
         block_work,
-    ),
-    Entry(
-        "gated_linear",
-        {
-            "cuda": [dict(B=8, L=2048, D=D, F=F) for D in (2048, 4096, 8192) for F in (D, 4 * D)],
-            "cpu": [dict(B=2, L=32, D=32, F=128)],
-        },
-        make_gated_linear,
-        lambda shape: peers.gate,
-        peers.gated_linear_implementations,
-        product_work,
-    ),
-    Entry(
-        "squared_relu_linear",
-        {
-            "cuda": [dict(B=8, L=2048, D=4 * F, F=F) for F in (2048, 4096, 8192)],
-            "cpu": [dict(B=2, L=32, D=128, F=32)],
-        },
-        make_squared_relu_linear,
-        lambda shape: peers.squared_relu_linear,
-        peers.squared_relu_linear_implementations,
-        product_work,
-        out_shape=lambda shape, args: (*args[0].shape[:-1], len(args[1])),
     ),
     Entry(
         "resampler_attention",

@@ -1,9 +1,9 @@
 r"""Training at scale: all three stages, on one process or many, CPU or GPU.
 
-    python -m kernels train flamingo --out runs/big
-    torchrun --nproc-per-node 8 -m kernels train flamingo --out runs/big
+    python -m miniflamingo train-torch flamingo --out runs/big
+    torchrun --nproc-per-node 8 -m miniflamingo train-torch flamingo --out runs/big
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --max-restarts 3 \
-        -m kernels train flamingo --out runs/big --resume
+        -m miniflamingo train-torch flamingo --out runs/big --resume
 
 The same stages, batches, schedule and log as `python -m miniflamingo train`, in torch. All of the
 distribution is torch's own: `fully_shard` (FSDP2) cuts parameters, gradients and AdamW's moments
@@ -47,7 +47,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from tqdm import tqdm
 
-from kernels import layers
 from miniflamingo import __main__ as command_line
 from miniflamingo import cards, outputs, runs, training
 from miniflamingo.checks import from_json
@@ -56,6 +55,8 @@ from miniflamingo.module import write_atomically
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
+
+from . import layers
 
 # --- what is trained ------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class ShardedRun:
         positive = {name: w for name, w in stage.weights.items() if w != 0}
         self.weights = training.check_weights(positive)
         self.checkpoints, self.log_path = self.out / "checkpoints", self.out / "log.jsonl"
-        self.costs, self.parts, self.saved = runs.Costs("kernels"), [], None
+        self.costs, self.parts, self.saved = runs.Costs(), [], None
         self.rng, self.step, self.lock = np.random.default_rng([stage.config.seed, 1]), 0, None
         with together():
             self.lock = runs.Lock(self.out) if self.rank == 0 else None
@@ -542,7 +543,7 @@ def processes(device="auto"):
 
 def parser():
     """The options of `python -m miniflamingo train`, and those of this file."""
-    top = Parser(prog="python -m kernels train", description=__doc__)
+    top = Parser(prog="python -m miniflamingo train-torch", description=__doc__)
     stages = top.add_subparsers(dest="stage", required=True)
     for name in LOSSES:
         command = stages.add_parser(name)

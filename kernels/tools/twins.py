@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from kernels.runtime import torch
-from miniflamingo import xattn
+from miniflamingo import functional, xattn
 from miniflamingo.attention import attention, attention_backward
+
+from ..common.runtime import torch
 
 # --- the resampler's attention ------------------------------------------------------------------
 
@@ -121,4 +122,59 @@ DECODE_CASES = {
     "decoding, R = 37, K = 40": decode_case(0, 2, 3, R=37, K=40),
     "decoding, R = 256, K = 128": decode_case(2, 1, R=256, K=128, H=1),
     "decoding, strided": decode_case(2, 0, 1, R=20, K=32, strided=True),
+}
+
+# --- the gated product ----------------------------------------------------------------------------
+
+
+def gated_linear(x, a, alpha, weight):
+    """x + tanh(alpha) * (a @ weight^T)."""
+    return xattn.tanh_gate(x, alpha, functional.linear(a, weight))
+
+
+def gated_linear_backward(dout, x, a, alpha, weight):
+    """-> dx, da, dalpha, dweight."""
+    branch = functional.linear(a, weight)
+    dx, dalpha, dbranch = xattn.tanh_gate_backward(dout, x, alpha, branch)
+    da, dweight, _ = functional.linear_backward(dbranch, a, weight)
+    return dx, da, np.asarray(dalpha), dweight
+
+
+def gated_linear_scales(dout, x, a, alpha, weight):
+    """For dalpha, the root of the summed squares of what is summed up; 0 for the others."""
+    terms = (1 - np.tanh(alpha) ** 2) * dout * functional.linear(a, weight)
+    return 0, 0, np.linalg.norm(terms), 0
+
+
+def torch_gated_linear(x, a, alpha, weight):
+    """The same in plain torch, as the paper writes it."""
+    return x + alpha.tanh() * torch.nn.functional.linear(a, weight)
+
+
+def spread(x):
+    """The same numbers, every row with as many unused ones behind it."""
+    return np.concatenate([x, np.zeros_like(x)], axis=-1)[..., : x.shape[-1]]
+
+
+def gated_case(*leading, D, I, alpha=0.5, strided=False):
+    """x [*leading, D], a [*leading, I], alpha, weight [D, I]."""
+
+    def draw(rng):
+        x, a = rng.normal(size=(*leading, D)), rng.normal(size=(*leading, I))
+        weight = rng.normal(size=(D, I)) * max(I, 1) ** -0.5
+        x, a, weight = map(spread, (x, a, weight)) if strided else (x, a, weight)
+        return x, a, np.array(alpha), weight
+
+    return draw
+
+
+GATED_CASES = {
+    "one tile": gated_case(2, 8, D=16, I=32),
+    "tiles and a rest": gated_case(3, 47, D=150, I=70),
+    "more inputs than outputs": gated_case(20, D=24, I=200),
+    "a shut gate": gated_case(2, 9, D=20, I=24, alpha=0.0),
+    "a gate nearly shut": gated_case(30, D=20, I=24, alpha=-1e-3),
+    "a gate wide open": gated_case(30, D=20, I=24, alpha=3.0),
+    "one row, one input": gated_case(1, D=5, I=1),
+    "gate, strided inputs": gated_case(2, 19, D=40, I=33, strided=True),
 }

@@ -10,7 +10,6 @@ M features of an image or a clip.
     decoding    the same with L = 1
     resampler   q [I, R, H, K]; of the features k, v [I, M, H, K]; of the latents k, v [I, R, H, K]
     block       y [B, L, D]; media [B, N, R, D_m]; phi int[B, L]; the weights, in BLOCK_NAMES' order
-    products    of the gate y, x, alpha, weight; of the squared ReLU x, weight (see the functions)
 
 Needs torch alone; kernels are imported when they are used.
 """
@@ -25,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layers import GatedCrossAttentionDense
 from miniflamingo import xattn
 from miniflamingo.attention import attention, attention_backward, swap_heads
+
+from ..model.layers import GatedCrossAttentionDense
 
 
 def nothing(*args):
@@ -49,6 +49,8 @@ class Implementation:
     needs: str = ""
     gradients: Callable | None = None
     is_kernel: bool = False
+    slow: bool = False  # to prepare: timed last
+    lists: bool = False  # prepare costs every forward pass: timed with it, too
 
 
 def compiled(function, **options):
@@ -105,17 +107,30 @@ def eager_attention(state, q, k, v, phi):
 
 
 def prepare_sdpa(q, k, v, phi):
-    """The mask, in which a token without an image sees everything: it is set to 0 afterwards."""
+    """The mask as a bias, 0 or -inf: from a boolean one torch would make it in every call. A token
+    without an image sees everything: it is set to 0 afterwards."""
     mask = sees(phi, *k.shape[1:3])
     empty = ~mask.any(-1, keepdim=True)
-    return mask | empty, empty.transpose(1, 2)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=phi.device)
+    return bias.masked_fill_(~(mask | empty), -torch.inf), empty.transpose(1, 2)
 
 
 def sdpa_attention(state, q, k, v, phi):
-    """torch's own attention under a dense boolean mask."""
-    mask, empty = state
-    out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask)
+    """torch's own attention under a dense mask."""
+    bias, empty = state
+    out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=bias)
     return out.transpose(1, 2).masked_fill(empty, 0.0)
+
+
+def attention_by_image(backend, state, q, k, v, phi):
+    """torch's own attention without a mask, for N equal runs of tokens: rows of one image each."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    N = k.shape[1]
+    q, k, v = q.unflatten(1, (N, -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2).unflatten(0, (-1, N)).flatten(1, 2)
 
 
 class Flex(NamedTuple):
@@ -189,7 +204,7 @@ def varlen_attention(state, q, k, v, phi):
 
 def prepare_fused(q, k, v, phi):
     """The kernel, and phi's work list."""
-    kernel = import_module("kernels.image_causal_attention")
+    kernel = import_module("miniflamingo.kernels.image_causal_attention")
     work = kernel.build_work_list(phi, k.shape[1], heads=q.shape[2], check=False)
     return kernel.image_causal_attention, work
 
@@ -212,36 +227,39 @@ def numpy_gradients(function):
     ]
 
 
+FROM_PHI = partial(Implementation, lists=True)
 NUMPY = Implementation(
     "NumPy",
     numpy_run(xattn.image_causal_attention),
     needs="cpu",
     gradients=numpy_gradients(xattn.image_causal_attention_backward),
 )
-FUSED = Implementation("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
-EAGER = Implementation("eager", eager_attention, prepare_eager)
-SDPA = Implementation("SDPA, dense mask", sdpa_attention, prepare_sdpa)
-VARLEN = Implementation("varlen_attn", varlen_attention, prepare_varlen, "cuda")
+FUSED = FROM_PHI("fused", fused_attention, prepare_fused, "cuda", is_kernel=True)
+EAGER = FROM_PHI("eager", eager_attention, prepare_eager)
+SDPA = FROM_PHI("SDPA, dense mask", sdpa_attention, prepare_sdpa)
+VARLEN = FROM_PHI("varlen_attn", varlen_attention, prepare_varlen, "cuda")
 
 
 def attention_implementations(shape):
     """Image-causal attention: the kernel, then its peers."""
-    longest = Implementation(
-        "varlen_attn, max_q = L",
-        varlen_attention,
-        partial(prepare_varlen, longest=shape["L"]),
-        "cuda",
-    )
+    upper = partial(prepare_varlen, longest=shape["L"])
+    longest = FROM_PHI("varlen_attn, max_q = L", varlen_attention, upper, "cuda")
     flexes = [
         Implementation(
             f"FlexAttention, KV {block}",
             flex_attention,
             partial(prepare_flex, kv_block=block),
             "cuda",
+            slow=block == 64,
         )
         for block in (128, 64)
     ]
-    return [FUSED, NUMPY, EAGER, SDPA, *flexes, longest, VARLEN]
+    by_image = [
+        Implementation(f"SDPA by image, {name}", partial(attention_by_image, backend), needs="cuda")
+        for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"))
+        if shape["phi"] == "even" and shape["L"] % shape["N"] == 0
+    ]
+    return [FUSED, NUMPY, EAGER, SDPA, *by_image, longest, VARLEN, *flexes]
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -256,7 +274,7 @@ def gathered_attention(state, q, k, v, phi):
 
 def prepare_decode(*args):
     """The kernel; nothing depends on phi."""
-    return import_module("kernels.decode_attention").decode_attention
+    return import_module("miniflamingo.kernels.decode_attention").decode_attention
 
 
 def decode_attention(kernel, q, k, v, phi):
@@ -307,8 +325,8 @@ def numpy_resampler_backward(dout, q, k_x, v_x, k_latents, v_latents):
 
 def prepare_resampler(q, k_x, v_x, k_latents, v_latents):
     """The kernel, and the list of features: every image has all M."""
-    kernel = import_module("kernels.resampler_attention").padded_resampler_attention
-    build = import_module("kernels.feature_list").build_padded_list
+    kernel = import_module("miniflamingo.kernels.resampler_attention").padded_resampler_attention
+    build = import_module("miniflamingo.kernels.common.feature_list").build_padded_list
     (images, M), heads = k_x.shape[:2], q.shape[2]
     lengths = torch.full((images,), M, device=q.device)
     return kernel, lengths, build(lengths, M, heads, check=False)
@@ -322,7 +340,7 @@ def fused_resampler(state, *args):
 
 def resampler_implementations(shape):
     """The resampler's attention: the kernel, then its peers."""
-    own = Implementation("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
+    own = FROM_PHI("fused", fused_resampler, prepare_resampler, "cuda", is_kernel=True)
     return [
         own,
         Implementation(
@@ -365,11 +383,6 @@ def folded_gate(y, x, alpha, weight):
     return out.view_as(y)
 
 
-def squared_relu_linear(x, weight):
-    """relu(x W^T)^2."""
-    return F.relu(F.linear(x, weight)).square()
-
-
 def block(attend, heads, gate, y, media, phi, *weights):
     """The whole block in plain torch; attend(q, k, v, phi) is its attention, heads = (H, K)."""
     w = dict(zip(BLOCK_NAMES, weights))
@@ -384,7 +397,7 @@ def block(attend, heads, gate, y, media, phi, *weights):
     q, k, v = project("q", norm("norm", y)), project("k", media), project("v", media)
     attended = attend(q, k, v, phi).flatten(-2)
     y = gate(y, attended, w["alpha_xattn"], w["attention.out_proj.weight"])
-    hidden = squared_relu_linear(norm("ffw.norm", y), w["ffw.up.weight"])
+    hidden = F.relu(F.linear(norm("ffw.norm", y), w["ffw.up.weight"])).square()
     return gate(y, hidden, w["alpha_dense"], w["ffw.down.weight"])
 
 
@@ -398,8 +411,8 @@ def compiled_block(name, inner, shape, needs="cuda"):
     H, K = shape["H"], shape["K"]
 
     def prepare(y, media, phi, *weights):
-        q = torch.empty(*phi.shape, H, K, device="meta")
-        k = torch.empty(*media.shape[:3], H, K, device="meta")
+        q = torch.empty(*phi.shape, H, K, dtype=y.dtype, device="meta")
+        k = torch.empty(*media.shape[:3], H, K, dtype=y.dtype, device="meta")
         attend = partial(inner.run, inner.prepare(q, k, k, phi))
         return compiled(partial(block, attend, (H, K), folded_gate))
 
@@ -414,7 +427,7 @@ def layer(name, backend, shape, needs=""):
     def prepare(y, media, phi, *weights):
         work = None
         if backend == "fused":
-            kernel = import_module("kernels.image_causal_attention")
+            kernel = import_module("miniflamingo.kernels.image_causal_attention")
             work = kernel.build_work_list(phi, media.shape[1], shape["H"], check=False)
         return block_module(shape), work
 
@@ -426,78 +439,12 @@ def layer(name, backend, shape, needs=""):
     return Implementation(name, run, prepare, needs)
 
 
-def fused_block(name, fused, shape):
-    """The block of gated_block.py: its products by kernels, or as its files choose (None)."""
-
-    def prepare(y, media, phi, *weights):
-        attention = import_module("kernels.image_causal_attention")
-        work = attention.build_work_list(phi, media.shape[1], shape["H"], check=False)
-        return import_module("kernels.gated_block"), work
-
-    def run(state, y, media, phi, *weights):
-        (functions, work), weights = state, dict(zip(BLOCK_NAMES, weights))
-        keys_values = functions.project_media(media, weights, (shape["H"], shape["K"]))
-        return functions.gated_xattn_dense(
-            y, keys_values, phi, weights, work, fused=fused, check=False
-        )
-
-    return Implementation(name, run, prepare, "cuda", is_kernel=True)
-
-
 def block_implementations(shape):
     """The whole block: compiled around the kernel, then its peers."""
     return [
         compiled_block("fused, torch.compile", FUSED, shape),
         layer("fused, layers.py", "fused", shape, "cuda"),
-        fused_block("fused products", True, shape),
-        fused_block("fused, products as chosen", None, shape),
         layer("eager, layers.py", "torch", shape),
         compiled_block("torch.compile, dense mask", SDPA, shape),
         compiled_block("torch.compile, varlen_attn", VARLEN, shape),
-    ]
-
-
-# --- the block's products -------------------------------------------------------------------------
-
-
-def product(name, file, fused, is_kernel):
-    """A product of a kernel file, by its kernel or by cuBLAS and the file's passes."""
-
-    def prepare(*args):
-        return partial(getattr(import_module(f"kernels.{file}"), file), fused=fused)
-
-    return Implementation(name, call_state, prepare, "cuda", is_kernel=is_kernel)
-
-
-def call_state(function, *args):
-    """run of an implementation whose state is the function itself."""
-    return function(*args)
-
-
-def plain_and_compiled(name, function):
-    """A plain torch function, and torch.compile of it."""
-    return [
-        Implementation(name, lambda state, *args: function(*args)),
-        Implementation(
-            f"torch.compile of {name}", call_state, lambda *args: compiled(function), "cuda"
-        ),
-    ]
-
-
-def gated_linear_implementations(shape):
-    """The gated product: the kernel, then its peers."""
-    return [
-        product("fused", "gated_linear", True, True),
-        product("fused, addmm", "gated_linear", False, False),
-        *plain_and_compiled("eager", gate),
-        *plain_and_compiled("addmm", folded_gate),
-    ]
-
-
-def squared_relu_linear_implementations(shape):
-    """The squared ReLU of a product: the kernel, then its peers."""
-    return [
-        product("fused", "squared_relu_linear", True, True),
-        product("fused, cuBLAS and a pass", "squared_relu_linear", False, False),
-        *plain_and_compiled("eager", squared_relu_linear),
     ]

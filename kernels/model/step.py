@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layers import Flamingo
 from miniflamingo.autograd import Tape
 from miniflamingo.prompt import IMAGE
 from miniflamingo.training import WEIGHTS, AdamW, BridgeRun, BridgeStage
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
+
+from .layers import Flamingo
 
 
 class NumpyStep:
