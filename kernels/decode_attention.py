@@ -74,7 +74,7 @@ def _decode(
             total = total * shrink + tl.sum(p, 0)
             out = out * shrink[:, None] + tl.sum(p * v, 0)[None, :]
             m = new_m
-        out = out / total[:, None]
+        out = out * (1 / total)[:, None]
     store_rows(out_ptr + (b * H + h) * K, one, 0, one == 0, out, K, BLOCK_K)
 
 
