@@ -36,12 +36,12 @@ D = 1536, 16 heads of 128) 0.5 million beside the 0.9 that this forward pass mov
 frames (M = 800) 2.7 beside 3.8 million.
 
 Tested (interpreter): K 1 to 128, R 1 to 256, float32, float16, bfloat16, float64, B, M and total
-from 0, ragged and padded batches, split and whole images, strided inputs. Spills and repeated tiles
-are looked for on sm_80, sm_90 and gfx942 at the K and R of `compile.py`, with strides that are
-multiples of 16, as projections make them; other strides, or K off that grid, are not looked at. Not
-tested: any GPU; tensors of more than 2^31 elements (offsets are 64 bits wide). The launch options
-and the split were not chosen by measured time. float64, for checking gradients, exists in the
-interpreter alone.
+from 0, ragged and padded batches, split and whole images, strided inputs. No spills and no repeated
+tiles on sm_80, sm_90 and gfx942 at the K and R of results/compiled.json, with strides that are
+multiples of 16, as projections make them; with other strides a few bytes may spill (bfloat16,
+K = 80, R = 70: up to 80 on sm_80 and sm_90). Not tested: any GPU; tensors of more than 2^31
+elements (offsets are 64 bits wide). The launch options and the split were not chosen by measured
+time. float64, for checking gradients, exists in the interpreter alone.
 """
 
 from .common.feature_list import (
@@ -309,7 +309,7 @@ def _resample_dkdv(
 # spill nor to compute a tile twice (`compile.py` looks); not yet chosen by time
 OPTIONS = {
     ("_resample", False, False): (64, 4, 64, 2),
-    ("_resample", True, False): (64, 4, 64, 2),
+    ("_resample", True, False): (64, 4, 32, 1),
     ("_resample", False, True): (32, 8, 32, 1),
     ("_resample", True, True): (16, 4, 16, 1),
     ("_resample_dq", False, False): (64, 4, 64, 2),
@@ -350,7 +350,7 @@ def options_for(kernel, K, dtype, R):
             num_warps, BLOCK_N = fewer, BLOCK_N * fewer // num_warps
     blocks = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=side(K))
     options = dict(num_warps=num_warps, num_stages=num_stages, gfx=own)
-    if dtype.itemsize >= 4 or R < 64:  # few latents: a loop of one turn, which is unrolled
+    if dtype.itemsize >= 4 or R % 64:  # few latents: a loop of one turn, unrolled; or a part tile
         options |= ALL_REGISTERS
     return dict(R=R, K=K, SCALE=K**-0.5, **blocks, **options)
 

@@ -24,8 +24,8 @@ class Entry:
     shapes {"cuda": [shape], "cpu": [shape]}, a shape {letter: size} with a "phi" where there is
     one; make(shape, draw) -> args, where draw(*size, scale=1) gives normal numbers and
     draw.place(tensor) moves one; reference(shape)(*args) -> output; implementations(shape) ->
-    [peers.Implementation]; work(shape, args, backward) -> (elements moved, flops); out_shape(shape,
-    args), the output's, is by default the first argument's.
+    [peers.Implementation]; work(shape, args, backward) -> (elements moved, flops). The output is
+    shaped like the first argument.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Entry:
     implementations: Callable
     work: Callable
     directions: tuple = DIRECTIONS
-    out_shape: Callable = lambda shape, args: args[0].shape
 
 
 def make_phi(shape):

@@ -39,7 +39,7 @@ def arguments(entry, shape):
     args = ENTRIES[entry].make(shape, bench.Draw("cpu"))
     for x in bench.floats(args):
         x.requires_grad_()
-    size = ENTRIES[entry].out_shape(shape, args)
+    size = args[0].shape
     return args, torch.randn(size, generator=torch.Generator().manual_seed(1))
 
 
@@ -117,7 +117,7 @@ def test_every_argument_and_result_is_moved_once(name):
     shape = ONE_IMAGE if name == "image_causal_attention" else SMALL[name]  # all take part
     args, _ = arguments(name, shape)
     inputs = sum(x.numel() for x in bench.floats(args))
-    out = math.prod(entry.out_shape(shape, args))
+    out = args[0].numel()
     assert entry.work(shape, args, False)[0] == inputs + out
     assert entry.work(shape, args, True)[0] == (inputs + out) + (inputs + out) + inputs
 
