@@ -53,7 +53,7 @@ def run_python(code):
 
 
 def launched_kernels(calls=None):
-    """The @triton.jit functions of kernels/ that are launched: those whose name begins with _.
+    """The @triton.jit functions of kernels/ that are launched: those that no other one calls.
 
     calls: only those in which this function is called, by themselves or by what they call.
     """
@@ -64,16 +64,8 @@ def launched_kernels(calls=None):
             if any(ast.unparse(d) == "triton.jit" for d in decorators):
                 found = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
                 functions[node.name] = {n.id for n in found if isinstance(n, ast.Name)}
-    helpers = set(runtime_functions())
-    launched = {name for name in functions if name.startswith("_") and name not in helpers}
+    launched = functions.keys() - set().union(*functions.values())
     return {n for n in launched if calls is None or calls in reached(n, functions)}
-
-
-def runtime_functions():
-    """The @triton.jit functions of runtime.py, none of which is launched."""
-    for node in ast.parse((ROOT / "common" / "runtime.py").read_text("utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            yield node.name
 
 
 def reached(name, functions):
@@ -276,7 +268,8 @@ c.triton.runtime.driver.set_active(driver)
 for dtype, target, found in (("bf16", "sm_80", "mma.sync"), ("fp16", "sm_90", "wgmma.mma_async")):
     driver.device = target
     for kernel, args, options in c.record_launches(dtype, 128, 64):
-        ptx = kernel.warmup(*args, grid=(1,), **options).asm["ptx"]
+        own = c.options_for_target(options, target)
+        ptx = kernel.warmup(*args, grid=(1,), **own).asm["ptx"]
         print(kernel.__name__, found in ptx)
 """
     done = run_python(code)
