@@ -661,7 +661,7 @@ class VisionTransformer(nn.Module):
         self.final_norm = norm(c.dim) if c.final_norm else None
 
     def forward(self, pixels):  # [B, height, width, 3] in [0, 1] -> [B, S, D_v]
-        mean, std = (torch.tensor(x).to(pixels) for x in (self.config.mean, self.config.std))
+        mean, std = (pixels.new_tensor(x) for x in (self.config.mean, self.config.std))
         x = ((pixels - mean) * (1 / std)).permute(0, 3, 1, 2)
         x = F.conv2d(x, self.patch, stride=self.config.patch_size).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.positions
