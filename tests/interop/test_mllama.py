@@ -149,6 +149,11 @@ def test_the_places_of_the_published_models():
     assert mllama.spacing(list(range(3, 100, 5)), 100) == (4, 3)
 
 
+def test_phi_of_a_mask_of_tiles():
+    mask = (PHI[..., None] == np.arange(1, N + 1))[..., None] & [True, False]
+    np.testing.assert_array_equal(mllama.phi_of(mask.astype(int)), PHI)
+
+
 def test_it_has_no_eye():
     _, _, ours = theirs_and_ours("one layer")
     with pytest.raises(ValueError, match="this Flamingo has no eye: give `read` the visual tokens"):
