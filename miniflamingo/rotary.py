@@ -22,7 +22,8 @@ def _turn(x, positions, frequencies, scale, sign):
         (scale * np.cos(angle)).astype(x.dtype),
         (sign * scale * np.sin(angle)).astype(x.dtype),
     )
-    a, b = np.split(x, 2, axis=-1)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
