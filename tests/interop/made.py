@@ -1,0 +1,132 @@
+"""Small checkpoints as other projects write them, by hand: for tests, and for their damage."""
+
+import json
+import struct
+
+import numpy as np
+
+from miniflamingo.module import save_tensors
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+
+
+def llama_state(config=LLAMA, seed=0):
+    """{name: float32 array} of Hugging Face's LlamaForCausalLM, of random numbers."""
+    c, rng = config, np.random.default_rng(seed)
+    D, F, K = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"]
+    K *= D // c["num_attention_heads"]
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], D), "model.norm.weight": (D,)}
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        shapes |= {
+            f"{at}input_layernorm.weight": (D,),
+            f"{at}post_attention_layernorm.weight": (D,),
+        }
+        shapes |= {f"{at}self_attn.{n}_proj.weight": (m, D) for n, m in zip("qkv", (D, K, K))}
+        shapes |= {f"{at}self_attn.o_proj.weight": (D, D), f"{at}mlp.down_proj.weight": (D, F)}
+        shapes |= {f"{at}mlp.{n}_proj.weight": (F, D) for n in ("gate", "up")}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (c["vocab_size"], D)
+    return {n: (len(s) == 1) + rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}
+
+
+def save_folder(folder, config, state, shards=1):
+    """Write config.json and model.safetensors, or shards and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    if shards == 1:
+        save_tensors(folder / "model.safetensors", state, {"format": "pt"})
+        return folder
+    names, places = sorted(state), {}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_tensors(folder / shard, {name: state[name] for name in names[i::shards]})
+        places |= dict.fromkeys(names[i::shards], shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    return folder
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+KINDS = {bool: 7, int: 4, float: 6, str: 8}  # of metadata: bool, uint32, float32, text
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
+
+
+def text(value):
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def value(x):
+    """A value of the metadata with its kind."""
+    if isinstance(x, list):
+        inner = KINDS[type(x[0])]
+        items = b"".join(value(item)[4:] for item in x)
+        return struct.pack("<IIQ", 9, inner, len(x)) + items
+    kind = KINDS[type(x)]
+    packed = text(x) if kind == 8 else struct.pack("<" + {7: "?", 4: "I", 6: "f"}[kind], x)
+    return struct.pack("<I", kind) + packed
+
+
+def q8(array):
+    """Q8_0: blocks of a float16 scale and 32 signed bytes."""
+    blocks = array.reshape(-1, 32)
+    scale = (abs(blocks).max(1, keepdims=True) / 127).astype("<f2")
+    whole = np.rint(blocks / np.maximum(scale.astype("f4"), 1e-9)).clip(-127, 127).astype("i1")
+    return b"".join(s.tobytes() + w.tobytes() for s, w in zip(scale, whole))
+
+
+PACK = {"F32": lambda x: x.astype("<f4").tobytes(), "F16": lambda x: x.astype("<f2").tobytes(),
+        "Q8_0": q8}  # fmt: skip
+
+
+def save_gguf(path, metadata, tensors):
+    """Write a GGUF file: metadata {key: value}, tensors {name: (kind, array)}."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    head += b"".join(text(key) + value(x) for key, x in metadata.items())
+    data = b""
+    for name, (kind, array) in tensors.items():
+        head += text(name) + struct.pack(f"<I{array.ndim}Q", array.ndim, *array.shape[::-1])
+        head += struct.pack("<IQ", TYPES.get(kind, kind), len(data))
+        packed = PACK[kind](array) if kind in PACK else bytes(array.size)
+        data += packed + bytes(-len(packed) % 32)
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+    return path
+
+
+def gguf_llama(config=LLAMA, seed=0, kind="F32"):
+    """-> metadata and tensors of the GGUF that llama.cpp's converter makes of a Llama."""
+    c, state = config, llama_state(config, seed)
+    about = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+             "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+             "attention.head_count_kv": "num_key_value_heads", "rope.freq_base": "rope_theta",
+             "attention.layer_norm_rms_epsilon": "rms_norm_eps"}  # fmt: skip
+    metadata = {"general.architecture": "llama", "general.name": "made up"}
+    metadata |= {f"llama.{key}": c[field] for key, field in about.items()}
+    words = {
+        "self_attn.o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    words |= {f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"}
+    words |= {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    tensors = {}
+    for name, array in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = c["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            halves = array.reshape(heads, 2, len(array) // heads // 2, -1)
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        for theirs, own in sorted(words.items(), key=lambda pair: -len(pair[0])):
+            name = name.replace(theirs, own)
+        tensors[name] = ("F32" if array.ndim == 1 else kind, array)
+    return metadata, tensors
