@@ -130,3 +130,57 @@ def gguf_llama(config=LLAMA, seed=0, kind="F32"):
             name = name.replace(theirs, own)
         tensors[name] = ("F32" if array.ndim == 1 else kind, array)
     return metadata, tensors
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are made up.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+TEXTS = ["The capital of France is Paris.", "what color is it ? naïve café 日本", "red green blue"]
+
+
+def trained(size=300):
+    """A byte-level BPE tokenizer of `size` ids, the special ones first, that puts <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=alphabet)  # fmt: skip
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def tables(tokenizer):
+    """The same as the tables of a GGUF."""
+    about = json.loads(tokenizer.to_str())
+    words = tokenizer.get_vocab()
+    tokens = sorted(words, key=words.get)
+    merges = [" ".join(pair) for pair in about["model"]["merges"]]
+    kinds = [3 if token in SPECIAL else 1 for token in tokens]
+    found = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": merges,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_bos_token": True,
+    }
+    return {f"tokenizer.ggml.{k}": v for k, v in found.items()} | {
+        "tokenizer.chat_template": CHATML}  # fmt: skip
+
+
+def save_tokenizer(folder, tokenizer, **about):
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": CHATML} | about
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
