@@ -1,4 +1,5 @@
-"""The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`,
+"""The command line:
+`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect`,
 and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
@@ -19,6 +20,7 @@ from miniflamingo.command import Parser, a_path, exclude, real, run_command, who
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
+from miniflamingo.interop import inspection
 from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
@@ -259,6 +261,7 @@ def parser():
     command = commands.add_parser("ship", help="what the package carries, from finished runs")
     command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
     command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
+    _add_inspect(commands.add_parser("inspect", help="what a checkpoint is, anybody's"))
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
     for name, text in KERNELS.items():
@@ -277,6 +280,17 @@ def _add_generate(command):
     command.add_argument("--top-k", type=whole(1, 1000), help="sample among the k likeliest")
     command.add_argument("--top-p", type=p, help="nucleus sampling")
     command.add_argument("--seed", type=SEEDS, default=0, help="of the sampling")
+
+
+def _add_inspect(command):
+    command.add_argument("path", type=a_path, help="folder or file of any project that is known")
+    command.add_argument("--plot", type=a_path, help="draw its gates into this PNG file")
+    _add_pickle(command)
+
+
+def _add_pickle(command):
+    text = "read pickles, too (.bin, .pt, .pth), with torch's weights_only"
+    command.add_argument("--allow-pickle", action="store_true", help=text)
 
 
 def _add_checkpoint(command):
@@ -361,6 +375,8 @@ def run(argv):
         evaluate(arguments)
     elif arguments.command == "generate":
         generate(arguments)
+    elif arguments.command == "inspect":
+        inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
     elif arguments.command == "ship":
         cards.ship(arguments.runs, arguments.to)
     else:

@@ -91,7 +91,16 @@ def test_kernels_import_each_other_by_relative_names(path):
 
 @pytest.mark.parametrize("floor, room", list(enumerate(FLOORS)), ids=FLOORS)
 def test_arrows_run_one_way(floor, room):
-    upstairs = {"flamingo", "pictures", "prompt", "decoding", "checkpoints", "runs", "training"}
+    upstairs = {
+        "flamingo",
+        "interop",
+        "pictures",
+        "prompt",
+        "decoding",
+        "checkpoints",
+        "runs",
+        "training",
+    }
     above = {*upstairs, "evaluation", "outputs", "cards", "demo", *FLOORS[floor + 1 :]}
     for name in imports(ROOT / f"{room}.py"):
         package, _, rest = name.partition(".")

@@ -85,7 +85,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect",
+    "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",
     "python -m miniflamingo train",
 }
 RUN_HERE = {
@@ -109,6 +110,7 @@ RUN_HERE = {
     "python -m miniflamingo evaluate --checkpoint runs/0/flamingo --json "
     "runs/0/flamingo/metrics.json",
     'python -m miniflamingo generate --image a.png --text "what color ?"',
+    "python -m miniflamingo inspect runs/flamingo --plot gates.png",
     "python -m miniflamingo ship runs/0 runs/1 runs/2",
     "python -m miniflamingo sizes",
     "python -m miniflamingo train flamingo --lm runs/lm --vision runs/vision --out runs/flamingo",
@@ -194,7 +196,7 @@ def test_what_a_list_names_exists(command):
         "miniflamingo.kernels.commands" if "compare" in command else "miniflamingo.__main__"
     )
     actions = next(a for a in module.parser()._actions if a.dest == "command").choices
-    for name in re.findall(r"[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
+    for name in re.findall(r"\b[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
         assert name in actions
     for option in re.findall(r"\[(--\w+)", command):
         assert option in actions[command.split()[3]].format_help()
@@ -300,8 +302,8 @@ def shrink_notebooks(patch, tmp_path):
 def inputs(words):
     """What a command reads: the shipped runs under the names that it gives, a picture, folders."""
     for option, path in pairwise(words):
-        if option in ("--lm", "--vision", "--checkpoint"):
-            stage = "flamingo" if option == "--checkpoint" else option[2:]
+        if option in ("--lm", "--vision", "--checkpoint", "inspect"):
+            stage = option[2:] if option in ("--lm", "--vision") else "flamingo"
             shutil.copytree(training.WEIGHTS / stage, path, ignore=lambda *_: ["metrics.json"])
         elif option == "--image":
             picture = shapes.draw_objects(*np.array([[0], [0], [1]]), np.random.default_rng(5))
