@@ -18,6 +18,7 @@ from miniflamingo.functional import (
     row_sum,
 )
 from miniflamingo.module import Module
+from miniflamingo.rotary import frequencies, rotate
 
 
 def visible_pairs(mask, bias):  # -> bool [.., Lq, Lk], or None where all may see all
@@ -116,25 +117,95 @@ def swap_heads(x):  # [B, L, H, K] <-> [B, H, L, K]
     return x.transpose(0, 2, 1, 3)
 
 
-class MultiHeadAttention(Module):
-    """H attentions side by side, of width K each; self-attention unless a context is given."""
+def group_heads(x, groups):  # [B, L, H, K] -> [B, L groups, H / groups, K]
+    """Lay the heads that share a key and a value behind one another, as if each were a token."""
+    if groups == 1:
+        return x
+    B, L, H, K = x.shape
+    x = x.reshape(B, L, H // groups, groups, K).transpose(0, 1, 3, 2, 4)
+    return x.reshape(B, L * groups, H // groups, K)
 
-    def __init__(self, dim, heads, head_dim, context_dim=None, out_scale=1.0, *, rng):
-        context_dim, inner = context_dim or dim, heads * head_dim
-        self.heads, self.head_dim = heads, head_dim
-        self.q_proj = Linear(dim, inner, rng=rng)
-        self.k_proj = Linear(context_dim, inner, rng=rng)
-        self.v_proj = Linear(context_dim, inner, rng=rng)
-        self.out_proj = Linear(inner, dim, scale=out_scale, rng=rng)
+
+def ungroup_heads(x, groups):  # [B, L groups, H / groups, K] -> [B, L, H, K]
+    """Undo group_heads."""
+    if groups == 1:
+        return x
+    B, M, H, K = x.shape
+    x = x.reshape(B, M // groups, groups, H, K).transpose(0, 1, 3, 2, 4)
+    return x.reshape(B, M // groups, H * groups, K)
+
+
+def group_rows(mask, groups, L):  # what broadcasts to [B, H, L, Lk] -> the same of grouped heads
+    """A mask or a bias for the queries of group_heads."""
+    if mask is None or groups == 1:
+        return mask
+    mask = mask[(None,) * (4 - mask.ndim)]
+    B, H, rows, Lk = mask.shape
+    if H == 1:
+        return mask if rows == 1 else np.repeat(mask, groups, axis=2)
+    mask = np.broadcast_to(mask, (B, H, L, Lk)).reshape(B, H // groups, groups, L, Lk)
+    return mask.swapaxes(2, 3).reshape(B, H // groups, L * groups, Lk)
+
+
+def shared_key_attention(q, k, v, mask=None, bias=None):
+    """[B, L, H, K], [B, Lk, H / groups, K] twice -> [B, L, H, K]; mask and bias as in attention.
+
+    Without sharing (groups = 1) this is attention with the heads' axis in its place.
+    """
+    groups, L = q.shape[2] // k.shape[2], q.shape[1]
+    mask, bias = group_rows(mask, groups, L), group_rows(bias, groups, L)
+    q, k, v = swap_heads(group_heads(q, groups)), swap_heads(k), swap_heads(v)
+    return ungroup_heads(swap_heads(attention(q, k, v, mask=mask, bias=bias)), groups)
+
+
+class MultiHeadAttention(Module):
+    """H attentions side by side, of width K each; self-attention unless a context is given.
+
+    The paper's has none of the options: kv_heads keys and values that H / kv_heads heads share each
+    (Ainslie et al., 2023), biases, a norm of each query and key (qk_norm makes it), and a
+    RotaryConfig. ValueError when heads is no multiple of kv_heads.
+    """
+
+    def __init__(
+        self, dim, heads, head_dim, context_dim=None, out_scale=1.0,
+        kv_heads=None, bias=False, qk_norm=None, rotary=None, *, rng,
+    ):  # fmt: skip
+        context_dim, kv_heads = context_dim or dim, kv_heads or heads
+        if heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+        self.heads, self.head_dim, self.groups = heads, head_dim, heads // kv_heads
+        self.rotary = rotary
+        self.q_proj = Linear(dim, heads * head_dim, bias, rng=rng)
+        self.k_proj = Linear(context_dim, kv_heads * head_dim, bias, rng=rng)
+        self.v_proj = Linear(context_dim, kv_heads * head_dim, bias, rng=rng)
+        self.out_proj = Linear(heads * head_dim, dim, bias, scale=out_scale, rng=rng)
+        self.q_norm, self.k_norm = (qk_norm and qk_norm(head_dim) for _ in range(2))
 
     def project(self, projection, x):  # [B, L, D] -> [B, L, H, K]
         """Apply one of the three projections and split the heads."""
-        return projection(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        x = projection(x)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
+
+    def queries(self, x, positions=None):  # [B, L, D], int [B, L] -> [B, L, H, K]
+        """The queries of x, normalised and turned where this attention does so."""
+        return self._place(self.project(self.q_proj, x), self.q_norm, positions)
+
+    def keys(self, x, positions=None):  # [..., D] -> [..., H / groups, K]
+        """The keys of x, likewise."""
+        return self._place(self.project(self.k_proj, x), self.k_norm, positions)
+
+    def _place(self, x, norm, positions):
+        x = x if norm is None else norm(x)
+        if self.rotary is None:
+            return x
+        positions = np.arange(x.shape[1])[None] if positions is None else positions
+        turns = frequencies(self.rotary, self.head_dim)
+        return rotate(x, positions, frequencies=turns, scale=self.rotary.scale)
 
     def weights(self, x, context=None, mask=None, bias=None):
         """How much each query looks at each key, [B, H, Lq, Lk]; arguments as in forward."""
-        q = self.project(self.q_proj, x)
-        k = self.project(self.k_proj, x if context is None else context)
+        q, k = self.queries(x), self.keys(x if context is None else context)
+        k = np.repeat(k, self.groups, axis=2)
         return attention_weights(swap_heads(q), swap_heads(k), mask, bias)
 
     def forward(self, x, context=None, mask=None, bias=None, cache=None, positions=None):
@@ -143,41 +214,56 @@ class MultiHeadAttention(Module):
         With a KeyValueCache, keys and values of x go to `positions` [B, Lq] and Lk is its length.
         """
         context = x if context is None else context
-        q = self.project(self.q_proj, x)
-        k, v = self.project(self.k_proj, context), self.project(self.v_proj, context)
+        q = self.queries(x, positions)
+        k, v = self.keys(context, positions), self.project(self.v_proj, context)
         if cache is not None:
             k, v = cache.update(k, v, positions)
-        out = attention(swap_heads(q), swap_heads(k), swap_heads(v), mask=mask, bias=bias)
-        return self.out_proj(swap_heads(out).reshape(*x.shape[:-1], self.heads * self.head_dim))
+        out = shared_key_attention(q, k, v, mask, bias)
+        return self.out_proj(out.reshape(*x.shape[:-1], self.heads * self.head_dim))
 
 
 class FeedForward(Module):
-    """x -> down(activation(up(norm(x)))): the dense half of a layer, D -> hidden -> D."""
+    """x -> down(activation(up(norm(x)))): the dense half of a layer, D -> hidden -> D.
+
+    gated (Shazeer, 2020; SwiGLU with silu): x -> down(activation(gate(norm(x))) * up(norm(x))).
+    """
 
     def __init__(
-        self, dim, hidden, activation="squared_relu", norm=LayerNorm, out_scale=1.0, *, rng
-    ):
+        self, dim, hidden, activation="squared_relu", norm=LayerNorm, out_scale=1.0,
+        gated=False, bias=False, *, rng,
+    ):  # fmt: skip
         self.activation = ACTIVATIONS[activation]
         self.norm = norm(dim)
-        self.up = Linear(dim, hidden, rng=rng)
-        self.down = Linear(hidden, dim, scale=out_scale, rng=rng)
+        self.gate = Linear(dim, hidden, bias, rng=rng) if gated else None
+        self.up = Linear(dim, hidden, bias, rng=rng)
+        self.down = Linear(hidden, dim, bias, scale=out_scale, rng=rng)
 
     def forward(self, x):  # [..., D] -> [..., D]
-        return self.down(self.activation(self.up(self.norm(x))))
+        x = self.norm(x)
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class TransformerBlock(Module):
     """Self-attention and feed-forward, each with a norm before it and the residual around it.
 
-    ValueError when dim is no multiple of heads.
+    head_dim is dim / heads unless given; the other options as in the two parts. ValueError when dim
+    is no multiple of heads.
     """
 
-    def __init__(self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0, *, rng):
-        if dim % heads:
+    def __init__(
+        self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0,
+        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, *, rng,
+    ):  # fmt: skip
+        if head_dim is None and dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
-        self.attention = MultiHeadAttention(dim, heads, dim // heads, out_scale=out_scale, rng=rng)
-        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, rng=rng)
+        self.attention = MultiHeadAttention(
+            dim, heads, head_dim or dim // heads, None, out_scale, kv_heads, bias, None, rotary,
+            rng=rng,
+        )  # fmt: skip
+        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, bias, rng=rng)
 
     def forward(self, x, mask=None, bias=None, cache=None, positions=None):
         """x [B, L, D] -> [B, L, D]; the other arguments as in MultiHeadAttention."""

@@ -8,6 +8,7 @@ from miniflamingo.flamingo import Flamingo, FlamingoConfig, ShapesOnly
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.tensorfile import TensorFile, shown
 from miniflamingo.vision import NormalizerFreeResNet, VisionConfig
+from miniflamingo.vit import ViTConfig
 
 STAGES = {
     "lm": ("language model", LanguageConfig, LanguageModel),
@@ -84,25 +85,33 @@ def _needs(config):
         yield "dim", c.dim, 0, c.dim * c.dim
         yield "depth", c.depth, c.depth, c.depth * c.dim
         yield "vocab_size", c.vocab_size, 0, c.vocab_size * c.dim
-        yield "ffw_mult", c.ffw_mult, 0, c.ffw_mult * c.dim * c.dim
+        hidden = c.block.hidden or c.ffw_mult * c.dim
+        yield "block.hidden" if c.block.hidden else "ffw_mult", hidden, 0, hidden * c.dim
         if c.positions == "learned":
             yield "max_positions", c.max_positions, 0, c.max_positions * c.dim
-    else:
+    elif isinstance(config, VisionConfig):
         c = config
         yield "stem", c.stem, len(c.stem), sum(c.stem)
         yield "depths", c.depths, sum(c.depths), sum(c.depths)
         yield "widths", c.widths, 0, sum(d * w for d, w in zip(c.depths, c.widths))
         yield "final_width", c.final_width, 0, c.final_width or 0
+    elif isinstance(config, ViTConfig):
+        c = config
+        yield "dim", c.dim, c.depth, c.depth * c.dim * c.dim
+        yield "patch_size", c.patch_size, 0, c.num_tokens * c.dim
 
 
 def _needs_of_the_bridge(c):
-    inserted = len(range(0, c.lm.depth, c.xattn_every))
+    inserted = len(c.layers())
     yield "media_dim", c.media_dim, 0, c.media_dim * inserted
-    yield "num_frames", c.num_frames, 0, c.num_frames * c.media_dim
-    yield "num_latents", c.num_latents, 0, c.num_latents
+    if c.dialect.time_embeddings and c.resampler != "none":
+        yield "num_frames", c.num_frames, 0, c.num_frames * c.media_dim
     yield "xattn_heads", c.xattn_heads, 0, c.xattn_heads * c.lm.dim
     yield "xattn_head_dim", c.xattn_head_dim, 0, c.xattn_head_dim * c.lm.dim
+    if c.resampler == "none":
+        return
     depth, heads = c.resampler_depth, c.resampler_heads
+    yield "num_latents", c.num_latents, 0, c.num_latents
     yield "resampler_depth", depth, depth, depth * c.media_dim
     if c.resampler != "mlp":
         yield "resampler_heads", heads, 0, heads

@@ -15,7 +15,9 @@ from typing import get_args, get_origin
 from miniflamingo.command import some
 from miniflamingo.tensorfile import shown
 
-LONGEST = 1_000_000  # characters of a config in a file's metadata; ours have about 1,000
+LONGEST = 1_000_000  # characters of a config in a file's metadata; ours have about 2,000
+# the metadata of a field that older files do not have: its default is what they were made with
+LATER = {"later": True}
 
 
 def check_types(config):
@@ -98,9 +100,19 @@ def config_from_json(kind, text, where):
     """A config from the JSON of its asdict; ValueError that names `where` and the wrong field.
 
     Every field must be there: one that is missing has no default here, because a default that is
-    not what was trained (a number of heads) would load and answer wrongly.
+    not what was trained (a number of heads) would load and answer wrongly. The exception is what is
+    marked as LATER.
     """
     return _build(kind, from_json(text, where), where)
+
+
+def _config_of(kind, value):
+    """The config class that a field's value is built as, None for a plain value; of several, the
+    one whose fields the value has."""
+    classes = [part for part in (get_args(kind) or (kind,)) if is_dataclass(part)]
+    if len(classes) < 2 or not isinstance(value, dict):
+        return classes[0] if classes else None
+    return max(classes, key=lambda part: len(value.keys() & {f.name for f in fields(part)}))
 
 
 def _build(kind, values, where):
@@ -108,13 +120,14 @@ def _build(kind, values, where):
         raise ValueError(f"{where} must be an object, got {reprlib.repr(values)}")
     types = {field.name: field.type for field in fields(kind)}
     unknown = [shown(name) for name in values if name not in types]
-    missing = [name for name in types if name not in values]
+    later = [field.name for field in fields(kind) if field.metadata == LATER]
+    missing = [name for name in types if name not in values and name not in later]
     for what, names in (("unknown", unknown), ("missing", missing)):
         if names:
             raise ValueError(f"{where} has {what} fields: {some(names)}")
     for name, value in values.items():
-        if is_dataclass(types[name]):
-            values[name] = _build(types[name], value, f"{where}.{name}")
+        if inner := _config_of(types[name], value):
+            values[name] = _build(inner, value, f"{where}.{name}")
         elif isinstance(value, list):  # JSON has lists where the configs have tuples
             values[name] = tuple(value)
     try:

@@ -29,7 +29,7 @@ class DecodingCache:
     def of(cls, model, media, length):
         """Room for `length` tokens; media [B, N, R, D_m] is projected once, here."""
         lm = model.config.lm
-        shape = (len(media), length, lm.heads, lm.dim // lm.heads, media.dtype)
+        shape = (len(media), length, *lm.kv_shape, media.dtype)
         projected = [layer.project_media(media) for layer in model.gated_xattn]
         return cls([KeyValueCache(*shape) for _ in range(lm.depth)], projected, length)
 

@@ -11,17 +11,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from miniflamingo.checks import check_at_least, check_range, check_types
+from miniflamingo.checks import LATER, check_at_least, check_range, check_types
+from miniflamingo.dialects import Dialect
+from miniflamingo.eyes import EfficientNetConfig, ViTConfig, build_eye
 from miniflamingo.functional import keep, replace_row
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module, Parameter
 from miniflamingo.perceiver import (
     MLPResampler,
+    NoResampler,
     PerceiverResampler,
     TransformerResampler,
     check_num_frames,
 )
-from miniflamingo.vision import NFNET_F6, NormalizerFreeResNet, VisionConfig, check_pixels
+from miniflamingo.vision import NFNET_F6, VisionConfig, check_pixels
 from miniflamingo.xattn import GatedCrossAttentionDense, check_phi, compute_phi, keep_seen
 
 
@@ -29,14 +32,14 @@ from miniflamingo.xattn import GatedCrossAttentionDense, check_phi, compute_phi,
 class FlamingoConfig:
     """All sizes of a Flamingo. `FlamingoConfig.preset(name)` gives mini, 3B, 9B and 80B.
 
-    resampler is "perceiver", "mlp" or "transformer"; only_last=False is the paper's ablation in
+    resampler is "perceiver", "mlp", "transformer" or "none"; only_last=False is the ablation in
     which a token attends to all previous images; skip_without_image leaves tokens with no image
     before them to the frozen LM (see GatedCrossAttentionDense); train_eoc gives the model its own,
-    trained embedding of `<EOC>`, for a frozen LM that has never seen it. ValueError for a value
-    that cannot work.
+    trained embedding of `<EOC>`, for a frozen LM that has never seen it. dialect is how another
+    system departs from the paper. ValueError for a value that cannot work.
     """
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | ViTConfig | EfficientNetConfig = field(default_factory=VisionConfig)
     lm: LanguageConfig = field(default_factory=LanguageConfig)
     media_dim: int = 64
     resampler: str = "perceiver"
@@ -54,6 +57,7 @@ class FlamingoConfig:
     train_eoc: bool = False
     eoc_token: int = 2
     image_token: int = 3
+    dialect: Dialect = field(default_factory=Dialect, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)
@@ -61,6 +65,11 @@ class FlamingoConfig:
         check_at_least(self, 1, *sizes, "resampler_head_dim", "xattn_heads", "xattn_head_dim")
         check_at_least(self, 1, "xattn_every")
         check_range(self, 0, self.lm.vocab_size - 1, "eoc_token", "image_token")
+        check_range(self.dialect, 0, self.xattn_every - 1, "offset")
+
+    def layers(self):
+        """The indices of the LM's blocks that have a gated layer before them."""
+        return range(self.dialect.offset, self.lm.depth, self.xattn_every)
 
     @classmethod
     def preset(cls, name, **changes):
@@ -93,7 +102,7 @@ class Flamingo(Module):
 
     def __init__(self, config, *, rng):
         c = self.config = config
-        self.vision_encoder = NormalizerFreeResNet(c.vision, rng=rng).freeze()
+        self.vision_encoder = build_eye(c.vision, rng=rng).freeze()
         self.resampler = build_resampler(c, rng=rng)
         self.gated_xattn = [
             GatedCrossAttentionDense(
@@ -103,9 +112,10 @@ class Flamingo(Module):
                 c.xattn_head_dim,
                 only_last=c.only_last,
                 skip_without_image=c.skip_without_image,
+                dialect=c.dialect,
                 rng=rng,
             )
-            for _ in range(0, c.lm.depth, c.xattn_every)
+            for _ in c.layers()
         ]
         self.lm = LanguageModel(c.lm, rng=rng).freeze()
         self.eoc_embedding = self.eoc_head = None
@@ -163,7 +173,7 @@ class Flamingo(Module):
         table, head = self._rows_with_eoc()
         x = self.lm.embed(tokens, positions, table)
         for i, block in enumerate(self.lm.blocks):
-            j, between = divmod(i, self.config.xattn_every)
+            j, between = divmod(i - self.config.dialect.offset, self.config.xattn_every)
             if not between:
                 x = self.gated_xattn[j](x, media, phi, cache and cache.media[j])
             x = block(x, None, bias, cache and cache.tokens[i], positions)
@@ -180,9 +190,9 @@ class Flamingo(Module):
         return table, head
 
     def alphas(self):
-        """{"alpha_xattn": [...], "alpha_dense": [...]}, one number for each inserted layer."""
+        """{"alpha_xattn": [...], "alpha_dense": [...]}, a number (or D) for each inserted layer."""
         names = ("alpha_xattn", "alpha_dense")
-        return {n: [float(getattr(g, n).data) for g in self.gated_xattn] for n in names}
+        return {n: [getattr(g, n).data.tolist() for g in self.gated_xattn] for n in names}
 
 
 def build_resampler(config, *, rng):
@@ -194,12 +204,15 @@ def build_resampler(config, *, rng):
     shared |= dict(num_features=features, rng=rng)
     if c.resampler == "perceiver":
         heads, head_dim = c.resampler_heads, c.resampler_head_dim
-        return PerceiverResampler(*sizes, heads=heads, head_dim=head_dim, **shared)
+        shared |= dict(heads=heads, head_dim=head_dim, dialect=c.dialect)
+        return PerceiverResampler(*sizes, **shared)
     if c.resampler == "transformer":
         return TransformerResampler(*sizes, heads=c.resampler_heads, **shared)
     if c.resampler == "mlp":
         return MLPResampler(*sizes, **shared)
-    raise ValueError(f"resampler must be perceiver, mlp or transformer, got {c.resampler!r}")
+    if c.resampler == "none":
+        return NoResampler(*sizes, rng=rng)
+    raise ValueError(f"resampler must be perceiver, mlp, transformer or none, got {c.resampler!r}")
 
 
 class ShapesOnly:

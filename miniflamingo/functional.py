@@ -263,12 +263,13 @@ def layer_norm_backward(dout, x, weight, bias, eps=1e-5):
 class LayerNorm(Module):
     """Layer normalisation over the last axis (Ba et al., 2016) with weight and bias [D]."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, eps=1e-5):
+        self.eps = eps
         self.weight = Parameter(np.ones(dim, np.float32))
         self.bias = Parameter(np.zeros(dim, np.float32))
 
     def forward(self, x):  # [..., D] -> [..., D]
-        return layer_norm(x, self.weight, self.bias)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 @differentiable
@@ -293,11 +294,20 @@ def rms_norm_backward(dout, x, weight, eps=1e-6):
 class RMSNorm(Module):
     """Division by the root mean square of the last axis (Zhang and Sennrich, 2019), weight [D]."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, eps=1e-6):
+        self.eps = eps
         self.weight = Parameter(np.ones(dim, np.float32))
 
     def forward(self, x):  # [..., D] -> [..., D]
-        return rms_norm(x, self.weight)
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+def norm_named(name, eps=None):
+    """dim -> a norm of NORMS, with another eps where one is given; None for None."""
+    return functools.partial(NORMS[name], eps=eps) if name and eps else NORMS.get(name)
 
 
 # --- activations --------------------------------------------------------------------------------
@@ -370,7 +380,108 @@ def sigmoid_backward(dout, x):
     return dout * s * (1 - s)
 
 
-ACTIVATIONS = {"relu": relu, "squared_relu": squared_relu, "gelu": gelu}
+@differentiable
+def silu(x):  # [...] -> [...], LLaMA's activation (Elfwing et al., 2018)
+    return x * sigmoid(x)
+
+
+@silu.gradient
+def silu_backward(dout, x):
+    s = sigmoid(x)
+    # out = x * s, s' = s (1 - s)
+    return dout * s * (1 + x * (1 - s))
+
+
+@differentiable
+def quick_gelu(x):  # [...] -> [...], CLIP's activation
+    return x * sigmoid(1.702 * x)
+
+
+@quick_gelu.gradient
+def quick_gelu_backward(dout, x):
+    s = sigmoid(1.702 * x)
+    # out = x * s, s' = 1.702 s (1 - s)
+    return dout * s * (1 + 1.702 * x * (1 - s))
+
+
+@differentiable
+def relu6(x):  # [...] -> [...], MobileNet's and EfficientNet-Lite's activation
+    return np.clip(x, 0, 6)
+
+
+@relu6.gradient
+def relu6_backward(dout, x):
+    return dout * ((x > 0) & (x < 6))
+
+
+# erfc(z) = t exp(P(2 t - 1) - z^2), t = 2 / (2 + z), z >= 0 (Press et al., 2007, section 6.2.2). P
+# is a Chebyshev series, good to 2e-17; float32 needs its first twelve terms, to 1e-7.
+ERFC = (
+    -0.65132685989085472, 0.64196979235649026, 0.019476473204185836, -0.0095615147868086316,
+    -0.00094659534448203687, 0.00036683949785276145, 4.2523324806907772e-5, -2.0278578112534243e-5,
+    -1.6242900046470255e-6, 1.3036558355805232e-6, 1.5626441722066143e-8, -8.5238095914926543e-8,
+    6.5290544390988515e-9, 5.0593434955514689e-9, -9.9136415649303309e-10, -2.2736512229318358e-10,
+    9.6467911020155265e-11, 2.3940380830391176e-12, -6.8860275264975556e-12, 8.9448792730907414e-13,
+    3.1309213993429491e-13, -1.127082236136723e-13, 3.8109052551937414e-16, 7.106097613608112e-15,
+    -1.5230282014553114e-15, -9.4574945715363442e-17, 1.2102371892552393e-16,
+    -2.8166630881195955e-17,
+)  # fmt: skip
+ERFC_POWERS = {n: np.polynomial.chebyshev.cheb2poly(ERFC[:n])[::-1] for n in (12, len(ERFC))}
+
+
+BLOCK = 1 << 14  # numbers: what a loop over many terms keeps in the processor's cache
+
+
+def normal_tail(x):  # [...] -> [...], erfc(|x| / sqrt(2)) / 2
+    """How likely a standard normal number lies above |x|; NumPy has no erf."""
+    flat = np.ravel(x)
+    out = np.empty_like(flat)
+    for i in range(0, len(flat), BLOCK):
+        _tail_block(flat[i : i + BLOCK], out[i : i + BLOCK])
+    return out.reshape(np.shape(x))
+
+
+def _tail_block(x, out):
+    z = np.abs(x)
+    np.minimum(z, 40, out=z)  # beyond it is 0, and a square might overflow
+    z *= 0.5**0.5
+    t = 2 / (2 + z)
+    u, powers = 2 * t - 1, ERFC_POWERS[len(ERFC) if x.dtype.itemsize > 4 else 12]
+    out[:] = powers[0]
+    for power in powers[1:].tolist():
+        out *= u
+        out += power
+    z *= z
+    out -= z
+    np.exp(out, out=out)
+    t *= 0.5
+    out *= t
+
+
+@differentiable
+def gelu_exact(x):  # [...] -> [...], x Phi(x) (Hendrycks and Gimpel, 2016): torch's own GELU
+    out = normal_tail(x)
+    out *= np.abs(x)
+    return np.maximum(x, 0) - out  # Phi(x) is the tail below 0, and 1 - the tail above
+
+
+@gelu_exact.gradient
+def gelu_exact_backward(dout, x):
+    density = np.exp(-0.5 * np.square(np.minimum(np.abs(x), 40))) * (2 * np.pi) ** -0.5
+    tail = normal_tail(x)
+    # out = x * Phi(x), Phi' = density
+    return dout * (np.where(x < 0, tail, 1 - tail) + x * density)
+
+
+ACTIVATIONS = {
+    "relu": relu,
+    "squared_relu": squared_relu,
+    "gelu": gelu,
+    "gelu_exact": gelu_exact,
+    "quick_gelu": quick_gelu,
+    "silu": silu,
+    "relu6": relu6,
+}
 
 
 @differentiable

@@ -7,22 +7,25 @@ paper's LM, Chinchilla, uses relative positions of the Transformer-XL kind inste
 Letters: B batch, L tokens, D width, H heads, V vocabulary, Lk keys (the length of a cache, or L).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from miniflamingo.attention import TransformerBlock
-from miniflamingo.checks import check_at_least, check_types
-from miniflamingo.functional import Embedding, Linear, RMSNorm, embedding, linear
+from miniflamingo.checks import LATER, check_at_least, check_range, check_types
+from miniflamingo.dialects import BlockConfig, check_one_of
+from miniflamingo.functional import Embedding, Linear, embedding, linear, norm_named
 from miniflamingo.module import Module, Parameter
+from miniflamingo.rotary import RotaryConfig
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
     """A language model. The defaults are the mini model's.
 
-    positions is "alibi" or "learned" (max_positions rows); alibi_slopes [H] default to the
-    geometric series of the ALiBi paper, 2^(-8/H), 2^(-16/H), ...
+    positions is "alibi", "learned" (max_positions rows) or "rotary"; alibi_slopes [H] default to
+    the geometric series of the ALiBi paper, 2^(-8/H), 2^(-16/H), ... num_logits, where other models
+    have more embeddings than words, is the number of words that the head knows.
     """
 
     vocab_size: int = 128
@@ -34,16 +37,43 @@ class LanguageConfig:
     alibi_slopes: tuple[float, ...] | None = None
     max_positions: int = 2048
     tie_embeddings: bool = False
+    block: BlockConfig = field(default_factory=BlockConfig, metadata=LATER)
+    rotary: RotaryConfig = field(default_factory=RotaryConfig, metadata=LATER)
+    num_logits: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)
         check_at_least(self, 1, "vocab_size", "dim", "depth", "heads", "ffw_mult", "max_positions")
-        if self.positions not in ("alibi", "learned"):
-            raise ValueError(f'positions must be "alibi" or "learned", got {self.positions!r}')
+        check_range(self, 1, self.vocab_size, "num_logits")
+        check_one_of(self, ("alibi", "learned", "rotary"), "positions")
+        kv_heads, head_dim = self.kv_shape
+        if self.heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads}, {kv_heads}")
+        if self.positions == "rotary" and head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, got {head_dim}")
+        if self.num_logits and self.tie_embeddings:
+            raise ValueError("num_logits needs a head of its own (tie_embeddings=False)")
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.heads:
             raise ValueError(f"{self.heads} heads need as many slopes, got {self.alibi_slopes}")
-        if self.dim % self.heads:
+        if self.block.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
+
+    @property
+    def kv_shape(self):
+        """How many keys a token has, and their width."""
+        return self.block.kv_heads or self.heads, self.block.head_dim or self.dim // self.heads
+
+    @property
+    def block_norm(self):
+        """(name, eps) of the blocks' norms and of the last one."""
+        return self.block.norm, self.block.norm_eps
+
+    def block_options(self):
+        """The arguments of TransformerBlock but for the norm, which NumPy and torch each have."""
+        options = asdict(self.block)
+        options["hidden"] = self.block.hidden or self.ffw_mult * self.dim
+        options["rotary"] = self.rotary if self.positions == "rotary" else None
+        return {k: v for k, v in options.items() if not k.startswith("norm")}
 
 
 def alibi_slopes(heads):  # -> [H]
@@ -55,7 +85,7 @@ class LanguageModel(Module):
     """tokens -> embed -> blocks -> predict -> logits; Flamingo's layers go between the blocks."""
 
     def __init__(self, config, *, rng):
-        self.config = config
+        self.config, norm = config, norm_named(*config.block_norm)
         self.embedding = Embedding(config.vocab_size, config.dim, rng=rng)
         self.positions = None
         if config.positions == "learned":
@@ -63,14 +93,14 @@ class LanguageModel(Module):
             self.positions = Parameter(table.astype(np.float32, copy=False))
         self.blocks = [
             TransformerBlock(
-                config.dim, config.heads, config.ffw_mult * config.dim,
-                out_scale=(2 * config.depth) ** -0.5, rng=rng,
+                config.dim, config.heads, norm=norm, out_scale=(2 * config.depth) ** -0.5,
+                **config.block_options(), rng=rng,
             )
             for _ in range(config.depth)
         ]  # fmt: skip
-        self.norm = RMSNorm(config.dim)
-        tied = config.tie_embeddings
-        self.head = None if tied else Linear(config.dim, config.vocab_size, rng=rng)
+        self.norm = norm(config.dim)
+        tied, words = config.tie_embeddings, config.num_logits or config.vocab_size
+        self.head = None if tied else Linear(config.dim, words, rng=rng)
 
     def embed(self, tokens, positions, table=None):
         """tokens, positions int[B, L] (or [1, L]) -> [B, L, D]; `table` [V, D] replaces the own."""
@@ -89,7 +119,7 @@ class LanguageModel(Module):
         """
         distance = positions[:, None, :, None] - np.arange(num_keys)
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
-        slopes = (0.0,) if self.config.positions == "learned" else slopes
+        slopes = slopes if self.config.positions == "alibi" else (0.0,)
         slopes = np.array(slopes, self.embedding.weight.dtype)[:, None, None]
         return np.where(distance >= 0, -slopes * distance.astype(slopes.dtype), -np.inf)
 

@@ -18,7 +18,17 @@ import numpy as np
 
 from miniflamingo.attention import FeedForward, MultiHeadAttention, TransformerBlock
 from miniflamingo.autograd import array_of
-from miniflamingo.functional import LayerNorm, Linear, broadcast_to, concat, gelu, keep, matmul
+from miniflamingo.dialects import DIALECTS
+from miniflamingo.functional import (
+    LayerNorm,
+    Linear,
+    broadcast_to,
+    concat,
+    gelu,
+    keep,
+    matmul,
+    norm_named,
+)
 from miniflamingo.module import Module, Parameter
 
 
@@ -34,12 +44,15 @@ class PerceiverLayer(Module):
         ffw_mult=4,
         append_latents=True,
         activation="squared_relu",
+        qk_norm=None,
         *,
         rng,
     ):
         self.append_latents = append_latents
         self.input_norm, self.latent_norm = LayerNorm(input_dim), LayerNorm(dim)
-        self.attention = MultiHeadAttention(dim, heads, head_dim, context_dim=input_dim, rng=rng)
+        self.attention = MultiHeadAttention(
+            dim, heads, head_dim, context_dim=input_dim, qk_norm=qk_norm, rng=rng
+        )
         self.ffw = FeedForward(dim, ffw_mult * dim, activation, rng=rng)
 
     def normalise(self, latents, inputs):
@@ -116,13 +129,22 @@ class Resampler(Module):
     features, and three times as much drowns them. So does the time embeddings' form, points on a
     line: drawn one by one, they left the mini model blind to motion for up to 1,000 steps.
     final_norm is a choice too: the pseudo-code shows none, all public re-implementations have one.
+    A dialect may have no time embeddings, or embeddings of the images' places in the sequence.
     """
 
-    def __init__(self, input_dim, dim, num_frames, num_features, final_norm, *, rng):
+    def __init__(
+        self, input_dim, dim, num_frames, num_features, final_norm, dialect=DIALECTS["paper"],
+        *, rng,
+    ):  # fmt: skip
         self.input_proj = Linear(input_dim, dim, rng=rng) if input_dim != dim else None
-        line = np.linspace(-1.5, 1.5, num_frames)[:, None] * rng.normal(0, 0.3, dim)
-        noise = rng.normal(0, 0.1, (num_frames, dim))
-        self.time_embeddings = Parameter((line + noise).astype(np.float32, copy=False))
+        self.time_embeddings = self.media_embeddings = None
+        if dialect.time_embeddings:
+            line = np.linspace(-1.5, 1.5, num_frames)[:, None] * rng.normal(0, 0.3, dim)
+            noise = rng.normal(0, 0.1, (num_frames, dim))
+            self.time_embeddings = Parameter((line + noise).astype(np.float32, copy=False))
+        if dialect.media_embeddings:
+            places = rng.normal(0, 0.3, (dialect.media_embeddings, dim))
+            self.media_embeddings = Parameter(places.astype(np.float32, copy=False))
         self.spatial_embeddings = (
             Parameter(rng.normal(0, 0.3, (num_features, dim)).astype(np.float32, copy=False))
             if num_features
@@ -146,12 +168,23 @@ class Resampler(Module):
             features = keep(features, real[..., None, None])
             mask = np.repeat(real, S, axis=-1).reshape(B * N, T * S)
         x = features if self.input_proj is None else self.input_proj(features)
-        dtype, D = array_of(x).dtype, x.shape[-1]
-        weights = time_weights(frames, T, len(self.time_embeddings)).astype(dtype)
-        x = x + matmul(weights, self.time_embeddings).reshape(B, N, T, 1, D)
+        x = self._place(x, frames)
+        return x.reshape(B * N, T * S, x.shape[-1]), mask
+
+    def _place(self, x, frames):
+        """[B, N, T, S, D] with what embeddings there are of when, where, and which image."""
+        B, N, T, _, D = x.shape
+        if self.time_embeddings is not None:
+            weights = time_weights(frames, T, len(self.time_embeddings))
+            weights = weights.astype(array_of(x).dtype)
+            x = x + matmul(weights, self.time_embeddings).reshape(B, N, T, 1, D)
         if self.spatial_embeddings is not None:
             x = x + self.spatial_embeddings
-        return x.reshape(B * N, T * S, D), mask
+        if self.media_embeddings is not None:
+            if N > len(self.media_embeddings):
+                raise ValueError(f"embeds {len(self.media_embeddings)} images of a row, got {N}")
+            x = x + self.media_embeddings[:N].reshape(N, 1, 1, D)
+        return x
 
     def finish(self, x, B, N):
         """[B*N, R, D] -> [B, N, R, D], normalised."""
@@ -175,14 +208,16 @@ class PerceiverResampler(Resampler):
 
     def __init__(
         self, input_dim, dim, num_latents=64, depth=6, heads=16, head_dim=128, ffw_mult=4,
-        num_frames=8, num_features=None, final_norm=True, *, rng,
+        num_frames=8, num_features=None, final_norm=True, dialect=DIALECTS["paper"], *, rng,
     ):  # fmt: skip
-        super().__init__(input_dim, dim, num_frames, num_features, final_norm, rng=rng)
+        super().__init__(input_dim, dim, num_frames, num_features, final_norm, dialect, rng=rng)
         self.latents = Parameter(
             rng.normal(0, 0.3, (num_latents, dim)).astype(np.float32, copy=False)
         )
+        options = (dialect.resampler_activation, norm_named(dialect.resampler_qk_norm))
         self.layers = [
-            PerceiverLayer(dim, dim, heads, head_dim, ffw_mult, rng=rng) for _ in range(depth)
+            PerceiverLayer(dim, dim, heads, head_dim, ffw_mult, True, *options, rng=rng)
+            for _ in range(depth)
         ]
 
     def begin(self, features, num_frames):
@@ -211,6 +246,24 @@ class PerceiverResampler(Resampler):
             maps.append(layer.attention.weights(*layer.normalise(x, x_f), mask=mask))
             x = layer(x, x_f, mask)
         return np.stack(maps).reshape(len(maps), *features.shape[:2], *maps[0].shape[1:])
+
+
+class NoResampler(Module):
+    """All features of an image or video are its visual tokens, projected where the widths differ.
+
+    What Llama-3.2-Vision does, and what the paper's resampler spares: R grows with T and S.
+    """
+
+    def __init__(self, input_dim, dim, *, rng):
+        self.proj = Linear(input_dim, dim, bias=True, rng=rng) if input_dim != dim else None
+
+    def forward(self, features, num_frames=None):
+        """features [B, N, T, S, D_in] -> [B, N, T*S, D]; ValueError for clips of padded frames."""
+        B, N, T, S, _ = features.shape
+        if num_frames is not None and (check_num_frames(num_frames, B, N, T) < T).any():
+            raise ValueError(f"without a resampler all clips have T = {T} frames, got {num_frames}")
+        x = features if self.proj is None else self.proj(features)
+        return x.reshape(B, N, T * S, x.shape[-1])
 
 
 class TransformerResampler(Resampler):

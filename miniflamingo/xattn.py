@@ -19,10 +19,13 @@ from miniflamingo.attention import (
     MultiHeadAttention,
     attention,
     attention_backward,
+    group_heads,
     swap_heads,
+    ungroup_heads,
 )
 from miniflamingo.autograd import differentiable
-from miniflamingo.functional import LayerNorm, keep
+from miniflamingo.dialects import DIALECTS
+from miniflamingo.functional import column_dot, keep, norm_named
 from miniflamingo.module import Module, Parameter
 
 # --- phi ----------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def _sum_items(items, owner, like):  # [I, H, R, K] -> [B, N, R, H, K]: add up e
 
 
 @differentiable
-def tanh_gate(y, alpha, branch):  # [...], [], [...] -> [...]
+def tanh_gate(y, alpha, branch):  # [..., D], [] or [D], [..., D] -> [..., D]
     return y + np.tanh(alpha) * branch
 
 
@@ -158,7 +161,8 @@ def tanh_gate(y, alpha, branch):  # [...], [], [...] -> [...]
 def tanh_gate_backward(dout, y, alpha, branch):
     gate = np.tanh(alpha)
     # out = y + gate * branch, gate = tanh(alpha): at alpha = 0 only y and alpha receive a gradient
-    return dout, (1 - gate * gate) * np.vdot(dout, branch), gate * dout
+    dgate = column_dot(dout, branch) if alpha.ndim else np.vdot(dout, branch)
+    return dout, (1 - gate * gate) * dgate, gate * dout
 
 
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
@@ -167,19 +171,19 @@ def tanh_gate_backward(dout, y, alpha, branch):
 class ImageCausalCrossAttention(MultiHeadAttention):
     """Multi-head attention from the text to the visual tokens, under phi."""
 
-    def __init__(self, dim, media_dim, heads, head_dim, only_last=True, *, rng):
-        super().__init__(dim, heads, head_dim, context_dim=media_dim, rng=rng)
+    def __init__(self, dim, media_dim, heads, head_dim, only_last=True, *, rng, **options):
+        super().__init__(dim, heads, head_dim, context_dim=media_dim, rng=rng, **options)
         self.only_last = only_last
 
     def project_media(self, media):
         """[B, N, R, D_media] -> keys and values [B, N, R, H, K]: what a decoder keeps per image."""
-        return self.project(self.k_proj, media), self.project(self.v_proj, media)
+        return self.keys(media), self.project(self.v_proj, media)
 
     def forward(self, x, keys_values, phi):
         """x [B, L, D]; keys_values as from project_media; phi int[B, L] -> [B, L, D]."""
-        q, (k, v) = self.project(self.q_proj, x), keys_values
+        q, (k, v) = group_heads(self.queries(x), self.groups), keys_values
         attend = image_causal_attention if self.only_last else _attend_to_all_previous
-        out = attend(q, k, v, phi)
+        out = ungroup_heads(attend(q, k, v, np.repeat(phi, self.groups, axis=1)), self.groups)
         return self.out_proj(out.reshape(*x.shape[:-1], self.heads * self.head_dim))
 
 
@@ -199,6 +203,7 @@ class GatedCrossAttentionDense(Module):
     Layer norms as in the paper's first version: on the queries' input, on the keys' and values'
     input (shared by both), and on the feed-forward's input. skip_without_image, which the paper
     does not have, leaves tokens with phi = 0 to the language model alone, in both branches.
+    dialect is how another system departs from it: see dialects.py.
     """
 
     def __init__(
@@ -210,21 +215,34 @@ class GatedCrossAttentionDense(Module):
         ffw_mult=4,
         only_last=True,
         skip_without_image=False,
+        dialect=DIALECTS["paper"],
         *,
         rng,
     ):
-        self.skip_without_image = skip_without_image
-        self.norm, self.media_norm = LayerNorm(dim), LayerNorm(media_dim)
+        d, self.skip_without_image = dialect, skip_without_image
+        norm, qk_norm = (norm_named(name, d.norm_eps) for name in (d.norm, d.qk_norm))
+        self.norm, self.media_norm = norm(dim), norm(media_dim) if d.media_norm else None
         self.attention = ImageCausalCrossAttention(
-            dim, media_dim, heads, head_dim, only_last, rng=rng
+            dim,
+            media_dim,
+            heads,
+            head_dim,
+            only_last,
+            kv_heads=d.kv_heads,
+            qk_norm=qk_norm,
+            rng=rng,
         )
-        self.alpha_xattn = Parameter(np.zeros((), np.float32))
-        self.ffw = FeedForward(dim, ffw_mult * dim, "squared_relu", rng=rng)
-        self.alpha_dense = Parameter(np.zeros((), np.float32))
+        alpha = np.zeros(dim if d.vector_alpha else (), np.float32)
+        self.alpha_xattn = Parameter(alpha)
+        self.ffw = FeedForward(
+            dim, d.hidden or ffw_mult * dim, d.activation, norm, gated=d.gated, rng=rng
+        )
+        self.alpha_dense = Parameter(alpha.copy())
 
     def project_media(self, media):
         """[B, N, R, D_media] -> keys and values [B, N, R, H, K]."""
-        return self.attention.project_media(self.media_norm(media))
+        media = media if self.media_norm is None else self.media_norm(media)
+        return self.attention.project_media(media)
 
     def forward(self, y, media, phi, keys_values=None):
         """y [B, L, D]; media [B, N, R, D_media]; phi int[B, L] in 0..N -> [B, L, D].

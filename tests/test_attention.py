@@ -14,6 +14,7 @@ from miniflamingo.attention import (
     swap_heads,
 )
 from miniflamingo.functional import LayerNorm, RMSNorm, softmax
+from miniflamingo.rotary import RotaryConfig
 from tests.gradients import Case, check_module, each_of, normal
 
 q, k, v = normal(2, 3, 4, 5), normal(2, 3, 6, 5), normal(2, 3, 6, 5, seed=1)
@@ -46,6 +47,52 @@ CASES = [
 @each_of(CASES)
 def test_formula(case, check):
     check(case)
+
+
+def shared_by_hand(module, x, bias):
+    """The module with its keys and values written out, one for each head."""
+    full = MultiHeadAttention(8, 4, 3, rng=rng).astype(np.float64)
+    state = module.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        state[name] = state[name].reshape(2, 3, 8).repeat(2, axis=0).reshape(12, 8)
+    return full.load_state_dict(state)(x, bias=bias)
+
+
+past = np.where(np.tri(5, dtype=bool), 0, -np.inf)
+
+
+@pytest.mark.parametrize("bias", [None, normal(4, 1, 5), past], ids=["none", "heads", "past"])
+def test_shared_keys_are_those_keys_repeated(bias):
+    module, x = MultiHeadAttention(8, 4, 3, kv_heads=2, rng=rng).astype(np.float64), normal(2, 5, 8)
+    np.testing.assert_allclose(module(x, bias=bias), shared_by_hand(module, x, bias), atol=1e-12)
+    assert module.weights(x, bias=bias).shape == (2, 4, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_heads": 1}, {"kv_heads": 2, "bias": True}, {"qk_norm": RMSNorm},
+        {"rotary": RotaryConfig(50.0), "kv_heads": 2, "qk_norm": LayerNorm},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options(options):
+    module = MultiHeadAttention(8, 4, 4, rng=rng, **options)
+    check_module(module, normal(2, 5, 8), bias=past)
+
+
+def test_heads_must_share_keys_evenly():
+    with pytest.raises(ValueError, match="multiple of kv_heads, got 4 and 3"):
+        MultiHeadAttention(8, 4, 3, kv_heads=3, rng=rng)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_exact"])
+def test_gated_feed_forward(activation):
+    ffw, x = FeedForward(4, 6, activation, gated=True, bias=True, rng=rng), normal(2, 3, 4)
+    check_module(ffw, x)
+    h = ffw.norm(x)
+    by_hand = ffw.down(ffw.activation(ffw.gate(h)) * ffw.up(h))
+    np.testing.assert_array_equal(ffw(x), by_hand)
 
 
 def test_weights_are_a_softmax_over_the_allowed_keys():

@@ -291,7 +291,7 @@ def test_presets():
     assert len(mini.lm.alibi_slopes) == mini.lm.heads
     with pytest.raises(ValueError, match="unknown preset '4B': choose from mini, 3B, 9B, 80B"):
         FlamingoConfig.preset("4B")
-    with pytest.raises(ValueError, match="perceiver, mlp or transformer, got 'pooling'"):
+    with pytest.raises(ValueError, match="perceiver, mlp, transformer or none, got 'pooling'"):
         build_resampler(FlamingoConfig(resampler="pooling"), rng=np.random.default_rng(0))
 
 

@@ -1,5 +1,7 @@
 """The formulas that every room uses, against central differences and against torch."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from miniflamingo.functional import (
     embedding,
     exp,
     gelu,
+    gelu_exact,
     getitem,
     keep,
     layer_norm,
@@ -24,11 +27,16 @@ from miniflamingo.functional import (
     matmul,
     mean,
     multiply,
+    norm_named,
+    normal_tail,
+    quick_gelu,
     relu,
+    relu6,
     replace_row,
     reshape,
     rms_norm,
     sigmoid,
+    silu,
     softmax,
     squared_relu,
     total,
@@ -89,6 +97,10 @@ CASES = [
     Case(relu, (x234,), lambda torch, x: x.relu()),
     Case(squared_relu, (x234,), lambda torch, x: x.relu() ** 2),
     Case(gelu, (3 * x234,), lambda torch, x: torch.nn.functional.gelu(x, approximate="tanh")),
+    Case(gelu_exact, (3 * x234,), lambda torch, x: torch.nn.functional.gelu(x)),
+    Case(silu, (3 * x234,), lambda torch, x: torch.nn.functional.silu(x)),
+    Case(quick_gelu, (3 * x234,), lambda torch, x: x * (1.702 * x).sigmoid()),
+    Case(relu6, (5 * x234,), lambda torch, x: torch.nn.functional.relu6(x)),
     Case(sigmoid, (3 * x234,), lambda torch, x: x.sigmoid()),
     Case(softmax, (x234,), lambda torch, x: x.softmax(-1)),
     Case(
@@ -125,8 +137,14 @@ def test_formula(case, check):
 
 @pytest.mark.parametrize(
     "module",
-    [Linear(4, 3, rng=rng), Linear(4, 3, bias=True, rng=rng), LayerNorm(4), RMSNorm(4)],
-    ids=["linear", "with bias", "layer norm", "rms norm"],
+    [
+        Linear(4, 3, rng=rng),
+        Linear(4, 3, bias=True, rng=rng),
+        LayerNorm(4),
+        RMSNorm(4),
+        norm_named("rms", 0.1)(4),
+    ],
+    ids=["linear", "with bias", "layer norm", "rms norm", "eps"],
 )
 def test_module(module):
     check_module(module, x234)
@@ -176,16 +194,38 @@ def test_linear_leaves_out_the_gradients_nobody_needs():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_inputs_give_no_nan_and_no_warning(dtype):
     x = np.array([-1e4, -100, -30, 0, 30, 100, 1e4], dtype)
-    np.testing.assert_allclose(gelu(x), np.maximum(x, 0), atol=1e-20)
+    for formula in (gelu, gelu_exact, quick_gelu, silu):
+        np.testing.assert_allclose(formula(x), np.maximum(x, 0), atol=1e-10)
     np.testing.assert_allclose(sigmoid(x), [0, 0, 0, 0.5, 1, 1, 1], atol=1e-6)
     np.testing.assert_allclose(softmax(x), [0, 0, 0, 0, 0, 0, 1], atol=1e-30)
     np.testing.assert_allclose(log_softmax(x)[0], -2e4)
-    for formula in (gelu, sigmoid, softmax):
+    for formula in (gelu, gelu_exact, quick_gelu, silu, sigmoid, softmax):
         (dx,) = formula.backward(np.ones_like(x), (x,), (True,), {})
         assert np.isfinite(dx).all()
     np.testing.assert_allclose(
         gelu.backward(np.ones_like(x), (x,), (True,), {})[0], x > 0, atol=0.6
     )
+
+
+@pytest.mark.parametrize("dtype, error", [(np.float32, 2e-7), (np.float64, 3e-16)])
+def test_the_normal_tail_is_that_of_erfc(dtype, error):
+    x = np.linspace(-9, 9, 2001).astype(dtype)
+    expected = np.array([math.erfc(abs(v) / math.sqrt(2)) / 2 for v in x.tolist()])
+    np.testing.assert_allclose(normal_tail(x), expected, rtol=100 * error, atol=error)
+    assert normal_tail(np.zeros((), dtype)).shape == ()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_gelu_at_negative_zero(dtype):
+    x = np.array([-0.0, 0.0], dtype)
+    (dx,) = gelu_exact.backward(np.ones(2, dtype), (x,), (True,), {})
+    np.testing.assert_allclose(dx, 0.5, rtol=1e-6)
+
+
+def test_norms_by_name_have_the_eps_that_is_asked_for():
+    found = [norm_named(*names)(4).eps for names in (("rms",), ("layer",), ("rms", 0.5))]
+    assert found == [1e-6, 1e-5, 0.5]
+    assert norm_named(None, 0.5) is None
 
 
 def test_log_softmax_is_the_logarithm_of_softmax():

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from miniflamingo.attention import KeyValueCache
+from miniflamingo.dialects import BlockConfig
 from miniflamingo.language import LanguageConfig, LanguageModel, alibi_slopes
+from miniflamingo.rotary import RotaryConfig
 from tests.gradients import check_module
 
 SIZES = {"vocab_size": 9, "dim": 8, "depth": 2, "heads": 2, "ffw_mult": 2, "max_positions": 6}
@@ -13,6 +15,13 @@ KINDS = {
     "slopes": {"alibi_slopes": (1, 0)},
     "learned": {"positions": "learned"},
     "tied": {"tie_embeddings": True},
+    "llama": {
+        "positions": "rotary",
+        "rotary": RotaryConfig(100.0, "linear", 2.0),
+        "block": BlockConfig("silu", True, 12, norm_eps=1e-3, kv_heads=1),
+    },
+    "opt": {"positions": "learned", "block": BlockConfig("relu", norm="layer", bias=True)},
+    "shared keys": {"block": BlockConfig(kv_heads=1, head_dim=3)},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 tokens = np.array([[1, 5, 6, 5, 8], [1, 7, 7, 0, 0]])
@@ -76,7 +85,7 @@ def test_alibi_has_no_end_and_a_table_has():
 def test_the_cache_gives_the_same_logits_for_rows_of_different_lengths(kind):
     lm, lengths = model(kind), np.array([5, 3])
     whole = lm(tokens)
-    caches = [KeyValueCache(2, 6, 2, 4, np.float64) for _ in lm.blocks]
+    caches = [KeyValueCache(2, 6, *lm.config.kv_shape, np.float64) for _ in lm.blocks]
     steps = [np.minimum(i, lengths - 1)[:, None] for i in range(5)]  # a row that ended repeats
     for positions in steps:
         logits = lm(np.take_along_axis(tokens, positions, axis=1), positions, caches)
@@ -93,7 +102,11 @@ def test_tied_embeddings_have_no_head():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"positions": "rotary"}, 'must be "alibi" or "learned", got \'rotary\''),
+        ({"positions": "sine"}, "must be one of alibi, learned, rotary, got 'sine'"),
+        ({"block": BlockConfig(kv_heads=3)}, "multiple of kv_heads, got 2, 3"),
+        ({"positions": "rotary", "block": BlockConfig(head_dim=3)}, "an even head width, got 3"),
+        ({"num_logits": 500}, r"num_logits must be in 1\.\.\d+, got 500"),
+        ({"num_logits": 5, "tie_embeddings": True}, "a head of its own"),
         ({"alibi_slopes": (1,)}, r"2 heads need as many slopes, got \(1,\)"),
         ({"dim": 9}, "multiple of heads, got 9 and 2"),
     ],
