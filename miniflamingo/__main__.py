@@ -209,7 +209,12 @@ def generate(arguments):
     """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
     if not arguments.parts:
         raise ValueError("a prompt needs at least one --text, --image or --video")
-    model = load_speaker(checkpoint_file(arguments.checkpoint))
+    if arguments.weights is not None:
+        return _generate_from_weights(arguments)
+    for option in ("chat", "stream", "keep", "allow_pickle"):
+        if getattr(arguments, option) not in (None, False):
+            raise ValueError(f"--{option.replace('_', '-')} is for --weights")
+    model = load_speaker(checkpoint_file(arguments.checkpoint or training.WEIGHTS / "flamingo"))
     size, most = model.config.vision.image_size, arguments.max_new_tokens
     prompt = [read_part(*part, model.config.num_frames) for part in arguments.parts]
     batch = build_batch([prompt], TOKENIZER, size, close=False)
@@ -222,6 +227,26 @@ def generate(arguments):
         if step[0] not in (EOC, PAD):
             print(TOKENIZER.words[step[0]], end=" ", flush=True)
     print()
+
+
+def _generate_from_weights(arguments):
+    """Answer from another project's checkpoint."""
+    from miniflamingo.interop.generation import Request
+    from miniflamingo.interop.generation import generate as answer
+
+    if arguments.keep is not None and not arguments.stream:
+        raise ValueError("--keep is for --stream")
+    parts = tuple((option.removeprefix("--"), value) for option, value in arguments.parts)
+    for kind, value in parts:
+        if kind == "video":
+            raise ValueError("--weights reads texts and images, no --video")
+        if kind == "image" and not Path(value).exists():
+            raise ValueError(f"no image at {value}")
+    answer(arguments.weights, Request(
+        parts, arguments.max_new_tokens, _chooser(arguments), arguments.seed, arguments.chat,
+        arguments.stream, int(1e9 * (arguments.keep or 0)), arguments.allow_pickle,
+    ))  # fmt: skip
+    return None
 
 
 def _chooser(arguments):
@@ -270,7 +295,14 @@ def parser():
 
 
 def _add_generate(command):
-    _add_checkpoint(command)
+    _add_checkpoint(command, default=None)
+    text = "another project's checkpoint: a folder, or a safetensors or GGUF file"
+    command.add_argument("--weights", type=a_path, help=text)
+    command.add_argument("--chat", action="store_true", help="one --text, as the model's template")
+    command.add_argument("--stream", action="store_true", help="read each layer when it works")
+    text = "GB of layers that --stream may keep in memory; none by default"
+    command.add_argument("--keep", type=real(0, 10**5), help=text)
+    _add_pickle(command)
     for kind in ("--text", "--image", "--video"):
         command.add_argument(kind, action=Part, dest="parts", help="in the order of the prompt")
     command.add_argument("--max-new-tokens", type=whole(1, 10**4), default=20)
@@ -293,10 +325,9 @@ def _add_pickle(command):
     command.add_argument("--allow-pickle", action="store_true", help=text)
 
 
-def _add_checkpoint(command):
-    shipped = training.WEIGHTS / "flamingo"
+def _add_checkpoint(command, default=training.WEIGHTS / "flamingo"):
     text = "file, or folder of a run; the shipped one by default"
-    command.add_argument("--checkpoint", type=a_path, default=shipped, help=text)
+    command.add_argument("--checkpoint", type=a_path, default=default, help=text)
 
 
 def add_training(command, stage):
@@ -349,7 +380,8 @@ KERNELS = {
 EXCLUSIVE = {
     "demo": [("--full", "--steps")],
     "generate": [("--beam", "--temperature"), ("--beam", "--top-k"), ("--beam", "--top-p"),
-                 ("--top-k", "--top-p")],
+                 ("--top-k", "--top-p"), ("--weights", "--checkpoint"),
+                 ("--weights", "--beam")],
 }  # fmt: skip
 
 

@@ -16,9 +16,9 @@ LLAMA = {
 }  # fmt: skip
 
 
-def llama_state(config=LLAMA, seed=0):
-    """{name: float32 array} of Hugging Face's LlamaForCausalLM, of random numbers."""
-    c, rng = config, np.random.default_rng(seed)
+def llama_shapes(config=LLAMA):
+    """{name: shape} of Hugging Face's LlamaForCausalLM."""
+    c = config
     D, F, K = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"]
     K *= D // c["num_attention_heads"]
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], D), "model.norm.weight": (D,)}
@@ -33,6 +33,12 @@ def llama_state(config=LLAMA, seed=0):
         shapes |= {f"{at}mlp.{n}_proj.weight": (F, D) for n in ("gate", "up")}
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], D)
+    return shapes
+
+
+def llama_state(config=LLAMA, seed=0):
+    """{name: float32 array} of the same, of random numbers."""
+    rng, shapes = np.random.default_rng(seed), llama_shapes(config)
     return {n: (len(s) == 1) + rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}
 
 

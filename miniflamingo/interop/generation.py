@@ -1,0 +1,235 @@
+"""Another project's model answers: texts and images -> ids and phi, as its processor makes them,
+-> tokens, one by one; and where the time goes.
+
+    python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"
+"""
+
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tqdm import tqdm
+
+from miniflamingo import decoding
+from miniflamingo.attention import KeyValueCache
+from miniflamingo.flamingo import FlamingoConfig
+from miniflamingo.interop.files import open_checkpoint
+from miniflamingo.interop.inspection import project_of
+from miniflamingo.interop.preprocess import preprocessor_of
+from miniflamingo.interop.streaming import Layers, load
+from miniflamingo.interop.tokenizer import tokenizer_of
+from miniflamingo.vit import ViTConfig
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """The special tokens that stand for an image: before it, the image's own, and after it, which
+    two images in a row share where it is the same; and what ends a text before an image."""
+
+    image: str
+    around: str | None = None
+    end: str | None = None
+
+
+FORMATS = {
+    "idefics": ImageFormat("<image>", around="<fake_token_around_image>"),
+    "open_flamingo": ImageFormat("<image>", end="<|endofchunk|>"),
+    "mllama": ImageFormat("<|image|>"),
+}
+
+
+def build_prompt(parts, words, form):
+    """[("text", str) | ("image", source)] -> ids [L] and phi [L], from 0: no image so far.
+
+    ValueError for an image where `form` is None, and a special token that the tokenizer lacks.
+    """
+    ids, phi, seen, before = list(words.start), [], 0, None
+    for kind, content in parts:
+        if kind == "text":
+            ids += words.encode(content)
+        elif form is None:
+            raise ValueError("this model reads no images: give it --text alone")
+        else:
+            phi += [seen] * (len(ids) - len(phi))
+            ids += [words.id_of(form.end)] if form.end and before == "text" and seen else []
+            if form.around and before != "image":
+                ids.append(words.id_of(form.around))
+            phi += [seen] * (len(ids) - len(phi))
+            ids.append(words.id_of(form.image))
+            seen += 1
+            ids += [words.id_of(form.around)] if form.around else []
+        before = kind
+        phi += [seen] * (len(ids) - len(phi))
+    phi += [seen] * (len(ids) - len(phi))
+    if not ids:
+        raise ValueError("a prompt needs at least one token")
+    return np.array(ids), np.array(phi)
+
+
+class Clock:
+    """Seconds by what they were spent on, in the order of the first time: clock.spent."""
+
+    def __init__(self):
+        self.spent = {}
+
+    @contextmanager
+    def on(self, what):
+        """Count the time of a `with` block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
+
+
+class Speaker:
+    """One sequence being written by a LanguageModel or a Flamingo, with room for `length` tokens.
+
+    pixels [N, height, width, 3] in [0, 1], for a Flamingo.
+    """
+
+    def __init__(self, model, length, pixels=(), clock=None):
+        self.model, self.position, clock = model, 0, clock or Clock()
+        self.sees = isinstance(model.config, FlamingoConfig)
+        lm = model.config.lm if self.sees else model.config
+        shape = (1, length, *lm.kv_shape, np.float32)
+        if not self.sees:
+            self.cache = [KeyValueCache(*shape) for _ in range(lm.depth)]
+            return
+        media = np.zeros((1, 0, model.config.num_latents, model.config.media_dim), np.float32)
+        if len(pixels):
+            with clock.on("eye"):
+                pixels = np.asarray(pixels, np.float32)[None, :, None]
+                media = model.resampler(model.encode(pixels))
+        with clock.on("prefill"):
+            self.cache = decoding.DecodingCache.of(model, media, length)
+
+    def extend(self, ids, phi):
+        """Read ids [L] with phi [L]; the logits [1, V] of what comes next."""
+        tokens, phi = np.asarray(ids)[None], np.asarray(phi)[None]
+        positions = self.position + np.arange(tokens.shape[1])[None]
+        self.position += tokens.shape[1]
+        if self.sees:
+            return self.model.read(tokens, None, phi, self.cache, positions)[:, -1]
+        return self.model(tokens, positions, self.cache)[:, -1]
+
+
+def speak(speaker, ids, phi, most, choose=decoding.greedy, rng=None, ends=(), clock=None):
+    """Yield up to `most` ids that follow a prompt; ends before one of `ends`."""
+    clock = clock or Clock()
+    with clock.on("prefill"):
+        logits = speaker.extend(ids, phi)
+    for step in range(most):
+        token = int(choose(logits, rng)[0])
+        if token in ends:
+            return
+        yield token
+        if step < most - 1:
+            with clock.on("tokens"):
+                logits = speaker.extend([token], phi[-1:])
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a checkpoint: parts of the prompt, and how to answer them.
+
+    keep is the bytes of weights that may stay in memory where `stream` is set.
+    """
+
+    parts: tuple
+    most: int = 20
+    choose: object = decoding.greedy
+    seed: int = 0
+    chat: bool = False
+    stream: bool = False
+    keep: int = 0
+    allow_pickle: bool = False
+
+
+def generate(path, request, out=None):
+    """Answer from the checkpoint at `path`: pieces of text to `out` (print), the time to stderr.
+
+    ValueError in one line for a checkpoint, a tokenizer, an image or a prompt that cannot be.
+    """
+    clock, out = Clock(), out or (lambda piece: print(piece, end="", flush=True))
+    bar = tqdm(disable=None if request.stream else True, unit="layer", leave=False)
+    layers = Layers(request.keep, bar.update) if request.stream else None
+    with clock.on("reading"):
+        checkpoint = open_checkpoint(path, request.allow_pickle)
+        words = tokenizer_of(checkpoint)
+        pictures = preprocessor_of(checkpoint.folder)
+        model = load(checkpoint, layers, lambda config: _with_pixels(config, pictures))
+    words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
+    ids, phi = _prompt(request, words, project_of(checkpoint))
+    if layers is not None:
+        print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
+    images = [content for kind, content in request.parts if kind == "image"]
+    pixels = []
+    if images:
+        with clock.on("eye"):
+            pixels = [_pixels(image, pictures) for image in images]
+    speaker = Speaker(model, len(ids) + request.most, pixels, clock)
+    rng, count = np.random.default_rng(request.seed), [0]
+    steps = speak(speaker, ids, phi, request.most, request.choose, rng, words.ends, clock)
+    for piece in words.stream(_counted(steps, count)):
+        out(piece)
+    out("\n")
+    bar.close()
+    print(report(clock, count[0], layers), file=sys.stderr, flush=True)
+
+
+def _prompt(request, words, project):
+    if not request.chat:
+        return build_prompt(request.parts, words, FORMATS.get(project))
+    if [kind for kind, _ in request.parts] != ["text"]:
+        raise ValueError("--chat takes one --text, and no image")
+    ids = words.chat(request.parts[0][1])
+    return np.array(ids), np.zeros(len(ids), int)
+
+
+def _with_pixels(config, pictures):
+    """A config whose eye normalises pixels as the checkpoint's preprocessor does."""
+    if not isinstance(config, FlamingoConfig) or not isinstance(config.vision, ViTConfig):
+        return config
+    mean, std = pictures.mean or (0.0,) * 3, pictures.std or (1.0,) * 3
+    return replace(config, vision=replace(config.vision, mean=mean, std=std))
+
+
+def _pixels(source, pictures):
+    return np.asarray(pictures.fitted(source), np.float32) / 255
+
+
+def _counted(steps, count):
+    for step in steps:
+        count[0] += 1
+        yield step
+
+
+def estimate(layers, prompt, most):
+    """The line that says, before it starts, what streaming will take: from one layer, tried."""
+    first, each = (layers.measure(rows) * layers.bytes() for rows in (prompt, 1))
+    total = first + (most - 1) * each
+    return (f"streaming {layers.bytes() / 1e9:.2f} GB of layers for every token: about {each:.1f} "
+            f"s a token, {_span(total)} for the prompt and {most} tokens")  # fmt: skip
+
+
+def _span(seconds):
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+def report(clock, count, layers=None):
+    """The line that says where the time went."""
+    spent = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in clock.spent.items())
+    after = max(count - 1, 0)
+    each = f" ({1e3 * clock.spent.get('tokens', 0) / after:.0f} ms each)" if after else ""
+    line = f"{spent} for {after} more tokens{each}" if after else spent
+    if layers is not None:
+        line += (
+            f"; of all that, {layers.seconds:.2f} s for reading {layers.read_bytes / 1e9:.2f} GB"
+        )
+    return line
