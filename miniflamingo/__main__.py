@@ -287,6 +287,7 @@ def parser():
     command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
     command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
     _add_inspect(commands.add_parser("inspect", help="what a checkpoint is, anybody's"))
+    _add_bench(commands.add_parser("bench-generate", help="transformers beside ours, in one run"))
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
     for name, text in KERNELS.items():
@@ -318,6 +319,15 @@ def _add_inspect(command):
     command.add_argument("path", type=a_path, help="folder or file of any project that is known")
     command.add_argument("--plot", type=a_path, help="draw its gates into this PNG file")
     _add_pickle(command)
+
+
+def _add_bench(command):
+    threads = "one or several numbers"
+    command.add_argument("--threads", type=whole(1, 256), nargs="+", default=[1, 2], help=threads)
+    command.add_argument("--rounds", type=whole(1, 100), default=3, help="of each side; medians")
+    command.add_argument("--new-tokens", type=whole(2, 1000), default=32)
+    command.add_argument("--larger", action="store_true", help="an IDEFICS 1024 wide, too")
+    command.add_argument("--json", type=a_path, help="write the figures to this file")
 
 
 def _add_pickle(command):
@@ -407,6 +417,11 @@ def run(argv):
         evaluate(arguments)
     elif arguments.command == "generate":
         generate(arguments)
+    elif arguments.command == "bench-generate":
+        a = arguments
+        import_module("miniflamingo.interop.bench").bench(
+            a.threads, a.rounds, a.new_tokens, a.larger, a.json
+        )
     elif arguments.command == "inspect":
         inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
     elif arguments.command == "ship":

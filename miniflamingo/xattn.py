@@ -12,6 +12,8 @@ Earlier images reach a token through the language model's own self-attention. Le
 L text tokens, N images in a sequence, R visual tokens of an image, H heads, K head width, D width.
 """
 
+import functools
+
 import numpy as np
 
 from miniflamingo.attention import (
@@ -106,6 +108,19 @@ def work_list(phi, N, most=64):
     return np.repeat(np.arange(B * N), items), tokens
 
 
+def _shared_list(phi, N):
+    """work_list, made once for all layers of a model."""
+    phi = np.ascontiguousarray(phi, np.int64)
+    return _work_list_of(phi.tobytes(), phi.shape, N)
+
+
+@functools.lru_cache(maxsize=8)
+def _work_list_of(phi, shape, N):
+    owner, tokens = work_list(np.frombuffer(phi, np.int64).reshape(shape), N)
+    owner.flags.writeable = tokens.flags.writeable = False
+    return owner, tokens
+
+
 def _gather(x, tokens):  # [B, L, H, K], int [I, M] -> [I, H, M, K]; a free place gives zeros
     flat = np.concatenate([x.reshape(-1, *x.shape[2:]), np.zeros_like(x, shape=(1, *x.shape[2:]))])
     return swap_heads(flat[tokens])
@@ -126,7 +141,7 @@ def image_causal_attention(q, k, v, phi):
     Equals attention under image_causal_mask, but builds no [L, N*R] array: its cost and its memory
     grow with L*R, whatever N is. phi is checked at the model's edge (check_phi), not here.
     """
-    owner, tokens = work_list(phi, N=k.shape[1])
+    owner, tokens = _shared_list(phi, N=k.shape[1])
     k, v = (x.reshape(-1, *x.shape[2:])[owner] for x in (k, v))  # [I, R, H, K]
     out = attention(_gather(q, tokens), swap_heads(k), swap_heads(v))
     return _scatter(out, tokens, q.shape)
@@ -134,7 +149,7 @@ def image_causal_attention(q, k, v, phi):
 
 @image_causal_attention.gradient
 def image_causal_attention_backward(dout, q, k, v, phi):
-    owner, tokens = work_list(phi, N=k.shape[1])
+    owner, tokens = _shared_list(phi, N=k.shape[1])
     k_item, v_item = (swap_heads(x.reshape(-1, *x.shape[2:])[owner]) for x in (k, v))
     # out = attention(q, k, v) for every item; a free place has dout = 0 and adds nothing
     dq, dk, dv = attention_backward(_gather(dout, tokens), _gather(q, tokens), k_item, v_item)

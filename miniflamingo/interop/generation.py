@@ -112,8 +112,8 @@ class Speaker:
         positions = self.position + np.arange(tokens.shape[1])[None]
         self.position += tokens.shape[1]
         if self.sees:
-            return self.model.read(tokens, None, phi, self.cache, positions)[:, -1]
-        return self.model(tokens, positions, self.cache)[:, -1]
+            return self.model.read(tokens, None, phi, self.cache, positions, last=True)[:, 0]
+        return self.model(tokens, positions, self.cache, last=True)[:, 0]
 
 
 def speak(speaker, ids, phi, most, choose=decoding.greedy, rng=None, ends=(), clock=None):
