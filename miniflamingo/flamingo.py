@@ -13,7 +13,7 @@ import numpy as np
 
 from miniflamingo.checks import LATER, check_at_least, check_range, check_types
 from miniflamingo.dialects import Dialect
-from miniflamingo.eyes import EfficientNetConfig, ViTConfig, build_eye
+from miniflamingo.eyes import EyeConfig, build_eye
 from miniflamingo.functional import keep, replace_row
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module, Parameter
@@ -39,7 +39,7 @@ class FlamingoConfig:
     system departs from the paper. ValueError for a value that cannot work.
     """
 
-    vision: VisionConfig | ViTConfig | EfficientNetConfig = field(default_factory=VisionConfig)
+    vision: EyeConfig = field(default_factory=VisionConfig)
     lm: LanguageConfig = field(default_factory=LanguageConfig)
     media_dim: int = 64
     resampler: str = "perceiver"

@@ -1,0 +1,112 @@
+"""flamingo-pytorch and OpenFlamingo: 1e-12 of theirs, in outputs and all gradients.
+
+Against fixtures of what their code computed, always; against their code where it is installed.
+"""
+
+import functools
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from miniflamingo.interop import PROJECTS, project_of
+from miniflamingo.interop.loading import shapes_of
+from miniflamingo.xattn import image_causal_mask
+from tests.interop.agreement import FIXTURES, Peer, check, compare
+from tests.interop.peers import CASES, PEERS
+
+GATED = [case for case in CASES if "xattn" in case]
+
+
+@functools.cache
+def live(project):
+    return PEERS[project]()
+
+
+@pytest.fixture(params=["fixture", "live"])
+def peer_of(request):
+    """case -> its Peer, from a file, or from the package itself."""
+    if request.param == "fixture":
+        return Peer.load
+
+    def run(case):
+        project = case.split("-")[0]
+        if find_spec(project) is None:
+            pytest.skip(f"{project} is not installed")
+        return live(project)[case]
+
+    return run
+
+
+def ours(case, peer):
+    """The project's module here, and the Bridge that it builds of a peer."""
+    project = PROJECTS[case.split("-")[0]]
+    return project, project.build(peer.config, peer.weights, np.float64)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agreement(case, peer_of):
+    peer = peer_of(case)
+    project, bridge = ours(case, peer)
+    assert project_of(peer.config, shapes_of(peer.weights)) == case.split("-")[0]
+    if "xattn" in case:
+        phi = peer.whole["phi"]
+        check(
+            compare(peer, project, bridge, lambda m, y, media: m.gated_xattn[0](y, media, phi)),
+            1e-12,
+        )
+        return
+    # flamingo-pytorch's features have no axis of frames
+    frames = np.s_[:, :, None] if peer.inputs["features"].ndim == 4 else np.s_[:]
+    check(compare(peer, project, bridge, lambda m, features: m.resampler(features[frames])), 1e-12)
+
+
+def attend(bridge, peer, phi, only_last):
+    """Our attention alone, as their `attn` gives it."""
+    layer = bridge.gated_xattn[0]
+    layer.attention.only_last = only_last
+    keys_values = layer.project_media(peer.inputs["media"])
+    return layer.attention(layer.norm(peer.inputs["y"]), keys_values, phi)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_their_tokens_before_any_image_get_the_mean_of_all_images_and_ours_nothing(case, peer_of):
+    """only_attend_immediate_media=False: a softmax over equal numbers is uniform."""
+    peer = peer_of(case)
+    phi, (_, bridge) = peer.whole["phi"], ours(case, peer)
+    before, leak = phi == 0, peer.extra["leak"]
+    np.testing.assert_allclose(
+        leak[before], np.broadcast_to(peer.extra["mean"], leak.shape)[before]
+    )
+    assert np.abs(leak[before]).max() > 0.1
+    out = attend(bridge, peer, phi, only_last=False)
+    np.testing.assert_array_equal(out[before], 0)
+    # where there is an image, both agree
+    np.testing.assert_allclose(out[~before], leak[~before], atol=1e-12)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_their_excess_image_tag_gets_the_mean_of_all_images_and_ours_is_refused(case, peer_of):
+    peer = peer_of(case)
+    _, bridge = ours(case, peer)
+    excess = peer.extra["excess"]
+    np.testing.assert_allclose(excess, np.broadcast_to(peer.extra["mean"], excess.shape))
+    phi = np.broadcast_to(np.arange(1, 8), (3, 7))
+    with pytest.raises(ValueError, match=r"phi must lie in 0\.\.2 \(N = 2 images\)"):
+        bridge.gated_xattn[0](peer.inputs["y"], peer.inputs["media"], phi)
+
+
+def test_the_cases_have_rows_with_fewer_images_than_others():
+    phi = Peer.load(GATED[0]).whole["phi"]
+    assert phi.max(axis=1).tolist() == [2, 1, 0]
+    assert image_causal_mask(phi, 2, 1).any(axis=1).tolist() == [
+        [True] * 2,
+        [True, False],
+        [False] * 2,
+    ]
+
+
+def test_the_fixtures_are_small():
+    sizes = [path.stat().st_size for path in FIXTURES.glob("*.safetensors")]
+    assert len(sizes) == len(CASES)
+    assert sum(sizes) < 300_000

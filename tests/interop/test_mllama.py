@@ -1,0 +1,174 @@
+"""Random Llama-3.2-Vision text sides; and what their tokens before any image see."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from miniflamingo.decoding import DecodingCache
+from miniflamingo.interop import mllama, project_of
+from miniflamingo.interop.loading import shapes_of
+from miniflamingo.xattn import compute_phi
+from tests.gradients import normal
+from tests.interop.agreement import arrays, check, compare, move, run_theirs
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+torch = pytest.importorskip("torch")
+
+N, R, D = 3, 5, 32
+SIZES = {
+    "shared keys": dict(vocab_size=40, hidden_size=D, num_hidden_layers=6, num_attention_heads=4,
+                        num_key_value_heads=2, intermediate_size=48, cross_attention_layers=[1, 4]),
+    "one layer": dict(vocab_size=40, hidden_size=D, num_hidden_layers=3, num_attention_heads=2,
+                      num_key_value_heads=2, intermediate_size=36, cross_attention_layers=[0]),
+}  # fmt: skip
+each_size = pytest.mark.parametrize("name", SIZES)
+TOKENS = np.random.default_rng(0).integers(3, 39, (3, 11))
+TOKENS[0, [2, 5, 8]] = TOKENS[1, [0, 3]] = IMAGE = 40  # behind the words: an embedding, no logit
+PHI = compute_phi(TOKENS, IMAGE)
+SEEN = (PHI > 0).any(axis=1)
+
+
+@functools.cache
+def theirs_and_ours(name):
+    """transformers' model with weights away from their start, its config as a dict, and ours."""
+    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
+        **SIZES[name], pad_token_id=0, max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.MllamaForCausalLM(config).double().eval()
+    move(model)
+    about, state = json.loads(config.to_json_string(use_diff=False)), arrays(model)
+    assert project_of(about, shapes_of(state)) == "mllama"
+    return model, about, mllama.build(about, state, np.float64)
+
+
+def masks(phi):
+    """Their two masks of the cross-attention."""
+    from transformers.models.mllama.modeling_mllama import _prepare_cross_attention_mask
+
+    sees = torch.from_numpy((phi[..., None] == np.arange(1, N + 1)).astype(float))[..., None]
+    mask, full = _prepare_cross_attention_mask(sees, R, torch.float64)
+    return dict(cross_attention_mask=mask, full_text_row_masked_out_mask=full)
+
+
+def theirs(model, media, tokens=TOKENS, phi=PHI, keep=slice(None)):
+    """Their final states, before the float32 that their logits are in."""
+    states = media.flatten(1, 2)
+    out = model.model(torch.from_numpy(tokens), cross_attention_states=states, **masks(phi))
+    return torch.nn.functional.linear(out.last_hidden_state, model.lm_head.weight)[:, keep]
+
+
+def all_seen():
+    """Tokens and phi with an image from the first token on, for which ours and theirs agree."""
+    tokens = TOKENS.copy()
+    tokens[:, 0] = IMAGE
+    tokens[2, 4] = IMAGE
+    tokens[0, 8] = 7  # three of the three images, two, two
+    return tokens, compute_phi(tokens, IMAGE)
+
+
+@each_size
+def test_logits_and_all_gradients_where_every_token_has_an_image(name):
+    model, about, ours = theirs_and_ours(name)
+    tokens, phi = all_seen()
+    assert phi.min() > 0 and phi.max() <= N
+    media = {"media": normal(3, N, R, D)}
+    peer = run_theirs(model, lambda media: theirs(model, media, tokens, phi), media, about)
+    call = lambda m, media: m.read(tokens, media, phi)  # noqa: E731
+    check(compare(peer, mllama, ours, call, relative=True), 2e-6)
+
+
+@each_size
+def test_the_language_model_alone_where_no_token_has_an_image(name):
+    """Without images they leave out the gated layers; with phi = 0 ours change nothing."""
+    model, _, ours = theirs_and_ours(name)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(TOKENS)).logits.numpy()
+    out = ours.read(TOKENS, normal(3, N, R, D), 0 * PHI)
+    np.testing.assert_allclose(out, expected, atol=5e-6)
+
+
+@each_size
+def test_twenty_greedy_tokens(name):
+    model, _, ours = theirs_and_ours(name)
+    tokens, phi = all_seen()
+    media, L = normal(3, N, R, D), tokens.shape[1]
+    phi = np.concatenate([phi, np.repeat(phi[:, -1:], 20, axis=1)], axis=1)
+    expected = tokens
+    for i in range(20):
+        with torch.no_grad():
+            out = theirs(model, torch.from_numpy(media), expected, phi[:, : L + i], slice(-1, None))
+        expected = np.concatenate([expected, out.argmax(-1).numpy()], axis=1)
+    for cached in (True, False):
+        np.testing.assert_array_equal(greedy(ours, tokens, media, phi, cached), expected[:, L:])
+
+
+def greedy(model, tokens, media, phi, cached):
+    """The likeliest tokens after `tokens`, as far as phi goes."""
+    start, L = 0, tokens.shape[1]
+    cache = DecodingCache.of(model, media, phi.shape[1]) if cached else None
+    while (end := tokens.shape[1]) < phi.shape[1]:
+        if cached:
+            at = np.arange(start, end)[None].repeat(len(tokens), axis=0)
+            logits = model.read(tokens[:, start:], None, phi[:, start:end], cache, at)
+        else:
+            logits = model.read(tokens, media, phi[:, :end])
+        start, tokens = end, np.concatenate([tokens, logits[:, -1:].argmax(-1)], axis=1)
+    return tokens[:, L:]
+
+
+def test_their_tokens_before_the_first_image_see_the_last_and_ours_do_not():
+    """Only their feed-forward is masked; the attention of such tokens is uniform over ALL images.
+
+    Row 2 has no image at all, row 0 none before token 2.
+    """
+    model, _, ours = theirs_and_ours("shared keys")
+    media, before = normal(3, N, R, D), PHI == 0
+    moved = media.copy()
+    moved[:, -1] += 1
+    with torch.no_grad():
+        outs = [theirs(model, torch.from_numpy(m)).numpy() for m in (media, moved)]
+    leak = np.abs(outs[1] - outs[0]).max(axis=-1)
+    print("their logits before the first image move by", leak[before].round(2))
+    assert leak[0, :2].min() > 1e-2
+    ours = [ours.read(TOKENS, m, PHI) for m in (media, moved)]
+    np.testing.assert_array_equal(ours[0][before], ours[1][before])
+
+
+@pytest.mark.parametrize("layers, total", [([0, 1], 5), ([1, 3, 6], 9), ([4], 5), ([], 5)])
+def test_unevenly_spaced_layers_are_refused(layers, total):
+    with pytest.raises(ValueError, match="are not evenly spaced"):
+        mllama.spacing(layers, total)
+
+
+def test_the_places_of_the_published_models():
+    assert mllama.spacing([3, 8, 13, 18, 23, 28, 33, 38], 40) == (4, 3)
+    assert mllama.spacing(list(range(3, 100, 5)), 100) == (4, 3)
+
+
+def test_it_has_no_eye():
+    _, _, ours = theirs_and_ours("one layer")
+    with pytest.raises(ValueError, match="this Flamingo has no eye: give `read` the visual tokens"):
+        ours(TOKENS, normal(3, N, 1, 4, 4, 3), phi=PHI)
+
+
+def test_the_projection_of_a_whole_checkpoint():
+    """The names of the newer transformers, with a vision encoder, which is not read."""
+    model, about, ours = theirs_and_ours("one layer")
+    state = {"lm_head.weight": arrays(model)["lm_head.weight"]}
+    state |= {f"model.language_{n}": x for n, x in arrays(model).items() if n != "lm_head.weight"}
+    state["model.vision_model.class_embedding"] = np.zeros(3)
+    weight, bias = normal(D, 12), normal(D)
+    state |= {
+        "model.multi_modal_projector.weight": weight,
+        "model.multi_modal_projector.bias": bias,
+    }
+    config = {"text_config": about, "vision_config": {"vision_output_dim": 12}}
+    whole = mllama.build(config | {"image_token_index": 40}, state, np.float64)
+    features = normal(3, N, 1, R, 12)
+    media = whole.resampler(features)
+    np.testing.assert_allclose(media, (features @ weight.T + bias)[:, :, 0])
+    np.testing.assert_array_equal(whole.read(TOKENS, media, PHI), ours.read(TOKENS, media, PHI))
