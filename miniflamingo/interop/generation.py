@@ -16,7 +16,7 @@ from miniflamingo import decoding
 from miniflamingo.attention import KeyValueCache
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.interop.files import open_checkpoint
-from miniflamingo.interop.inspection import project_of
+from miniflamingo.interop.inspection import name_of
 from miniflamingo.interop.preprocess import preprocessor_of
 from miniflamingo.interop.streaming import Layers, load
 from miniflamingo.interop.tokenizer import tokenizer_of
@@ -165,7 +165,7 @@ def generate(path, request, out=None):
         pictures = preprocessor_of(checkpoint.folder)
         model = load(checkpoint, layers, lambda config: _with_pixels(config, pictures))
     words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
-    ids, phi = _prompt(request, words, project_of(checkpoint))
+    ids, phi = _prompt(request, words, name_of(checkpoint))
     if layers is not None:
         print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
     images = [content for kind, content in request.parts if kind == "image"]

@@ -9,16 +9,19 @@ and whether every name was understood.
 import io
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
 from miniflamingo import outputs
-from miniflamingo.checkpoints import STAGES
+from miniflamingo.checkpoints import STAGES, check_size
 from miniflamingo.checks import config_from_json
-from miniflamingo.command import some
+from miniflamingo.command import one_line, some
+from miniflamingo.dialects import DIALECTS
+from miniflamingo.flamingo import ShapesOnly
+from miniflamingo.interop import PROJECTS, project_of
 from miniflamingo.interop.files import open_checkpoint
-from miniflamingo.tensorfile import shown
+from miniflamingo.tensorfile import misfits, shown
 
 COMMAND = "python -m miniflamingo inspect"
 # the gates of all projects: each is tanh of one number, or of one for each of D, a layer
@@ -32,74 +35,89 @@ BAR = 40  # letters of a gate that is wide open
 LM, GATED, RESAMPLER, EYE = "language model", "gated layers", "resampler", "vision encoder"
 
 
-@dataclass(frozen=True)
-class Project:
-    """A project as its checkpoints show it: the names of its parts, first match first."""
-
-    title: str
-    parts: dict  # part -> a pattern of its names
-
-
-PROJECTS = {
-    "miniflamingo": Project("this project", {
-        RESAMPLER: r"resampler\..*", EYE: r"vision_encoder\..*",
-        LM: r"lm\..*", "<EOC>": r"eoc_(embedding|head)",
-    }),
-    "idefics": Project("IDEFICS (Hugging Face)", {
-        EYE: r"model\.vision_model\..*", RESAMPLER: r"model\.perceiver_resampler\..*",
-        LM: r"(model\.(embed_tokens|layers|norm)|lm_head)\..*",
-    }),
-    "mllama": Project("Llama 3.2 Vision (mllama)", {
-        EYE: r"(model\.)?vision_model\..*", "projection": r"(model\.)?multi_modal_projector\..*",
-        LM: r"((model\.)?(language_model|embed_tokens|layers|norm)|lm_head)\..*",
-    }),
-    "open_flamingo": Project("OpenFlamingo", {
-        RESAMPLER: r"perceiver\..*",
-        EYE: r"vision_encoder\..*", LM: r"lang_encoder\..*",
-    }),
-    "flamingo_pytorch": Project("flamingo-pytorch", {
-        RESAMPLER: r"(.*\.)?(latents|media_pos_emb|layers\.\d+\.[01]\..*|norm\..*)",
-    }),
-    "llama": Project("a Llama", {LM: r"(model\.(embed_tokens|layers|norm)|lm_head)\..*"}),
-    "clip": Project("CLIP's Vision Transformer", {EYE: r"(vision_model\.|visual_projection\.).*"}),
+OURS = "miniflamingo"
+TITLES = {
+    OURS: "this project", "idefics": "IDEFICS (Hugging Face)", "open_flamingo": "OpenFlamingo",
+    "mllama": "Llama 3.2 Vision (mllama)", "flamingo_pytorch": "flamingo-pytorch",
+    "llama": "a Llama", "mpt": "an MPT", "opt": "an OPT", "clip": "CLIP's Vision Transformer",
+    "efficientnet": "EfficientNet-Lite0",
 }  # fmt: skip
-EVIDENCE = {  # a name that only this project has
-    "idefics": r"model\.gated_cross_attn_layers\.\d+\.alpha_cross_attn",
-    "mllama": r".*layers\.\d+\.cross_attn_attn_gate",
-    "open_flamingo": r"lang_encoder\..*gated_cross_attn_layers?\.(\d+\.)?attn_gate",
-    "flamingo_pytorch": r"(.*\.)?(attn_gate|media_pos_emb)",
-    "llama": r"model\.layers\.\d+\.self_attn\.q_proj\.weight",
-    "clip": r"vision_model\.embeddings\.patch_embedding\.weight",
+# part -> a pattern of the names of its tensors, in any project, but for what belongs to a gated
+# layer (it lies beside a gate); the first that matches
+PARTS = {
+    RESAMPLER: r"(model\.)?(perceiver_resampler|perceiver|resampler)\..*",
+    EYE: r"(model\.)?(vision_model|vision_encoder|visual_projection)\..*",
+    "projection": r"(model\.)?multi_modal_projector\..*",
+    "<EOC>": r"eoc_(embedding|head)",
 }
+ALL_OF = {"clip": EYE, "efficientnet": EYE, "flamingo_pytorch": RESAMPLER}  # else the LM
 
 
-def project_of(checkpoint):
-    """The key in PROJECTS of a Checkpoint; ValueError that shows its names if it is none of them.
+def name_of(checkpoint):
+    """The project of a Checkpoint: "miniflamingo", or a key of interop.PROJECTS.
 
-    A file of this project says its stage in its metadata.
+    ValueError that shows its names if it is of none. A file of this project says its stage in its
+    metadata.
     """
     if checkpoint.metadata.keys() & STAGES.keys():
-        return "miniflamingo"
-    for project, pattern in EVIDENCE.items():
-        if any(re.fullmatch(pattern, name) for name in checkpoint):
-            return project
-    raise ValueError(f"{checkpoint.path}: no project that is known here has such names: "
-                     f"{some(map(shown, checkpoint))}")  # fmt: skip
+        return OURS
+    try:
+        return project_of(checkpoint.config, checkpoint.shapes)
+    except ValueError as error:
+        names = some(map(shown, checkpoint))
+        raise ValueError(f"{checkpoint.path}: {error}; its names are {names}") from None
 
 
 def parts_of(checkpoint, project):
-    """{part: names}, and under None the names that belong to none; whatever lies beside a gate
-    belongs to its gated layer."""
-    patterns, found = PROJECTS[project].parts, {}
+    """{part: names}; whatever lies beside a gate belongs to its gated layer."""
     gated = tuple(name[: -len(re.search(rf"({ANY_GATE})$", name)[0])] for name in checkpoint
                   if re.fullmatch(rf"(.*\.)?({ANY_GATE})", name))  # fmt: skip
-    if project == "miniflamingo" and "flamingo" not in checkpoint.metadata:
-        patterns = {LM if "lm" in checkpoint.metadata else EYE: ".*"}
+    found, rest = {}, ALL_OF.get(project, LM)
+    rest = EYE if "vision" in checkpoint.metadata else rest
     for name in checkpoint:
-        fitting = (part for part, pattern in patterns.items() if re.fullmatch(pattern, name))
-        part = GATED if name.startswith(gated) else next(fitting, None)
+        fitting = (part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
+        part = GATED if name.startswith(gated) else next(fitting, rest)
         found.setdefault(part, []).append(name)
     return found
+
+
+def misunderstood(checkpoint, project):
+    """What of its names, shapes and config is not understood, as one line, or "" for all is."""
+    try:
+        if project == OURS:
+            stage, config = _own_config(checkpoint)
+            check_size(config, checkpoint)
+            faults = misfits(_shapes(STAGES[stage][2](config, rng=ShapesOnly())), checkpoint.shapes)
+            return some(faults, "; ")
+        module = PROJECTS[project]
+        module.state_of(checkpoint, module.config_of(checkpoint.config, checkpoint.shapes))
+    except (ValueError, TypeError) as error:
+        return one_line(error)
+    return ""
+
+
+def _own_config(checkpoint):
+    """(stage, config) of a checkpoint of this project."""
+    stage = next(stage for stage in STAGES if stage in checkpoint.metadata)
+    where = f"{checkpoint.path}: config of stage {stage}"
+    return stage, config_from_json(STAGES[stage][1], checkpoint.metadata[stage], where)
+
+
+def _shapes(model):
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def dialect_of(checkpoint, project):
+    """{option: value} in which a checkpoint's gated layers and resampler are not the paper's."""
+    try:
+        if project == OURS:
+            config = _own_config(checkpoint)[1]
+        else:
+            config = PROJECTS[project].config_of(checkpoint.config, checkpoint.shapes)
+    except (ValueError, TypeError):
+        return {}
+    own, paper = asdict(getattr(config, "dialect", DIALECTS["paper"])), asdict(DIALECTS["paper"])
+    return {name: value for name, value in own.items() if value != paper[name]}
 
 
 def gates_of(checkpoint):
@@ -122,15 +140,18 @@ def report(checkpoint, project, gates):
     kinds = Counter(checkpoint.dtypes.values())
     stored = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
     parts = parts_of(checkpoint, project)
-    yield f"{checkpoint.path}: {PROJECTS[project].title}; {len(checkpoint)} tensors: {stored}"
+    yield f"{checkpoint.path}: {TITLES[project]}; {len(checkpoint)} tensors: {stored}"
     yield from _config_lines(checkpoint, project)
+    if dialect := dialect_of(checkpoint, project):
+        said = ", ".join(f"{name} {value}" for name, value in dialect.items())
+        yield f"\n  unlike the paper's: {said}"
     yield f"\n  {'part':<24} {'tensors':>8} {'parameters':>12}"
     for part, names in parts.items():
-        yield f"  {part or '(unknown)':<24} {len(names):>8} {short(checkpoint.size(names)):>12}"
+        yield f"  {part:<24} {len(names):>8} {short(checkpoint.size(names)):>12}"
     yield f"  {'total':<24} {len(checkpoint):>8} {short(checkpoint.size()):>12}"
     yield from _gate_lines(gates)
-    lost = parts.get(None, [])
-    yield f"\nnot understood: {some(map(shown, lost))}" if lost else "\nevery name is understood"
+    lost = misunderstood(checkpoint, project)
+    yield f"\nnot understood: {lost}" if lost else "\nevery name is understood"
 
 
 def short(count):
@@ -144,17 +165,13 @@ def short(count):
 def _config_lines(checkpoint, project):
     """The config as it is: of ours from the metadata, of others from config.json."""
     config = checkpoint.config
-    if project == "miniflamingo":
-        stage = next(stage for stage in STAGES if stage in checkpoint.metadata)
-        where = f"{checkpoint.path}: config of stage {stage}"
-        config = asdict(config_from_json(STAGES[stage][1], checkpoint.metadata[stage], where))
-    simple = {
-        k: v for k, v in _flat(config).items() if v is None or not isinstance(v, (list, dict))
-    }
-    for name, value in list(simple.items())[:MOST_FIELDS]:
+    if project == OURS:
+        config = asdict(_own_config(checkpoint)[1])
+    simple = [pair for pair in _flat(config).items() if not isinstance(pair[1], (list, dict))]
+    for name, value in simple[:MOST_FIELDS]:
         yield f"  {shown(name):<40} {shown(value, 50)}"
-    if left := len(simple) - MOST_FIELDS if len(simple) > MOST_FIELDS else 0:
-        yield f"  ... and {left} more fields"
+    if len(simple) > MOST_FIELDS:
+        yield f"  ... and {len(simple) - MOST_FIELDS} more fields"
     if not config:
         yield "  no config.json: sizes are those of the tensors"
 
@@ -197,7 +214,7 @@ def inspect(path, plot=None, allow_pickle=False):
     outputs.check_file(plot, COMMAND, "--plot")
     path = path / "model.safetensors" if _is_run(path) else path
     checkpoint = open_checkpoint(path, allow_pickle)
-    project = project_of(checkpoint)
+    project = name_of(checkpoint)
     gates = gates_of(checkpoint)
     print("\n".join(report(checkpoint, project, gates)))
     if plot is not None:
@@ -214,7 +231,7 @@ def _draw(checkpoint, project, gates, plot):
 
     if not any(gates.values()):
         raise ValueError(f"--plot: {checkpoint.path} has no gates to draw")
-    title = f"{PROJECTS[project].title}: how open the gates are"
+    title = f"{TITLES[project]}: how open the gates are"
     file, about = io.BytesIO(), {"made_by": COMMAND, "Software": None}
     plot_openings(gates, title).savefig(file, format="png", dpi=150, metadata=about)
     outputs.write_file(plot, file.getvalue(), COMMAND, "--plot")

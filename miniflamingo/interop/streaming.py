@@ -10,19 +10,20 @@ are called here (state_of). Names and shapes are checked before a number is read
 import re
 import time
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 
 from miniflamingo.checkpoints import check_size
 from miniflamingo.command import some
-from miniflamingo.flamingo import Flamingo, ShapesOnly
-from miniflamingo.interop.inspection import project_of
+from miniflamingo.flamingo import Flamingo, FlamingoConfig, ShapesOnly
+from miniflamingo.interop import PROJECTS
+from miniflamingo.interop.inspection import name_of
 from miniflamingo.interop.loading import fill
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module
 from miniflamingo.tensorfile import misfits
+
+MODELS = {LanguageConfig: LanguageModel, FlamingoConfig: Flamingo}
 
 
 class _Shapes(Mapping):
@@ -41,20 +42,6 @@ class _Shapes(Mapping):
         return len(self.shapes)
 
 
-def module_of(checkpoint):
-    """The module of interop/ that builds a Checkpoint's model; ValueError if there is none."""
-    project = project_of(checkpoint)
-    where = f"miniflamingo.interop.{project}"
-    module = import_module(where) if find_spec(where) else None
-    if not hasattr(module, "build"):
-        raise ValueError(f"{checkpoint.path}: a checkpoint of {project} is no model to run")
-    if not module.matches(checkpoint.config, checkpoint.shapes):
-        kind = checkpoint.config.get("model_type", "no model_type")
-        raise ValueError(f"{checkpoint.path}: its names are those of {project}, but its config "
-                         f"says {kind}, which is not read")  # fmt: skip
-    return module
-
-
 def load(checkpoint, layers=None, change=lambda config: config):
     """The model of a Checkpoint: a LanguageModel or a Flamingo, in float32.
 
@@ -63,14 +50,17 @@ def load(checkpoint, layers=None, change=lambda config: config):
     for one without a model of its own, a config that the tensors do not fit, and numbers that are
     not finite.
     """
-    module = module_of(checkpoint)
+    module = PROJECTS.get(name_of(checkpoint))
     try:
-        config = change(module.config_of(checkpoint.config, checkpoint.shapes))
+        config = change(module.config_of(checkpoint.config, checkpoint.shapes)) if module else None
+        if type(config) not in MODELS:
+            raise ValueError("these weights are no whole model that writes text")
         check_size(config, checkpoint)
-        kind = LanguageModel if isinstance(config, LanguageConfig) else Flamingo
-        model = kind(config, rng=ShapesOnly())
-        zeros = getattr(module, "ZEROS", None)
-        _check(model, module.state_of(_Shapes(checkpoint.shapes), config), zeros)
+        model = MODELS[type(config)](config, rng=ShapesOnly())
+        shapes = _Shapes(checkpoint.shapes)
+        find = getattr(module, "zeros_of", lambda _: getattr(module, "ZEROS", None))
+        zeros = find(shapes)
+        _check(model, module.state_of(shapes, config), zeros)
         state = module.state_of(checkpoint, config)
         if layers is None:
             return fill(model, state, zeros=zeros)

@@ -6,14 +6,18 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from miniflamingo import decoding
 from miniflamingo.__main__ import main
 from miniflamingo.interop import generation
 from miniflamingo.interop.files import open_checkpoint
 from miniflamingo.interop.generation import FORMATS, Speaker, build_prompt, speak
+from miniflamingo.interop.preprocess import preprocessor_of
 from miniflamingo.interop.streaming import Layers, load
+from miniflamingo.interop.tokenizer import tokenizer_of
 from tests.interop import made
+from tests.interop.theirs import save_idefics
 
 pytest.importorskip("tokenizers")
 IDS, PHI = np.array([1, 40, 41, 42]), np.zeros(4, int)
@@ -87,6 +91,67 @@ def test_the_answer_ends_before_an_end(folder):
         speak(Speaker(model, 9), IDS, PHI, 5, decoding.top_k(1), np.random.default_rng(0))
     )
     assert chosen == first
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def idefics(tmp_path_factory):
+    """A random IDEFICS with a tokenizer and a preprocessor_config.json -> folder, their model."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("idefics")
+    model = save_idefics(folder)
+    tokenizer = made.trained()
+    tokenizer.add_special_tokens(["<fake_token_around_image>", "<image>"])
+    made.save_tokenizer(folder, tokenizer)
+    about = {"image_size": 28, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about), "utf-8")
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder, model
+
+
+def theirs(folder, model, ids, phi, images, new):
+    """The greedy tokens of transformers' IDEFICS, with its own processor's pixels."""
+    import torch
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    about = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+    pixels = IdeficsImageProcessorPil(**about)([Image.open(x) for x in images], return_tensors="pt")
+    seen = phi[None, :, None] == np.arange(1, len(images) + 1)
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        tokens = model.generate(
+            input_ids=torch.from_numpy(ids[None]), attention_mask=torch.ones(1, len(ids)).long(),
+            pixel_values=torch.as_tensor(np.asarray(pixels))[None], do_sample=False,
+            image_attention_mask=torch.from_numpy(seen.astype(np.int64)), max_new_tokens=new,
+        )  # fmt: skip
+    return tokens[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("layout", ["0a1b", "a0b12c", "01", "ab"])
+def test_idefics_writes_what_transformers_writes(idefics, layout, capsys):
+    folder, model = idefics
+    parts = [
+        ("image", folder / f"{c}.png") if c.isdigit() else ("text", f"{c} red") for c in layout
+    ]
+    images = [content for kind, content in parts if kind == "image"]
+    checkpoint, pictures = open_checkpoint(folder), preprocessor_of(folder)
+    ids, phi = build_prompt(parts, tokenizer_of(checkpoint), FORMATS["idefics"])
+    ours = load(checkpoint, change=lambda config: generation._with_pixels(config, pictures))
+    pixels = [generation._pixels(image, pictures) for image in images]
+    got = list(speak(Speaker(ours, len(ids) + 12, pixels), ids, phi, 12))
+    if images:  # theirs asks for one
+        assert got == theirs(folder, model, ids, phi, images, 12)
+    words = [word for kind, content in parts for word in (f"--{kind}", str(content))]
+    for options in ([], ["--stream"]):
+        code, out, err = answer(folder, *words, *options, "--max-new-tokens", "12", capsys=capsys)
+        assert code == 0 and ("eye " in err) == bool(images), err
+        ends = tokenizer_of(checkpoint).ends
+        kept = got[: min([got.index(i) for i in ends if i in got], default=12)]
+        assert out == tokenizer_of(checkpoint).decode(kept) + "\n"
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -224,7 +289,7 @@ DAMAGES = {
     "no heads": (configured(num_attention_heads=0), "heads"),
     "text": (configured(num_attention_heads="four"), "heads"),
     "missing": (lambda config: config.pop("hidden_size"), "hidden_size"),
-    "another model": (configured(model_type="gemma"), "says gemma, which is not read"),
+    "another model": (configured(model_type="gemma"), "gemma"),
     "activation": (configured(hidden_act="softsign"), "softsign"),
     "positions": (configured(rope_scaling={"rope_type": "odd"}), "odd"),
 }

@@ -12,6 +12,7 @@ from miniflamingo.interop.files import Checkpoint, open_checkpoint
 from miniflamingo.module import save_tensors
 from miniflamingo.training import WEIGHTS
 from tests.interop import made
+from tests.interop.agreement import Peer
 
 
 class Reads(Checkpoint):
@@ -25,7 +26,7 @@ class Reads(Checkpoint):
 def lines(path):
     checkpoint = open_checkpoint(path)
     checkpoint.__class__ = Reads
-    project = inspection.project_of(checkpoint)
+    project = inspection.name_of(checkpoint)
     gates = inspection.gates_of(checkpoint)
     text = "\n".join(inspection.report(checkpoint, project, gates))
     return project, gates, text, getattr(checkpoint, "read", [])
@@ -50,9 +51,9 @@ def test_a_llama(tmp_path):
 def test_a_name_that_nobody_knows_is_shown(tmp_path):
     state = made.llama_state() | {"surprise.weight": np.ones(3, np.float32)}
     folder = made.save_folder(tmp_path / "m", made.LLAMA, state)
-    assert lines(folder)[2].endswith("not understood: surprise.weight")
+    assert lines(folder)[2].endswith("1 names are not understood: surprise.weight")
     save_tensors(tmp_path / "x.safetensors", {"surprise\n.weight": np.ones(3)})
-    with pytest.raises(ValueError, match=r"no project .*: surprise\\n\.weight"):
+    with pytest.raises(ValueError, match=r"is of none of .* names are surprise\\n\.weight"):
         lines(tmp_path / "x.safetensors")
 
 
@@ -82,24 +83,16 @@ def test_a_random_mllama(tmp_path):
     assert "every name is understood" in text
 
 
-NAMES = {
-    "open_flamingo": ["lang_encoder.gated_cross_attn_layers.3.attn_gate", "perceiver.latents",
-                      "lang_encoder.gated_cross_attn_layers.3.ff.0.weight",
-                      "lang_encoder.transformer.wte.weight"],
-    "flamingo_pytorch": ["attn_gate", "ff_gate", "attn.to_q.weight", "ff.1.weight"],
-    "clip": ["vision_model.embeddings.patch_embedding.weight", "vision_model.post_layernorm.bias"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("project", NAMES)
-def test_other_projects_are_known_by_their_names(tmp_path, project):
-    state = {name: np.full(1, 0.5, np.float32) for name in NAMES[project]}
-    save_tensors(tmp_path / "x.safetensors", state)
-    found, gates, text, _ = lines(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("project", ["open_flamingo", "flamingo_pytorch"])
+@pytest.mark.parametrize("part", ["xattn", "resampler"])
+def test_other_projects_are_known_by_their_names(tmp_path, project, part):
+    peer = Peer.load(f"{project}-{part}-small")
+    folder = made.save_folder(tmp_path / "m", peer.config, peer.weights)
+    found, gates, text, _ = lines(folder)
     assert found == project and "every name is understood" in text
-    if project != "clip":
-        (opening,) = gates["attention"].values()
-        assert opening == pytest.approx(np.tanh(0.5))
+    for kind, gate in (("attention", "attn_gate"), ("dense", "ff_gate")) * (part == "xattn"):
+        (alpha,) = (x for name, x in peer.weights.items() if name.endswith(gate))
+        assert gates[kind][0] == pytest.approx(abs(np.tanh(alpha)))
 
 
 def test_the_figure_replaces_only_its_own(tmp_path, capsys):
