@@ -68,7 +68,7 @@ SMALL = ("IDEFICS, 512 wide", "Llama, SmolLM2-135M")
 
 def make(name, folder):
     """Write a random model of MODELS as a folder; its matrices keep the size of what they take."""
-    torch, transformers = import_module("torch"), import_module("transformers")
+    torch, transformers = import_module("torch"), _transformers_alone()
     kind, builder, options = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**options)
@@ -111,9 +111,8 @@ def _numpy(name, folder, threads, new):
 
 
 def _transformers(name, folder, threads, new):
-    torch, transformers = import_module("torch"), import_module("transformers")
+    torch, transformers = import_module("torch"), _transformers_alone()
     torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     model = getattr(transformers, MODELS[name][1]).from_pretrained(folder).eval()
     model.generation_config.eos_token_id = None
     arguments, seconds = _arguments(torch, name), {}
@@ -123,6 +122,14 @@ def _transformers(name, folder, threads, new):
             tokens = model.generate(**arguments, max_new_tokens=most, do_sample=False)
         seconds[most] = time.perf_counter() - start
     return _result(tokens[0, PROMPT:].tolist(), seconds[1], seconds[new] - seconds[1], new)
+
+
+def _transformers_alone():
+    """The package, without its messages and progress bars."""
+    transformers = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def _arguments(torch, name):

@@ -36,7 +36,6 @@ class ImageFormat:
 FORMATS = {
     "idefics": ImageFormat("<image>", around="<fake_token_around_image>"),
     "open_flamingo": ImageFormat("<image>", end="<|endofchunk|>"),
-    "mllama": ImageFormat("<|image|>"),
 }
 
 
@@ -50,7 +49,7 @@ def build_prompt(parts, words, form):
         if kind == "text":
             ids += words.encode(content)
         elif form is None:
-            raise ValueError("this model reads no images: give it --text alone")
+            raise ValueError("this model reads no images here: give it --text alone")
         else:
             phi += [seen] * (len(ids) - len(phi))
             ids += [words.id_of(form.end)] if form.end and before == "text" and seen else []

@@ -78,9 +78,9 @@ class GGUFFile:
             return data if mapped else data.copy()
         rows = (*shape[:-1], shape[-1] // block * width)
         data = np.memmap(self.path, np.uint8, "r", where, rows).view(np.ndarray)
-        decoded = import_module("gguf").dequantize(
-            data, import_module("gguf").GGMLQuantizationType(kind)
-        )
+        gguf = import_module("gguf")
+        with np.errstate(all="ignore"):  # what is not finite is refused later, by name
+            decoded = gguf.dequantize(data, gguf.GGMLQuantizationType(kind))
         return decoded.astype(np.float32, copy=False).reshape(shape)
 
 

@@ -64,7 +64,7 @@ def load(checkpoint, layers=None, change=lambda config: config):
         state = module.state_of(checkpoint, config)
         if layers is None:
             return fill(model, state, zeros=zeros)
-        return layers.take(model, state, zeros)
+        return layers.take(model, state, checkpoint.path)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 
@@ -92,20 +92,30 @@ class Layers:
         self.keep, self.progress = keep, progress
         self.seconds, self.read_bytes, self.layers = 0.0, 0, []
 
-    def take(self, model, state, zeros=None):
+    def take(self, model, state, path):
         """Let the layers of a model stream from `state` {name: array}, and read what is in none.
 
-        `zeros` is a pattern of names that may be missing. Returns the model. ValueError for numbers
-        that are not finite.
+        Returns the model. ValueError that names `path` for numbers that are not finite, now or when
+        a layer works.
         """
+        self.path = path
         rest = dict(model.named_parameters())
         for name, module in _layers(model):
             own = {f"{name}.{n}": parameter for n, parameter in module.named_parameters()}
             self.layers.append(_Layer(self, name, module, own, state))
             rest = {n: parameter for n, parameter in rest.items() if n not in own}
         for name, parameter in rest.items():
-            parameter.data = read(state, name, parameter.shape)
+            parameter.data = self.tensor(state, name, parameter.shape)
         return model
+
+    def tensor(self, state, name, shape):
+        """A tensor as float32, 0 where the state has none; ValueError if it is not finite."""
+        if name not in state:
+            return np.zeros(shape, np.float32)
+        found = np.asarray(state[name], np.float32)
+        if not np.isfinite(found).all():
+            raise ValueError(f"{self.path}: not finite: {name}")
+        return found
 
     def bytes(self):
         """In float32, of the layers that do not stay and work for every token: the text's."""
@@ -124,16 +134,6 @@ class Layers:
             if weight.ndim == 2:
                 np.zeros((rows, weight.shape[1]), np.float32) @ weight.T
         return (time.perf_counter() - start) / layer.bytes
-
-
-def read(state, name, shape):
-    """A tensor as float32, 0 where the state has none; ValueError if it is not finite."""
-    if name not in state:
-        return np.zeros(shape, np.float32)
-    found = np.asarray(state[name], np.float32)
-    if not np.isfinite(found).all():
-        raise ValueError(f"not finite: {name}")
-    return found
 
 
 def _layers(module, prefix=""):
@@ -171,7 +171,8 @@ class _Layer:
 
     def read(self):
         """{name: array} of all weights, from the file."""
-        return {n: read(self.state, n, p.shape) for n, p in self.parameters.items()}
+        tensor = self.layers.tensor
+        return {n: tensor(self.state, n, p.shape) for n, p in self.parameters.items()}
 
     def _fill(self):
         start = time.perf_counter()
