@@ -98,7 +98,8 @@ class InsertedLayers(nn.ModuleList):
         past = next((a.get_seq_length() for a in arguments if hasattr(a, "get_seq_length")), 0)
         places = (past + torch.arange(L, device=phi.device)).clamp(max=phi.shape[1] - 1)
         phi = phi[:, places]
-        work = share_work(phi, media.shape[1], self[0].attention.heads, self.backend)
+        a = self[0].attention
+        work = share_work(phi, media.shape[1], a.heads, self.backend, a.groups)
         return Sight(media, phi, work, None if torch.is_grad_enabled() else kept)
 
     def _apply_layer(self, j, y):

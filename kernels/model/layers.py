@@ -21,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from miniflamingo.dialects import DIALECTS
+from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
-from miniflamingo.vision import ACTIVATION_GAIN
+from miniflamingo.rotary import frequencies
+from miniflamingo.vision import ACTIVATION_GAIN, VisionConfig
+from miniflamingo.vit import ViTConfig
 from miniflamingo.xattn import compute_phi
 
 from .. import unavailable
@@ -71,12 +75,55 @@ def gelu(x):  # [...] -> [...]
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"relu": F.relu, "squared_relu": squared_relu, "gelu": gelu}
+def quick_gelu(x):  # [...] -> [...]
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+    "gelu": gelu,
+    "gelu_exact": F.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+    "relu6": F.relu6,
+}
 
 
 class RMSNorm(nn.RMSNorm):
-    def __init__(self, dim):
-        super().__init__(dim, eps=1e-6)
+    def __init__(self, dim, eps=1e-6):
+        super().__init__(dim, eps=eps)
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
+
+
+def norm_named(name, eps=None):
+    """As miniflamingo.functional.norm_named."""
+    return functools.partial(NORMS[name], eps=eps) if name and eps else NORMS.get(name)
+
+
+def rotate(x, config):
+    """[B, L, H, K] at positions 0..L-1, turned as miniflamingo.rotary.rotate does."""
+    turns = torch.from_numpy(frequencies(config, x.shape[-1]).copy()).to(x.device)
+    angle = torch.arange(x.shape[1], device=x.device)[:, None, None] * turns  # [L, 1, K/2]
+    cos, sin = (config.scale * angle.cos()).to(x), (config.scale * angle.sin()).to(x)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def group_heads(x, groups):  # [B, L, H, K] -> [B, L groups, H / groups, K]
+    """As miniflamingo.attention.group_heads."""
+    if groups == 1:
+        return x
+    return x.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)
+
+
+def ungroup_heads(x, groups):  # [B, L groups, H / groups, K] -> [B, L, H, K]
+    """Undo group_heads."""
+    if groups == 1:
+        return x
+    return x.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
 
 
 def attend(q, k, v, mask=None, bias=None):
@@ -141,46 +188,72 @@ def fused_image_causal_attention(q, k, v, phi, work=None):
 
 
 class MultiHeadAttention(nn.Module):
-    def __init__(self, dim, heads, head_dim, context_dim=None):
+    def __init__(
+        self, dim, heads, head_dim, context_dim=None, kv_heads=None, bias=False, qk_norm=None,
+        rotary=None,
+    ):  # fmt: skip
         super().__init__()
-        context_dim, inner = context_dim or dim, heads * head_dim
-        self.heads, self.head_dim = heads, head_dim
-        self.q_proj = nn.Linear(dim, inner, bias=False)
-        self.k_proj = nn.Linear(context_dim, inner, bias=False)
-        self.v_proj = nn.Linear(context_dim, inner, bias=False)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        context_dim, kv_heads = context_dim or dim, kv_heads or heads
+        self.heads, self.head_dim, self.groups = heads, head_dim, heads // kv_heads
+        self.rotary = rotary
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.q_norm, self.k_norm = (qk_norm and qk_norm(head_dim) for _ in range(2))
 
     def project(self, projection, x):  # [..., D] -> [..., H, K]
-        return projection(x).unflatten(-1, (self.heads, self.head_dim))
+        return projection(x).unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x):  # [..., D] -> [..., H, K]
+        return self._place(self.project(self.q_proj, x), self.q_norm)
+
+    def keys(self, x):  # [..., D] -> [..., H / groups, K]
+        return self._place(self.project(self.k_proj, x), self.k_norm)
+
+    def _place(self, x, norm):
+        x = x if norm is None else norm(x)
+        return x if self.rotary is None else rotate(x, self.rotary)
 
     def forward(self, x, context=None, mask=None, bias=None):
         context = x if context is None else context
-        q = self.project(self.q_proj, x)
-        k, v = self.project(self.k_proj, context), self.project(self.v_proj, context)
-        return self.out_proj(attend(q, k, v, mask, bias).flatten(-2))
+        k, v = self.keys(context), self.project(self.v_proj, context)
+        k, v = (y.repeat_interleave(self.groups, dim=2) if self.groups > 1 else y for y in (k, v))
+        return self.out_proj(attend(self.queries(x), k, v, mask, bias).flatten(-2))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim, hidden, activation="squared_relu", norm=nn.LayerNorm):
+    def __init__(
+        self, dim, hidden, activation="squared_relu", norm=nn.LayerNorm, gated=False, bias=False
+    ):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.norm = norm(dim)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
 
     def hidden(self, x):  # [..., D] -> [..., hidden], what `down` is to project
-        return self.activation(self.up(self.norm(x)))
+        x = self.norm(x)
+        if self.gate is None:
+            return self.activation(self.up(x))
+        return self.activation(self.gate(x)) * self.up(x)
 
     def forward(self, x):
         return self.down(self.hidden(x))
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim, heads, hidden, activation="gelu", norm=RMSNorm):
+    def __init__(
+        self, dim, heads, hidden, activation="gelu", norm=RMSNorm, gated=False, bias=False,
+        head_dim=None, kv_heads=None, rotary=None,
+    ):  # fmt: skip
         super().__init__()
-        self.norm = norm(dim)
-        self.attention = MultiHeadAttention(dim, heads, dim // heads)
-        self.ffw = FeedForward(dim, hidden, activation, norm)
+        self.norm, head_dim = norm(dim), head_dim or dim // heads
+        self.attention = MultiHeadAttention(
+            dim, heads, head_dim, None, kv_heads, bias, None, rotary
+        )
+        self.ffw = FeedForward(dim, hidden, activation, norm, gated, bias)
 
     def forward(self, x, mask=None, bias=None):
         x = x + self.attention(self.norm(x), None, mask, bias)
@@ -191,11 +264,11 @@ class TransformerBlock(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    def __init__(self, dim, heads, head_dim, ffw_mult=4):
+    def __init__(self, dim, heads, head_dim, ffw_mult=4, activation="squared_relu", qk_norm=None):
         super().__init__()
         self.input_norm, self.latent_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = MultiHeadAttention(dim, heads, head_dim)
-        self.ffw = FeedForward(dim, ffw_mult * dim)
+        self.attention = MultiHeadAttention(dim, heads, head_dim, qk_norm=qk_norm)
+        self.ffw = FeedForward(dim, ffw_mult * dim, activation)
 
     def forward(self, latents, inputs, mask=None, backend="auto", work=None):
         """latents [B, R, D], inputs [B, M, D] -> [B, R, D].
@@ -217,17 +290,20 @@ class PerceiverLayer(nn.Module):
         from ..resampler_attention import padded_resampler_attention
 
         a = self.attention
-        q = a.project(a.q_proj, x)
-        k_x, v_x, k_l, v_l = (a.project(p, y) for y in (inputs, x) for p in (a.k_proj, a.v_proj))
+        q, (k_x, k_l) = a.queries(x), (a.keys(y) for y in (inputs, x))
+        v_x, v_l = (a.project(a.v_proj, y) for y in (inputs, x))
         out = padded_resampler_attention(q, k_x, v_x, k_l, v_l, work=work)
         return a.out_proj(out.flatten(-2))
 
 
 class Resampler(nn.Module):
-    def __init__(self, input_dim, dim, num_frames, num_features):
+    def __init__(self, input_dim, dim, num_frames, num_features, dialect=DIALECTS["paper"]):
         super().__init__()
         self.input_proj = nn.Linear(input_dim, dim, bias=False) if input_dim != dim else None
-        self.time_embeddings = nn.Parameter(torch.randn(num_frames, dim))
+        own = {"time_embeddings": num_frames if dialect.time_embeddings else None,
+               "media_embeddings": dialect.media_embeddings}  # fmt: skip
+        for name, rows in own.items():
+            setattr(self, name, nn.Parameter(torch.randn(rows, dim)) if rows else None)
         self.spatial_embeddings = (
             nn.Parameter(torch.randn(num_features, dim)) if num_features else None
         )
@@ -243,11 +319,18 @@ class Resampler(nn.Module):
             real = mask.view(B, N, T, S, 1)
             features = torch.where(real, features, 0)  # NaN would count, in shared weights' grads
         x = features if self.input_proj is None else self.input_proj(packed(features))
-        weights = torch.from_numpy(time_weights(frames, T, len(self.time_embeddings))).to(x)
-        x = x + (weights @ self.time_embeddings)[..., None, :]
+        x = self._place(x, frames)
+        return x.reshape(B * N, T * S, -1), mask
+
+    def _place(self, x, frames):  # [B, N, T, S, D]
+        if self.time_embeddings is not None:
+            weights = time_weights(frames, x.shape[2], len(self.time_embeddings))
+            x = x + (torch.from_numpy(weights).to(x) @ self.time_embeddings)[..., None, :]
         if self.spatial_embeddings is not None:
             x = x + self.spatial_embeddings
-        return x.reshape(B * N, T * S, -1), mask
+        if self.media_embeddings is not None:
+            x = x + self.media_embeddings[: x.shape[1], None, None]
+        return x
 
     def finish(self, x, B, N):
         return self.final_norm(x).unflatten(0, (B, N))
@@ -256,12 +339,15 @@ class Resampler(nn.Module):
 class PerceiverResampler(Resampler):
     def __init__(
         self, input_dim, dim, num_latents=64, depth=6, heads=16, head_dim=128, num_frames=8,
-        num_features=None,
+        num_features=None, dialect=DIALECTS["paper"], ffw_mult=4,
     ):  # fmt: skip
-        super().__init__(input_dim, dim, num_frames, num_features)
+        super().__init__(input_dim, dim, num_frames, num_features, dialect)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * 0.3)
         self.heads = heads
-        self.layers = nn.ModuleList(PerceiverLayer(dim, heads, head_dim) for _ in range(depth))
+        options = (ffw_mult, dialect.resampler_activation, norm_named(dialect.resampler_qk_norm))
+        self.layers = nn.ModuleList(
+            PerceiverLayer(dim, heads, head_dim, *options) for _ in range(depth)
+        )
 
     def forward(self, features, num_frames=None, backend="auto"):
         """features [B, N, T, S, D_in], num_frames int[B, N] or None -> [B, N, R, D].
@@ -288,14 +374,27 @@ class PerceiverResampler(Resampler):
         return build_padded_list(lengths, M, self.heads, check=False)
 
 
+class NoResampler(nn.Module):
+    def __init__(self, input_dim, dim):
+        super().__init__()
+        self.proj = nn.Linear(input_dim, dim) if input_dim != dim else None
+
+    def forward(self, features, num_frames=None, backend="auto"):
+        """features [B, N, T, S, D_in] -> [B, N, T*S, D]; backend is not looked at."""
+        x = features if self.proj is None else self.proj(features)
+        return x.flatten(2, 3)
+
+
 # --- GATED XATTN-DENSE --------------------------------------------------------------------------
 
 
-def share_work(phi, N, heads, backend):
+def share_work(phi, N, heads, backend, groups=1):
     """phi's work list for all layers of a model, or None where no layer will want one.
 
-    One token a row, as in decoding, wants none where there are no gradients.
+    One token a row, as in decoding, wants none where there are no gradients. groups heads share
+    each key, and count as tokens.
     """
+    phi, heads = spread_phi(phi, groups), heads // groups
     if phi.shape[1] == 1 and not torch.is_grad_enabled():
         return None
     if backend == "torch" or MISSING or (backend == "auto" and not phi.is_cuda):
@@ -303,6 +402,11 @@ def share_work(phi, N, heads, backend):
     from ..image_causal_attention import build_work_list
 
     return build_work_list(phi, N, heads, check=False)
+
+
+def spread_phi(phi, groups):  # int [B, L] -> int [B, L groups]
+    """phi of the queries of group_heads."""
+    return phi.repeat_interleave(groups, dim=1) if groups > 1 else phi
 
 
 def check_phi(phi, B, L, N, device, check=True):
@@ -336,28 +440,30 @@ def keep_seen(x, phi, only_last=True):
 
 
 def gated_add(y, alpha, x, weight):
-    """y + tanh(alpha) * (x @ weight^T): y [..., D], alpha [], x [..., I], weight [D, I].
+    """y + tanh(alpha) * (x @ weight^T): y [..., D], alpha [] or [D], x [..., I], weight [D, I].
 
     The gate is folded into the weight, so that the branch's output is not kept for the backward
     pass: with dW' = dout^T x, autograd gets d(alpha) = (1 - tanh(alpha)^2) <weight, dW'> and
     d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit, where x and weight are
     finite (0 * inf is NaN); only -0 may become 0.
     """
-    return y + F.linear(packed(x), alpha.tanh() * weight)
+    return y + F.linear(packed(x), alpha.tanh()[..., None] * weight)
 
 
 class ImageCausalCrossAttention(MultiHeadAttention):
-    def __init__(self, dim, media_dim, heads, head_dim, only_last=True):
-        super().__init__(dim, heads, head_dim, context_dim=media_dim)
+    def __init__(self, dim, media_dim, heads, head_dim, only_last=True, **options):
+        super().__init__(dim, heads, head_dim, context_dim=media_dim, **options)
         self.only_last = only_last
 
     def heads_output(self, x, keys_values, phi, backend="auto", work=None):
         """x [B, L, D] -> [B, L, H*K], what out_proj is to project. phi's range is not checked."""
-        q = self.project(self.q_proj, x)
+        q, phi = group_heads(self.queries(x), self.groups), spread_phi(phi, self.groups)
         k, v = (projected.to(q.dtype) for projected in keys_values)  # autocast may come in between
         if choose_backend(backend, q, q.shape[-1], k.shape[2], self.only_last) == "fused":
-            return fused_image_causal_attention(q, k, v, phi, work).flatten(-2)
-        return dense_image_causal_attention(q, k, v, phi, self.only_last).flatten(-2)
+            out = fused_image_causal_attention(q, k, v, phi, work)
+        else:
+            out = dense_image_causal_attention(q, k, v, phi, self.only_last)
+        return ungroup_heads(out, self.groups).flatten(-2)
 
     def forward(self, x, keys_values, phi, backend="auto", work=None):
         return self.out_proj(self.heads_output(x, keys_values, phi, backend, work))
@@ -369,25 +475,30 @@ class GatedCrossAttentionDense(nn.Module):
     With both alphas at 0, as at the start, it returns y, bit for bit, where both branches are
     finite; only -0 may become 0. An image that no token attends to reaches no output and no
     gradient, NaN or not. It runs under torch.compile (fullgraph), autocast, activation
-    checkpointing, DDP and, after `without_scalars`, FSDP2. only_last and skip_without_image as in
-    miniflamingo.xattn.
+    checkpointing, DDP and, after `without_scalars`, FSDP2. only_last, skip_without_image and
+    dialect as in miniflamingo.xattn.
     """
 
     def __init__(
-        self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False
-    ):
+        self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True, skip_without_image=False,
+        dialect=DIALECTS["paper"],
+    ):  # fmt: skip
         super().__init__()
-        self.skip_without_image = skip_without_image
-        self.norm, self.media_norm = nn.LayerNorm(dim), nn.LayerNorm(media_dim)
-        self.attention = ImageCausalCrossAttention(dim, media_dim, heads, head_dim, only_last)
-        self.alpha_xattn = nn.Parameter(torch.zeros(()))
-        self.ffw = FeedForward(dim, ffw_mult * dim)
-        self.alpha_dense = nn.Parameter(torch.zeros(()))
+        d, self.skip_without_image = dialect, skip_without_image
+        norm, qk_norm = (norm_named(name, d.norm_eps) for name in (d.norm, d.qk_norm))
+        self.norm, self.media_norm = norm(dim), norm(media_dim) if d.media_norm else None
+        self.attention = ImageCausalCrossAttention(
+            dim, media_dim, heads, head_dim, only_last, kv_heads=d.kv_heads, qk_norm=qk_norm
+        )
+        alpha = dim if d.vector_alpha else ()
+        self.alpha_xattn = nn.Parameter(torch.zeros(alpha))
+        self.ffw = FeedForward(dim, d.hidden or ffw_mult * dim, d.activation, norm, d.gated)
+        self.alpha_dense = nn.Parameter(torch.zeros(alpha))
 
     def project_media(self, media):
         """[B, N, R, D_m] -> keys and values [B, N, R, H, K]: what a decoder keeps of the images."""
-        media, a = self.media_norm(media), self.attention
-        return a.project(a.k_proj, media), a.project(a.v_proj, media)
+        media, a = media if self.media_norm is None else self.media_norm(media), self.attention
+        return a.keys(media), a.project(a.v_proj, media)
 
     def forward(self, y, media, phi, backend="auto", work=None, keys_values=None, check=True):
         """-> [B, L, D].
@@ -410,9 +521,9 @@ class GatedCrossAttentionDense(nn.Module):
 
     def _check(self, y, media, phi, keys_values, check):
         a, (D,), x = self.attention, self.norm.normalized_shape, media
-        name, width = "media", self.media_norm.normalized_shape
+        name, width = "media", (a.k_proj.in_features,)
         if keys_values is not None:
-            name, x, width = "keys_values", keys_values[0], (a.heads, a.head_dim)
+            name, x, width = "keys_values", keys_values[0], (a.heads // a.groups, a.head_dim)
         if y.ndim != 3 or y.shape[-1] != D:
             raise ValueError(f"y must be [B, L, {D}], got {_describe(y)}")
         if x.ndim != 3 + len(width) or x.shape[0] != len(y) or x.shape[3:] != width:
@@ -534,24 +645,64 @@ class NormalizerFreeResNet(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c, norm = config, norm_named("layer", config.norm_eps)
+        self.config = config
+        self.patch = nn.Parameter(torch.randn(c.dim, 3, c.patch_size, c.patch_size) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(c.dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(c.num_tokens, c.dim) * 0.02)
+        self.pre_norm = norm(c.dim)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(c.dim, c.heads, c.hidden, c.activation, norm, bias=True)
+            for _ in range(c.depth)
+        )
+        self.final_norm = norm(c.dim) if c.final_norm else None
+
+    def forward(self, pixels):  # [B, height, width, 3] in [0, 1] -> [B, S, D_v]
+        mean, std = (pixels.new_tensor(x) for x in (self.config.mean, self.config.std))
+        x = ((pixels - mean) * (1 / std)).permute(0, 3, 1, 2)
+        x = F.conv2d(x, self.patch, stride=self.config.patch_size).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.positions
+        x = self.pre_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        x = x if self.config.class_feature else x[:, 1:]
+        return x if self.final_norm is None else self.final_norm(x)
+
+
+class NoEye(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixels):
+        return self.config.image_size  # ValueError
+
+
+EYES = {VisionConfig: NormalizerFreeResNet, ViTConfig: VisionTransformer, NoEyeConfig: NoEye}
+
+
 class LanguageModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config
+        norm = norm_named(*c.block_norm)
         self.embedding = nn.Embedding(c.vocab_size, c.dim)
         learned = c.positions == "learned"
         self.positions = nn.Parameter(torch.randn(c.max_positions, c.dim)) if learned else None
         self.blocks = nn.ModuleList(
-            TransformerBlock(c.dim, c.heads, c.ffw_mult * c.dim) for _ in range(c.depth)
+            TransformerBlock(c.dim, c.heads, norm=norm, **c.block_options()) for _ in range(c.depth)
         )
-        self.norm = RMSNorm(c.dim)
-        tied = c.tie_embeddings
-        self.head = None if tied else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.norm = norm(c.dim)
+        tied, words = c.tie_embeddings, c.num_logits or c.vocab_size
+        self.head = None if tied else nn.Linear(c.dim, words, bias=False)
 
     def causality(self, L):  # -> bias [1, H, L, L]
         distance = torch.arange(L)[:, None] - torch.arange(L)
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
-        slopes = (0.0,) if self.positions is not None else slopes
+        slopes = slopes if self.config.positions == "alibi" else (0.0,)
         slopes = torch.as_tensor(slopes)[:, None, None].to(self.embedding.weight)
         distance = distance.to(slopes.device)
         return torch.where(distance >= 0, -slopes * distance, -torch.inf)[None]
@@ -626,27 +777,39 @@ class ContrastiveModel(nn.Module):
 def numpy_state(state):
     """{name: tensor} -> {name: array}, with scalars that `without_scalars` changed as scalars."""
     arrays = {name: x.detach().cpu().numpy() for name, x in state.items()}
-    return {n: x.reshape(()) if n.endswith(SCALARS) else x for n, x in arrays.items()}
+    alone = {n for n, x in arrays.items() if n.endswith(SCALARS) and x.size == 1}
+    return {n: x.reshape(()) if n in alone else x for n, x in arrays.items()}
+
+
+def build_resampler(config):
+    """The resampler that a FlamingoConfig names; ValueError for those of the ablations."""
+    c = config
+    if c.resampler == "none":
+        return NoResampler(c.vision.out_dim, c.media_dim)
+    if c.resampler != "perceiver":
+        raise ValueError(f"the torch twin has the perceiver resampler, got {c.resampler!r}")
+    return PerceiverResampler(
+        c.vision.out_dim, c.media_dim, c.num_latents, c.resampler_depth, c.resampler_heads,
+        c.resampler_head_dim, c.num_frames,
+        c.vision.num_features if c.spatial_embeddings else None, c.dialect,
+    )  # fmt: skip
 
 
 class Flamingo(nn.Module):
-    """The whole model, for training and scoring; ValueError for a resampler of the ablations."""
+    """The whole model, for training and scoring; ValueError for a resampler of the ablations, and
+    for an eye that has no twin."""
 
     def __init__(self, config: FlamingoConfig):
         super().__init__()
         c = self.config = config
-        if c.resampler != "perceiver":
-            raise ValueError(f"the torch twin has the perceiver resampler, got {c.resampler!r}")
-        self.vision_encoder = NormalizerFreeResNet(c.vision).requires_grad_(False)
-        self.resampler = PerceiverResampler(
-            c.vision.out_dim, c.media_dim, c.num_latents, c.resampler_depth, c.resampler_heads,
-            c.resampler_head_dim, c.num_frames,
-            c.vision.num_features if c.spatial_embeddings else None,
-        )  # fmt: skip
+        if type(c.vision) not in EYES:
+            raise ValueError(f"the torch twin has no {type(c.vision).__name__}")
+        self.vision_encoder = EYES[type(c.vision)](c.vision).requires_grad_(False)
+        self.resampler = build_resampler(c)
         sizes = (c.lm.dim, c.media_dim, c.xattn_heads, c.xattn_head_dim)
         choices = dict(only_last=c.only_last, skip_without_image=c.skip_without_image)
         self.gated_xattn = nn.ModuleList(
-            GatedCrossAttentionDense(*sizes, **choices) for _ in range(0, c.lm.depth, c.xattn_every)
+            GatedCrossAttentionDense(*sizes, **choices, dialect=c.dialect) for _ in c.layers()
         )
         self.lm = LanguageModel(c.lm).requires_grad_(False)
         own = c.train_eoc
@@ -699,9 +862,10 @@ class Flamingo(nn.Module):
             head = table if self.lm.head is None else self._with_eoc(head, self.eoc_head)
         check_phi(phi, *tokens.shape, media.shape[1], tokens.device, check)
         x, bias = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1])
-        work = share_work(phi, media.shape[1], self.config.xattn_heads, backend)
+        groups = self.gated_xattn[0].attention.groups if len(self.gated_xattn) else 1
+        work = share_work(phi, media.shape[1], self.config.xattn_heads, backend, groups)
         for i, block in enumerate(self.lm.blocks):
-            j, between = divmod(i, self.config.xattn_every)
+            j, between = divmod(i - self.config.dialect.offset, self.config.xattn_every)
             if not between:
                 x = self.gated_xattn[j](x, media, phi, backend, work, check=False)
             x = block(x, None, bias)
