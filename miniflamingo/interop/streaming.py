@@ -64,9 +64,9 @@ def load(checkpoint, layers=None, change=lambda config: config):
         state = module.state_of(checkpoint, config)
         if layers is None:
             return fill(model, state, zeros=zeros)
-        return layers.take(model, state, checkpoint.path)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
+    return layers.take(model, state, checkpoint.path)
 
 
 def _check(model, state, zeros):
