@@ -190,3 +190,63 @@ def save_tokenizer(folder, tokenizer, **about):
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": CHATML} | about
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+
+
+# --- OpenFlamingo ---------------------------------------------------------------------------------
+
+OPEN_FLAMINGO = {
+    "cross_attn_every_n_layers": 2, "dim_head": 8, "media_token_id": 301, "eoc_token_id": 300,
+    "lang_config": LLAMA | {"vocab_size": 302, "num_hidden_layers": 4,
+                            "tie_word_embeddings": False},
+    "vision_config": {"width": 24, "layers": 2, "patch_size": 14, "image_size": 28,
+                      "head_width": 8},
+}  # fmt: skip
+
+
+def _attention(norms, D, context, inner):
+    shapes = {f"{norm}.{kind}": (width,) for norm, width in norms.items()
+              for kind in ("weight", "bias")}  # fmt: skip
+    return shapes | {"to_q.weight": (inner, D), "to_kv.weight": (2 * inner, context),
+                     "to_out.weight": (D, inner)}  # fmt: skip
+
+
+def _feed_forward(D):
+    return {"0.weight": (D,), "0.bias": (D,), "1.weight": (4 * D, D), "3.weight": (D, 4 * D)}
+
+
+def _open_clip(W, side, layers):
+    shapes = {"class_embedding": (W,), "conv1.weight": (W, 3, 14, 14), "proj": (W, 16),
+              "positional_embedding": (1 + side * side, W)}  # fmt: skip
+    shapes |= {f"ln_{n}.{kind}": (W,) for n in ("pre", "post") for kind in ("weight", "bias")}
+    for i in range(layers):
+        at = f"transformer.resblocks.{i}."
+        shapes |= {f"{at}ln_{n}.{kind}": (W,) for n in "12" for kind in ("weight", "bias")}
+        shapes |= {f"{at}attn.in_proj_weight": (3 * W, W), f"{at}attn.in_proj_bias": (3 * W,)}
+        for name, (o, j) in {"attn.out_proj": (W, W), "mlp.c_fc": (4 * W, W),
+                             "mlp.c_proj": (W, 4 * W)}.items():  # fmt: skip
+            shapes |= {f"{at}{name}.weight": (o, j), f"{at}{name}.bias": (o,)}
+    return shapes
+
+
+def open_flamingo_state(seed=0):
+    """{name: array} of a whole OpenFlamingo with a Llama, as its state_dict names them."""
+    D, M, inner, rng = LLAMA["hidden_size"], 24, 64, np.random.default_rng(seed)
+    shapes = {f"lang_encoder.{n}".replace(".self_attn", ".decoder_layer.self_attn"): s
+              for n, s in llama_shapes(OPEN_FLAMINGO["lang_config"]).items()}  # fmt: skip
+    for i in (1, 3):
+        at = f"lang_encoder.gated_cross_attn_layers.{i}."
+        shapes |= {f"{at}attn.{n}": s for n, s in _attention({"norm": D}, D, M, inner).items()}
+        shapes |= {f"{at}ff.{n}": s for n, s in _feed_forward(D).items()}
+        shapes |= {f"{at}attn_gate": (1,), f"{at}ff_gate": (1,)}
+    norms = {"norm_media": M, "norm_latents": M}
+    for i in range(2):
+        at = f"perceiver.layers.{i}."
+        shapes |= {f"{at}0.{n}": s for n, s in _attention(norms, M, M, inner).items()}
+        shapes |= {f"{at}1.{n}": s for n, s in _feed_forward(M).items()}
+    shapes |= {
+        "perceiver.latents": (5, M),
+        "perceiver.norm.weight": (M,),
+        "perceiver.norm.bias": (M,),
+    }
+    shapes |= {f"vision_encoder.{n}": s for n, s in _open_clip(M, 2, 2).items()}
+    return {n: (len(s) == 1) + rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}

