@@ -89,6 +89,24 @@ def keep_seen(x, phi, only_last=True):  # [B, N, ...], int [B, L] -> [B, N, ...]
 # --- image-causal attention ---------------------------------------------------------------------
 
 
+def remembered(build):
+    """build(phi, ...) -> arrays, kept for the last few phi: all layers of a model ask the same."""
+
+    @functools.lru_cache(maxsize=8)
+    def kept(phi, shape, *args, **kwargs):
+        arrays = build(np.frombuffer(phi, np.int64).reshape(shape), *args, **kwargs)
+        for array in arrays:
+            array.flags.writeable = False
+        return arrays
+
+    @functools.wraps(build)
+    def call(phi, *args, **kwargs):
+        return kept(np.ascontiguousarray(phi, np.int64).tobytes(), phi.shape, *args, **kwargs)
+
+    return call
+
+
+@remembered
 def work_list(phi, N, most=64):
     """Group the tokens by the image they attend to: the list of work of the fused kernel.
 
@@ -106,19 +124,6 @@ def work_list(phi, N, most=64):
     tokens = np.full((items.sum(), M), B * L)
     tokens[np.repeat(np.cumsum(items) - items, count) + rank // M, rank % M] = order
     return np.repeat(np.arange(B * N), items), tokens
-
-
-def _shared_list(phi, N):
-    """work_list, made once for all layers of a model."""
-    phi = np.ascontiguousarray(phi, np.int64)
-    return _work_list_of(phi.tobytes(), phi.shape, N)
-
-
-@functools.lru_cache(maxsize=8)
-def _work_list_of(phi, shape, N):
-    owner, tokens = work_list(np.frombuffer(phi, np.int64).reshape(shape), N)
-    owner.flags.writeable = tokens.flags.writeable = False
-    return owner, tokens
 
 
 def _gather(x, tokens):  # [B, L, H, K], int [I, M] -> [I, H, M, K]; a free place gives zeros
@@ -141,7 +146,7 @@ def image_causal_attention(q, k, v, phi):
     Equals attention under image_causal_mask, but builds no [L, N*R] array: its cost and its memory
     grow with L*R, whatever N is. phi is checked at the model's edge (check_phi), not here.
     """
-    owner, tokens = _shared_list(phi, N=k.shape[1])
+    owner, tokens = work_list(phi, N=k.shape[1])
     k, v = (x.reshape(-1, *x.shape[2:])[owner] for x in (k, v))  # [I, R, H, K]
     out = attention(_gather(q, tokens), swap_heads(k), swap_heads(v))
     return _scatter(out, tokens, q.shape)
@@ -149,7 +154,7 @@ def image_causal_attention(q, k, v, phi):
 
 @image_causal_attention.gradient
 def image_causal_attention_backward(dout, q, k, v, phi):
-    owner, tokens = _shared_list(phi, N=k.shape[1])
+    owner, tokens = work_list(phi, N=k.shape[1])
     k_item, v_item = (swap_heads(x.reshape(-1, *x.shape[2:])[owner]) for x in (k, v))
     # out = attention(q, k, v) for every item; a free place has dout = 0 and adds nothing
     dq, dk, dv = attention_backward(_gather(dout, tokens), _gather(q, tokens), k_item, v_item)
