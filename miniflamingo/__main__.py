@@ -1,5 +1,6 @@
 """The command line:
-`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect`,
+`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect |
+bench-generate`,
 and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.

@@ -86,7 +86,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect | "
+    "bench-generate",
     "python -m miniflamingo bench-generate [--json FILE]",
     'python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"',
     "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",

@@ -166,6 +166,7 @@ def generate(path, request, out=None):
     words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
     ids, phi = _prompt(request, words, name_of(checkpoint))
     if layers is not None:
+        bar.total = request.most * len(layers.layers)
         print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
     images = [content for kind, content in request.parts if kind == "image"]
     pixels = []

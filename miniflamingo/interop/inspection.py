@@ -64,8 +64,9 @@ def name_of(checkpoint):
     try:
         return project_of(checkpoint.config, checkpoint.shapes)
     except ValueError as error:
+        config = "" if checkpoint.config else "it has no config.json; "
         names = some(map(shown, checkpoint))
-        raise ValueError(f"{checkpoint.path}: {error}; its names are {names}") from None
+        raise ValueError(f"{checkpoint.path}: {error}; {config}its names are {names}") from None
 
 
 def parts_of(checkpoint, project):

@@ -17,7 +17,7 @@ from miniflamingo.checkpoints import check_size
 from miniflamingo.command import some
 from miniflamingo.flamingo import Flamingo, FlamingoConfig, ShapesOnly
 from miniflamingo.interop import PROJECTS
-from miniflamingo.interop.inspection import name_of
+from miniflamingo.interop.inspection import OURS, name_of
 from miniflamingo.interop.loading import fill
 from miniflamingo.language import LanguageConfig, LanguageModel
 from miniflamingo.module import Module
@@ -50,9 +50,11 @@ def load(checkpoint, layers=None, change=lambda config: config):
     for one without a model of its own, a config that the tensors do not fit, and numbers that are
     not finite.
     """
-    module = PROJECTS.get(name_of(checkpoint))
+    if (name := name_of(checkpoint)) == OURS:
+        raise ValueError(f"{checkpoint.path} is a checkpoint of this project: --checkpoint")
+    module = PROJECTS[name]
     try:
-        config = change(module.config_of(checkpoint.config, checkpoint.shapes)) if module else None
+        config = change(module.config_of(checkpoint.config, checkpoint.shapes))
         if type(config) not in MODELS:
             raise ValueError("these weights are no whole model that writes text")
         check_size(config, checkpoint)

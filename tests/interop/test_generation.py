@@ -19,6 +19,7 @@ from miniflamingo.interop.generation import FORMATS, Speaker, build_prompt, spea
 from miniflamingo.interop.preprocess import preprocessor_of
 from miniflamingo.interop.streaming import Layers, load
 from miniflamingo.interop.tokenizer import tokenizer_of
+from miniflamingo.training import WEIGHTS
 from tests.interop import made
 from tests.interop.theirs import save_idefics
 
@@ -377,6 +378,26 @@ def test_numbers_that_are_not_finite(tmp_path, capsys, name, stream):
     code, _, err = answer(tmp_path / "m", "--text", "a", *["--stream"] * stream, capsys=capsys)
     assert code == 2 and f"{tmp_path / 'm'}: " in err and "not finite: " in err
     assert err.splitlines()[-1].startswith("miniflamingo: error: ")
+
+
+def test_no_config_and_a_checkpoint_of_ours(tmp_path, capsys):
+    folder = made.save_folder(tmp_path / "m", made.LLAMA, made.llama_state())
+    made.save_tokenizer(folder, made.trained())
+    (folder / "config.json").unlink()
+    code, _, err = answer(folder, "--text", "a", capsys=capsys)
+    assert code == 2 and "it has no config.json" in err and err.count("\n") == 1
+    shutil.copy(WEIGHTS / "lm" / "model.safetensors", folder)
+    code, _, err = answer(folder, "--text", "a", capsys=capsys)
+    assert code == 2 and "is a checkpoint of this project: --checkpoint" in err
+
+
+def test_a_tensor_that_was_renamed(tmp_path, capsys):
+    state = made.llama_state()
+    state["model.nrom.weight"] = state.pop("model.norm.weight")
+    made.save_folder(tmp_path / "m", made.LLAMA, state)
+    made.save_tokenizer(tmp_path / "m", made.trained())
+    code, _, err = answer(tmp_path / "m", "--text", "a", capsys=capsys)
+    assert code == 2 and "not understood: model.nrom.weight" in err
 
 
 def test_a_tokenizer_of_another_model(tmp_path, capsys):
