@@ -10,8 +10,11 @@ endif
 RUN := $(BIN)/python
 READY := .venv/installed
 SITE := .venv/installed-site
+# without what they pin: their modules run with the torch and transformers that are here
+PEERS := flamingo-pytorch==0.1.2 open-flamingo==2.0.1 open-clip-torch==3.3.0 einops==0.8.2 \
+	einops-exts==0.0.4 ftfy wcwidth
 
-.PHONY: demo test test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
+.PHONY: demo test test-peers test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
 	timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
@@ -22,6 +25,10 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 
 test: $(READY)  ## all tests, on two cores; those that need a GPU skip where there is none
 	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-peers: $(READY)  ## agreement with other projects' own code, installed beside, in out/peers
+	@$(RUN) -m pip install -q --upgrade --no-deps --target out/peers $(PEERS)
+	@PYTHONPATH=out/peers $(RUN) -m pytest tests/interop $(ARGS)
 
 test-machines: $(READY)  ## tests and course as other processors run them; ARGS="--turn 1/4": a part
 	@$(RUN) -m tests.machines $(ARGS)

@@ -7,7 +7,7 @@ field by field.
 import json
 import math
 import reprlib
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import get_args, get_origin
@@ -104,6 +104,19 @@ def config_from_json(kind, text, where):
     marked as LATER.
     """
     return _build(kind, from_json(text, where), where)
+
+
+def with_later(values, config):
+    """The asdict of an older config like `config`, with what came LATER at its default."""
+    values = dict(values) if isinstance(values, dict) else values
+    for f in fields(config) if isinstance(values, dict) else ():
+        inner = getattr(config, f.name)
+        if f.metadata == LATER:
+            default = f.default if f.default is not MISSING else f.default_factory()
+            values.setdefault(f.name, asdict(default) if is_dataclass(default) else default)
+        elif is_dataclass(inner) and isinstance(values.get(f.name), dict):
+            values[f.name] = with_later(values[f.name], inner)
+    return values
 
 
 def _config_of(kind, value):

@@ -35,6 +35,7 @@ from miniflamingo.checks import (
     check_range,
     check_types,
     from_json,
+    with_later,
 )
 from miniflamingo.command import Interrupted, some
 from miniflamingo.flamingo import PRESETS, Flamingo, FlamingoConfig
@@ -349,7 +350,8 @@ class Run:
         """
         file, own = TensorFile(self.checkpoint), self.tensors()
         about = {key: self._metadata(file, key) for key in ("config", "step", "rng", "parts")}
-        runs.check_identity(self.out, about["config"], self.stage.identity())
+        theirs = with_later(about["config"], self.stage.config)
+        runs.check_identity(self.out, theirs, self.stage.identity())
         step = runs.checked_step(about["step"], self.stage.config.optimiser.steps, file.path)
         rng = runs.checked_rng(about["rng"], file.path)
         self._check_header(file, own)

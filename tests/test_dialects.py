@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from miniflamingo.checks import config_from_json
+from miniflamingo.checks import config_from_json, with_later
 from miniflamingo.dialects import ACTIVATION_NAMES, DIALECTS, NORM_NAMES, BlockConfig, Dialect
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
 from miniflamingo.functional import ACTIVATIONS, NORMS
@@ -116,3 +116,4 @@ def test_a_config_from_before_the_options_is_the_papers():
         del values["lm"][name]
     del values["dialect"]
     assert config_from_json(FlamingoConfig, json.dumps(values), "here") == FlamingoConfig()
+    assert with_later(values, FlamingoConfig()) == asdict(FlamingoConfig())

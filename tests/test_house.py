@@ -11,7 +11,10 @@ import miniflamingo
 from miniflamingo.rooms import FOLDERS
 
 ROOT = Path(miniflamingo.__file__).parent
-FLOORS = ["module", "functional", "attention", "perceiver", "xattn", "vision", "language"]
+FLOORS = [
+    "module", "functional", "dialects", "rotary", "attention", "perceiver", "xattn", "vision",
+    "efficientnet", "vit", "eyes", "language",
+]  # fmt: skip
 
 
 def rooms():

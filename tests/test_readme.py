@@ -75,6 +75,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",
     "python -m pytest tests/course/test_site.py -rs": "these tests",
+    "python -m pytest tests/interop": "these tests",
     "python -m tests.fuzz": "tests/fuzz/test_fuzz.py runs its short run",
     "python -m tests.fuzz kills --each 20": "its figures are in tests/fuzz/results.json",
     "python -m tests.fuzz table": "tests/fuzz/test_fuzz.py compares it with the README",

@@ -54,7 +54,7 @@ class Folded(Mapping):
 
     def __getitem__(self, name):
         conv, _, kind = name.rpartition(".")
-        mean, variance = (self._state[f"{conv}.running_{x}"] for x in ("mean", "var"))
+        mean, variance = (self._state[f"{conv}.running_{x}"].astype(float) for x in ("mean", "var"))
         scale = self._state[f"{conv}.weight"] / np.sqrt(variance + EPS)
         if kind == "bias":
             return self._state[f"{conv}.bias"] - mean * scale

@@ -25,7 +25,7 @@ from miniflamingo.interop.bridge import (
 )
 from miniflamingo.interop.names import Renamed, below
 
-PREFIX = r"(?:perceiver_resampler\.)?"
+PREFIX = "perceiver_resampler."  # in a FlamingoPaLM
 NOT_OURS = r"token_emb\.weight|to_logits\..*|img_encoder\..*|layers\.\d+\.0\.fn\..*"
 
 
@@ -33,6 +33,11 @@ def matches(config, shapes):
     """Whether this holds a flamingo-pytorch resampler or gated layer."""
     names = r"(perceiver_resampler\.)?media_pos_emb|(layers\.\d+\.1\.)?attn_gate"
     return any(re.fullmatch(names, n) for n in shapes)
+
+
+def _prefix(names):
+    """A pattern of what the resampler's names begin with."""
+    return re.escape(PREFIX) if any(n.startswith(PREFIX) for n in names) else ""
 
 
 def _gated(names):
@@ -48,7 +53,7 @@ def config_of(config, shapes):
     """
     head_dim, layers, d = config.get("dim_head", 64), _gated(shapes), DIALECTS["flamingo-pytorch"]
     sizes, hidden = gated_sizes(shapes, layers[0]) if layers else ({}, None)
-    sizes = {**resampler_sizes(shapes, PREFIX), **sizes}
+    sizes = {**resampler_sizes(shapes, _prefix(shapes)), **sizes}
     places = [s[0] for n, s in shapes.items() if n.endswith("media_pos_emb")]
     time = any(n.endswith("video_frame_pos_emb") for n in shapes)
     d = replace(d, hidden=hidden, media_embeddings=(*places, None)[0], time_embeddings=time)
@@ -68,7 +73,7 @@ def state_of(state, config=None):
         for rule in below(re.escape(prefix), GATED, f"gated_xattn.{j}.")
     ]
     rules = (
-        *gated, *below(PREFIX, RESAMPLER, "resampler."),
+        *gated, *below(_prefix(state), RESAMPLER, "resampler."),
         (r"video_frame_pos_emb", "resampler.time_embeddings"), (NOT_OURS, None),
     )  # fmt: skip
     return Renamed(state, rules)

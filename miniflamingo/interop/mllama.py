@@ -15,7 +15,7 @@ import numpy as np
 from miniflamingo.dialects import DIALECTS
 from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
-from miniflamingo.interop import llama, loading
+from miniflamingo.interop import idefics, llama, loading
 from miniflamingo.interop.names import Renamed, below, scalar
 
 MODEL_TYPES = ("mllama", "mllama_text_model")
@@ -102,3 +102,11 @@ def build(config, state, dtype=np.float32):
     """A Flamingo from their config.json (a dict) and {name: array}; ValueError if unfit."""
     ours = config_of(config, loading.shapes_of(state))
     return loading.build(Flamingo, ours, state_of(state, ours), dtype)
+
+
+def phi_of(cross_attention_mask):  # [B, L, N, tiles] of 0 and 1 -> int [B, L]
+    """The image, from 1, that each token looks at, 0 for none; ValueError where it is several.
+
+    Their processor lets text behind several images in a row see all of these: that is no phi.
+    """
+    return idefics.phi_of(np.asarray(cross_attention_mask).any(axis=-1))

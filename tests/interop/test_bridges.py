@@ -12,7 +12,8 @@ import pytest
 from miniflamingo.interop import PROJECTS, project_of
 from miniflamingo.interop.loading import shapes_of
 from miniflamingo.xattn import image_causal_mask
-from tests.interop.agreement import FIXTURES, Peer, check, compare
+from tests.gradients import normal
+from tests.interop.agreement import FIXTURES, Peer, arrays, check, compare, move
 from tests.interop.peers import CASES, PEERS
 
 GATED = [case for case in CASES if "xattn" in case]
@@ -94,6 +95,33 @@ def test_their_excess_image_tag_gets_the_mean_of_all_images_and_ours_is_refused(
     phi = np.broadcast_to(np.arange(1, 8), (3, 7))
     with pytest.raises(ValueError, match=r"phi must lie in 0\.\.2 \(N = 2 images\)"):
         bridge.gated_xattn[0](peer.inputs["y"], peer.inputs["media"], phi)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_bridge_of_a_flamingo_palm(every):
+    if find_spec("flamingo_pytorch") is None:
+        pytest.skip("flamingo_pytorch is not installed")
+    import torch
+    from flamingo_pytorch import FlamingoPaLM
+
+    palm = FlamingoPaLM(
+        num_tokens=20, dim=8, depth=3, dim_head=4, heads=2, media_token_id=3,
+        cross_attn_every=every, perceiver_depth=1, perceiver_num_latents=3, max_video_frames=2,
+        img_encoder=torch.nn.Identity(),
+    )  # fmt: skip
+    palm = move(palm.double())
+    config, project = {"dim_head": 4}, PROJECTS["flamingo_pytorch"]
+    bridge = project.build(config, arrays(palm), np.float64)
+    crosses = [cross for _, cross in palm.layers if cross is not None]
+    y, media, features = normal(1, 4, 8), normal(1, 2, 3, 8), normal(1, 2, 1, 5, 8)
+    tags = torch.tensor([[False, True, True, False]])
+    assert len(bridge.gated_xattn) == len(crosses) == len(range(0, 3, every))
+    for ours, cross in zip(bridge.gated_xattn, crosses):
+        theirs = cross(*map(torch.from_numpy, (y, media)), tags).detach()
+        np.testing.assert_allclose(ours(y, media, np.array([[0, 1, 2, 2]])), theirs, atol=1e-12)
+    frame = palm.video_frame_pos_emb[:1, None]
+    theirs = palm.perceiver_resampler(torch.from_numpy(features[:, :, 0]) + frame)
+    np.testing.assert_allclose(bridge.resampler(features), theirs.detach(), atol=1e-12)
 
 
 def test_the_cases_have_rows_with_fewer_images_than_others():
