@@ -284,6 +284,13 @@ def parser():
     command.add_argument("--validation", action="store_true", help="the seed to tune on")
     command.add_argument("--json", type=a_path, help="write the metrics to this file")
     _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
+    _add_others(commands)
+    for name, text in KERNELS.items():
+        commands.add_parser(name, add_help=False, help=text)
+    return top
+
+
+def _add_others(commands):
     command = commands.add_parser("ship", help="what the package carries, from finished runs")
     command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
     command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
@@ -291,9 +298,6 @@ def parser():
     _add_bench(commands.add_parser("bench-generate", help="transformers beside ours, in one run"))
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
-    for name, text in KERNELS.items():
-        commands.add_parser(name, add_help=False, help=text)
-    return top
 
 
 def _add_generate(command):
@@ -396,6 +400,22 @@ EXCLUSIVE = {
 }  # fmt: skip
 
 
+def inspect(arguments):
+    """Say what a checkpoint is."""
+    inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
+
+
+def bench_generate(arguments):
+    """Generate in transformers and here, in one run."""
+    bench = import_module("miniflamingo.interop.bench").bench  # it brings its own weight
+    a = arguments
+    bench(a.threads, a.rounds, a.new_tokens, a.larger, a.json)
+
+
+ALONE = {"evaluate": evaluate, "generate": generate, "inspect": inspect,
+         "bench-generate": bench_generate}  # fmt: skip
+
+
 def main(argv=None):
     """Run a command; returns the exit code."""
     return run_command("miniflamingo", lambda: run(argv))
@@ -414,17 +434,8 @@ def run(argv):
         sizes(arguments.presets or list(PRESETS))
     elif arguments.command == "train":
         return 0 if train(arguments) else 130  # as after Ctrl-C
-    elif arguments.command == "evaluate":
-        evaluate(arguments)
-    elif arguments.command == "generate":
-        generate(arguments)
-    elif arguments.command == "bench-generate":
-        a = arguments
-        import_module("miniflamingo.interop.bench").bench(
-            a.threads, a.rounds, a.new_tokens, a.larger, a.json
-        )
-    elif arguments.command == "inspect":
-        inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
+    elif arguments.command in ALONE:
+        ALONE[arguments.command](arguments)
     elif arguments.command == "ship":
         cards.ship(arguments.runs, arguments.to)
     else:

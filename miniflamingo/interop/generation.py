@@ -6,6 +6,7 @@
 
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,15 @@ class ImageFormat:
     around: str | None = None
     end: str | None = None
 
+    def opened(self, words, before, seen):
+        """The ids that end what was before an image ("text", "image", None) and open its own."""
+        ids = [words.id_of(self.end)] if self.end and before == "text" and seen else []
+        return ids + ([words.id_of(self.around)] if self.around and before != "image" else [])
+
+    def shown(self, words):
+        """The ids of the image itself, and of what closes it."""
+        return [words.id_of(token) for token in (self.image, self.around) if token]
+
 
 FORMATS = {
     "idefics": ImageFormat("<image>", around="<fake_token_around_image>"),
@@ -51,16 +61,11 @@ def build_prompt(parts, words, form):
         elif form is None:
             raise ValueError("this model reads no images here: give it --text alone")
         else:
+            ids += form.opened(words, before, seen)
             phi += [seen] * (len(ids) - len(phi))
-            ids += [words.id_of(form.end)] if form.end and before == "text" and seen else []
-            if form.around and before != "image":
-                ids.append(words.id_of(form.around))
-            phi += [seen] * (len(ids) - len(phi))
-            ids.append(words.id_of(form.image))
             seen += 1
-            ids += [words.id_of(form.around)] if form.around else []
+            ids += form.shown(words)
         before = kind
-        phi += [seen] * (len(ids) - len(phi))
     phi += [seen] * (len(ids) - len(phi))
     if not ids:
         raise ValueError("a prompt needs at least one token")
@@ -68,10 +73,10 @@ def build_prompt(parts, words, form):
 
 
 class Clock:
-    """Seconds by what they were spent on, in the order of the first time: clock.spent."""
+    """Seconds, and how many times, by what they were spent on: clock.spent, clock.times."""
 
     def __init__(self):
-        self.spent = {}
+        self.spent, self.times = {}, Counter()
 
     @contextmanager
     def on(self, what):
@@ -81,6 +86,7 @@ class Clock:
             yield
         finally:
             self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
+            self.times[what] += 1
 
 
 class Speaker:
@@ -150,37 +156,37 @@ class Request:
     allow_pickle: bool = False
 
 
-def generate(path, request, out=None):
-    """Answer from the checkpoint at `path`: pieces of text to `out` (print), the time to stderr.
+def generate(path, request):
+    """Answer from the checkpoint at `path`: print the text piece by piece, the time to stderr.
 
     ValueError in one line for a checkpoint, a tokenizer, an image or a prompt that cannot be.
     """
-    clock, out = Clock(), out or (lambda piece: print(piece, end="", flush=True))
-    bar = tqdm(disable=None if request.stream else True, unit="layer", leave=False)
-    layers = Layers(request.keep, bar.update) if request.stream else None
-    with clock.on("reading"):
-        checkpoint = open_checkpoint(path, request.allow_pickle)
-        words = tokenizer_of(checkpoint)
-        pictures = preprocessor_of(checkpoint.folder)
-        model = load(checkpoint, layers, lambda config: _with_pixels(config, pictures))
+    clock = Clock()
+    with tqdm(disable=None if request.stream else True, unit="layer", leave=False) as bar:
+        layers = Layers(request.keep, bar.update) if request.stream else None
+        with clock.on("reading"):
+            checkpoint, words, pictures, model = _opened(path, request, layers)
+        ids, phi = _prompt(request, words, name_of(checkpoint))
+        if layers is not None:
+            bar.total = request.most * len(layers.layers)
+            print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
+        images = [content for kind, content in request.parts if kind == "image"]
+        speaker = Speaker(model, len(ids) + request.most, _pixels(images, pictures, clock), clock)
+        rng, choose = np.random.default_rng(request.seed), request.choose
+        steps = speak(speaker, ids, phi, request.most, choose, rng, words.ends, clock)
+        for piece in words.stream(steps):
+            print(piece, end="", flush=True)
+    print(flush=True)
+    print(report(clock, layers), file=sys.stderr, flush=True)
+
+
+def _opened(path, request, layers):
+    """-> checkpoint, its tokenizer, its Preprocessor, the model; ValueError as `generate`."""
+    checkpoint = open_checkpoint(path, request.allow_pickle)
+    words, pictures = tokenizer_of(checkpoint), preprocessor_of(checkpoint.folder)
+    model = load(checkpoint, layers, lambda config: with_pixels(config, pictures))
     words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
-    ids, phi = _prompt(request, words, name_of(checkpoint))
-    if layers is not None:
-        bar.total = request.most * len(layers.layers)
-        print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
-    images = [content for kind, content in request.parts if kind == "image"]
-    pixels = []
-    if images:
-        with clock.on("eye"):
-            pixels = [_pixels(image, pictures) for image in images]
-    speaker = Speaker(model, len(ids) + request.most, pixels, clock)
-    rng, count = np.random.default_rng(request.seed), [0]
-    steps = speak(speaker, ids, phi, request.most, request.choose, rng, words.ends, clock)
-    for piece in words.stream(_counted(steps, count)):
-        out(piece)
-    out("\n")
-    bar.close()
-    print(report(clock, count[0], layers), file=sys.stderr, flush=True)
+    return checkpoint, words, pictures, model
 
 
 def _prompt(request, words, project):
@@ -192,22 +198,22 @@ def _prompt(request, words, project):
     return np.array(ids), np.zeros(len(ids), int)
 
 
-def _with_pixels(config, pictures):
-    """A config whose eye normalises pixels as the checkpoint's preprocessor does."""
+def with_pixels(config, pictures):
+    """A config whose eye normalises pixels as a checkpoint's Preprocessor says."""
     if not isinstance(config, FlamingoConfig) or not isinstance(config.vision, ViTConfig):
         return config
+    scale = 255 * pictures.rescale  # our pixels are in [0, 1]
     mean, std = pictures.mean or (0.0,) * 3, pictures.std or (1.0,) * 3
+    mean, std = (tuple(x / scale for x in values) for values in (mean, std))
     return replace(config, vision=replace(config.vision, mean=mean, std=std))
 
 
-def _pixels(source, pictures):
-    return np.asarray(pictures.fitted(source), np.float32) / 255
-
-
-def _counted(steps, count):
-    for step in steps:
-        count[0] += 1
-        yield step
+def _pixels(images, pictures, clock=None):
+    """Pictures -> a list of [height, width, 3] in [0, 1], resized and cropped."""
+    if not images:
+        return []
+    with (clock or Clock()).on("eye"):
+        return [np.asarray(pictures.fitted(image), np.float32) / 255 for image in images]
 
 
 def estimate(layers, prompt, most):
@@ -222,14 +228,12 @@ def _span(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
-def report(clock, count, layers=None):
+def report(clock, layers=None):
     """The line that says where the time went."""
-    spent = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in clock.spent.items())
-    after = max(count - 1, 0)
-    each = f" ({1e3 * clock.spent.get('tokens', 0) / after:.0f} ms each)" if after else ""
-    line = f"{spent} for {after} more tokens{each}" if after else spent
-    if layers is not None:
-        line += (
-            f"; of all that, {layers.seconds:.2f} s for reading {layers.read_bytes / 1e9:.2f} GB"
-        )
-    return line
+    line = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in clock.spent.items())
+    if after := clock.times["tokens"]:
+        line += f" for {after} more tokens ({1e3 * clock.spent['tokens'] / after:.0f} ms each)"
+    if layers is None:
+        return line
+    read = f"{layers.seconds:.2f} s for reading {layers.read_bytes / 1e9:.2f} GB"
+    return f"{line}; of all that, {read}"

@@ -76,18 +76,24 @@ def preprocessor_of(folder):
     size = c.get("size", {"height": side, "width": side} if side else 224)
     crop = c.get("crop_size", 224 if "size" in c else None)
     rescale = _number(path, "rescale_factor", c.get("rescale_factor", 1 / 255))
-    plain = not c.get("do_normalize", True)
-    mean, std = (_three(path, n, c.get(n, d)) for n, d in
-                 (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))  # fmt: skip
-    if 0 in std:
-        raise ValueError(f"{path}: image_std must not be 0, got {list(std)}")
+    if not rescale > 0:
+        raise ValueError(f"{path}: rescale_factor must be above 0, got {rescale}")
     return Preprocessor(
         _side(path, "size", size) if c.get("do_resize", True) else None,
         _square(path, crop) if c.get("do_center_crop", crop is not None) else None,
         _filter(path, c.get("resample", Image.Resampling.BICUBIC)),
         rescale if c.get("do_rescale", True) else 1.0,
-        None if plain else mean, None if plain else std,
+        *_mean_and_std(path, c),
     )  # fmt: skip
+
+
+def _mean_and_std(path, c):
+    """image_mean and image_std, or None twice where nothing is normalised."""
+    mean = _three(path, "image_mean", c.get("image_mean", CLIP_MEAN))
+    std = _three(path, "image_std", c.get("image_std", CLIP_STD))
+    if not min(std) > 0:
+        raise ValueError(f"{path}: image_std must be above 0, got {list(std)}")
+    return (mean, std) if c.get("do_normalize", True) else (None, None)
 
 
 def _side(path, field, value):

@@ -58,17 +58,20 @@ def load(checkpoint, layers=None, change=lambda config: config):
         if type(config) not in MODELS:
             raise ValueError("these weights are no whole model that writes text")
         check_size(config, checkpoint)
-        model = MODELS[type(config)](config, rng=ShapesOnly())
-        shapes = _Shapes(checkpoint.shapes)
-        find = getattr(module, "zeros_of", lambda _: getattr(module, "ZEROS", None))
-        zeros = find(shapes)
-        _check(model, module.state_of(shapes, config), zeros)
+        model, zeros = MODELS[type(config)](config, rng=ShapesOnly()), _zeros(module, checkpoint)
+        _check(model, module.state_of(_Shapes(checkpoint.shapes), config), zeros)
         state = module.state_of(checkpoint, config)
         if layers is None:
             return fill(model, state, zeros=zeros)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     return layers.take(model, state, checkpoint.path)
+
+
+def _zeros(module, checkpoint):
+    """A pattern of the names that may be missing, and are 0 then, or None."""
+    find = getattr(module, "zeros_of", None)
+    return find(checkpoint) if find else getattr(module, "ZEROS", None)
 
 
 def _check(model, state, zeros):

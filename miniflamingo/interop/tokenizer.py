@@ -111,9 +111,23 @@ def tokenizer_of(checkpoint):
     require("tokenizers")
     if "tokenizer.ggml.model" in checkpoint.metadata:
         return _from_tables(checkpoint)
-    path = checkpoint.folder / "tokenizer.json"
+    folder = checkpoint.folder
+    tokenizer = _from_file(folder / "tokenizer.json")
+    about, generation = (_beside(folder, f"{n}_config.json") for n in ("tokenizer", "generation"))
+    ends = _ids(generation.get("eos_token_id", checkpoint.config.get("eos_token_id")))
+    ends |= _ids(tokenizer.token_to_id(_token(about.get("eos_token"))))
+    name, template = str(folder / "tokenizer.json"), about.get("chat_template")
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file() and jinja.stat().st_size < 10**6:
+        template = jinja.read_text("utf-8", errors="replace")
+    template = template if isinstance(template, str) else None
+    return ForeignTokenizer(tokenizer, name, _start(tokenizer), ends, template)
+
+
+def _from_file(path):
+    """The package's Tokenizer of a tokenizer.json, which neither cuts nor pads."""
     if not path.is_file():
-        raise ValueError(f"{checkpoint.folder} has no tokenizer.json")
+        raise ValueError(f"{path.parent} has no tokenizer.json")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")
     try:
@@ -122,16 +136,7 @@ def tokenizer_of(checkpoint):
         raise ValueError(f"{path} is no tokenizer: {shown(error, 200)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    about = _beside(checkpoint.folder, "tokenizer_config.json")
-    jinja = checkpoint.folder / "chat_template.jinja"
-    template = about.get("chat_template")
-    if jinja.is_file() and jinja.stat().st_size < 10**6:
-        template = jinja.read_text("utf-8", errors="replace")
-    template = template if isinstance(template, str) else None
-    generation = _beside(checkpoint.folder, "generation_config.json")
-    ends = _ids(generation.get("eos_token_id", checkpoint.config.get("eos_token_id")))
-    ends |= _ids(tokenizer.token_to_id(_token(about.get("eos_token"))))
-    return ForeignTokenizer(tokenizer, str(path), _start(tokenizer), ends, template)
+    return tokenizer
 
 
 def _beside(folder, name):

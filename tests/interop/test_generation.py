@@ -155,8 +155,8 @@ def test_idefics_writes_what_transformers_writes(idefics, layout, capsys):
     images = [content for kind, content in parts if kind == "image"]
     checkpoint, pictures = open_checkpoint(folder), preprocessor_of(folder)
     ids, phi = build_prompt(parts, tokenizer_of(checkpoint), FORMATS["idefics"])
-    ours = load(checkpoint, change=lambda config: generation._with_pixels(config, pictures))
-    pixels = [generation._pixels(image, pictures) for image in images]
+    ours = load(checkpoint, change=lambda config: generation.with_pixels(config, pictures))
+    pixels = generation._pixels(images, pictures)
     got = list(speak(Speaker(ours, len(ids) + 12, pixels), ids, phi, 12))
     if images:  # theirs asks for one
         assert got == theirs(folder, model, ids, phi, images, 12)
@@ -207,8 +207,8 @@ def test_an_open_flamingo_answers_and_its_cache_agrees(open_flamingo, capsys):
         ("text", "a"),
     ]
     ids, phi = build_prompt(parts, tokenizer_of(checkpoint), FORMATS["open_flamingo"])
-    model = load(checkpoint, change=lambda config: generation._with_pixels(config, pictures))
-    pixels = np.stack([generation._pixels(folder / f"{i}.png", pictures) for i in range(2)])
+    model = load(checkpoint, change=lambda config: generation.with_pixels(config, pictures))
+    pixels = np.stack(generation._pixels([folder / f"{i}.png" for i in range(2)], pictures))
     tokens = list(speak(Speaker(model, len(ids) + 8, pixels), ids, phi, 8))
     whole, seen = np.array([[*ids, *tokens]]), np.array([[*phi, *[2] * 8]])
     logits = model(whole, pixels[None, :, None], phi=seen)[0, len(ids) - 1 : -1]
