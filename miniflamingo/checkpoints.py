@@ -89,14 +89,17 @@ def _needs(config):
         yield "block.hidden" if c.block.hidden else "ffw_mult", hidden, 0, hidden * c.dim
         if c.positions == "learned":
             yield "max_positions", c.max_positions, 0, c.max_positions * c.dim
-    elif isinstance(config, VisionConfig):
-        c = config
+    else:
+        yield from _needs_of_the_eye(config)
+
+
+def _needs_of_the_eye(c):
+    if isinstance(c, VisionConfig):
         yield "stem", c.stem, len(c.stem), sum(c.stem)
         yield "depths", c.depths, sum(c.depths), sum(c.depths)
         yield "widths", c.widths, 0, sum(d * w for d, w in zip(c.depths, c.widths))
         yield "final_width", c.final_width, 0, c.final_width or 0
-    elif isinstance(config, ViTConfig):
-        c = config
+    elif isinstance(c, ViTConfig):
         yield "dim", c.dim, c.depth, c.depth * c.dim * c.dim
         yield "patch_size", c.patch_size, 0, c.num_tokens * c.dim
 

@@ -121,11 +121,11 @@ def with_later(values, config):
 
 def _config_of(kind, value):
     """The config class that a field's value is built as, None for a plain value; of several, the
-    one whose fields the value has."""
+    one whose fields the value's are most alike."""
     classes = [part for part in (get_args(kind) or (kind,)) if is_dataclass(part)]
     if len(classes) < 2 or not isinstance(value, dict):
         return classes[0] if classes else None
-    return max(classes, key=lambda part: len(value.keys() & {f.name for f in fields(part)}))
+    return min(classes, key=lambda part: len(value.keys() ^ {f.name for f in fields(part)}))
 
 
 def _build(kind, values, where):

@@ -227,31 +227,16 @@ class GatedCrossAttentionDense(Module):
     """
 
     def __init__(
-        self,
-        dim,
-        media_dim,
-        heads,
-        head_dim,
-        ffw_mult=4,
-        only_last=True,
-        skip_without_image=False,
-        dialect=DIALECTS["paper"],
-        *,
-        rng,
-    ):
+        self, dim, media_dim, heads, head_dim, ffw_mult=4, only_last=True,
+        skip_without_image=False, dialect=DIALECTS["paper"], *, rng,
+    ):  # fmt: skip
         d, self.skip_without_image = dialect, skip_without_image
         norm, qk_norm = (norm_named(name, d.norm_eps) for name in (d.norm, d.qk_norm))
         self.norm, self.media_norm = norm(dim), norm(media_dim) if d.media_norm else None
         self.attention = ImageCausalCrossAttention(
-            dim,
-            media_dim,
-            heads,
-            head_dim,
-            only_last,
-            kv_heads=d.kv_heads,
-            qk_norm=qk_norm,
-            rng=rng,
-        )
+            dim, media_dim, heads, head_dim, only_last,
+            kv_heads=d.kv_heads, qk_norm=qk_norm, rng=rng,
+        )  # fmt: skip
         alpha = np.zeros(dim if d.vector_alpha else (), np.float32)
         self.alpha_xattn = Parameter(alpha)
         self.ffw = FeedForward(

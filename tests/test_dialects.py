@@ -6,12 +6,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from miniflamingo.checkpoints import load_model
 from miniflamingo.checks import config_from_json, with_later
 from miniflamingo.dialects import ACTIVATION_NAMES, DIALECTS, NORM_NAMES, BlockConfig, Dialect
+from miniflamingo.efficientnet import EfficientNetConfig
+from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
 from miniflamingo.functional import ACTIVATIONS, NORMS
 from miniflamingo.language import LanguageConfig
 from miniflamingo.perceiver import NoResampler, PerceiverResampler
+from miniflamingo.vision import VisionConfig
 from miniflamingo.vit import ViTConfig
 from miniflamingo.xattn import GatedCrossAttentionDense
 from tests.gradients import check_module, normal
@@ -103,11 +107,26 @@ def test_offset_must_lie_below_the_interval():
     assert len(Flamingo(config, rng=np.random.default_rng(0)).gated_xattn) == 2
 
 
-def test_a_config_comes_back_from_json():
-    eye = ViTConfig(4, 2, 8, 1, 2, 12)
+@pytest.mark.parametrize(
+    "eye", [VisionConfig(), ViTConfig(4, 2, 8, 1, 2, 12), EfficientNetConfig(64), NoEyeConfig(5)]
+)
+def test_a_config_comes_back_from_json(eye):
     lm = LanguageConfig(positions="rotary", block=BlockConfig("silu", True, kv_heads=2))
     config = FlamingoConfig(eye, lm, dialect=VARIANTS["vector alpha"])
     assert config_from_json(FlamingoConfig, json.dumps(asdict(config)), "here") == config
+
+
+def test_a_model_with_another_eye_is_saved_and_loaded(tmp_path):
+    eye, lm = EfficientNetConfig(32), LanguageConfig(dim=8, depth=1, heads=2)
+    config = FlamingoConfig(eye, lm, 8, num_latents=2, resampler_depth=1, xattn_heads=1)
+    model = Flamingo(config, rng=np.random.default_rng(0))
+    model.save(tmp_path / "a.safetensors", {"flamingo": json.dumps(asdict(config))})
+    loaded = load_model(tmp_path / "a.safetensors", "flamingo")
+    tokens, pixels = (
+        np.array([[3, 5]]),
+        np.random.default_rng(0).random((1, 1, 1, 32, 32, 3), np.float32),
+    )
+    np.testing.assert_array_equal(loaded(tokens, pixels), model(tokens, pixels))
 
 
 def test_a_config_from_before_the_options_is_the_papers():

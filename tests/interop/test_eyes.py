@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from miniflamingo.efficientnet import EfficientNetConfig, EfficientNetLite
+from miniflamingo.efficientnet import STAGES, EfficientNetConfig, EfficientNetLite
 from miniflamingo.interop import clip, efficientnet, project_of
 from miniflamingo.interop.loading import build, shapes_of
 from miniflamingo.interop.names import Renamed
@@ -86,13 +86,10 @@ def random_lite0():
 
 def by_torch(state, x):
     """EfficientNet-Lite0 written with torch: x [B, 3, 64, 64] -> [B, 1280, 2, 2]."""
-    from miniflamingo.efficientnet import STAGES
-
     F, state = torch.nn.functional, {n: torch.from_numpy(np.array(x)) for n, x in state.items()}
 
     def conv(x, name, norm, stride=1, depthwise=False):
-        w = state[f"{name}.weight"]
-        pads = []
+        w, pads = state[f"{name}.weight"], []
         for n in (x.shape[3], x.shape[2]):
             pad = max((-(-n // stride) - 1) * stride + w.shape[-1] - n, 0)
             pads += [pad // 2, pad - pad // 2]

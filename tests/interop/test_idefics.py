@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -139,18 +140,8 @@ def test_twenty_greedy_tokens(kind):
 
 def test_their_generate_resamples_for_every_token_and_our_decoder_once():
     model, _, ours = theirs_and_ours("plain")
-    counts = {"resampler": 0, "eye": 0}
-
-    def counting(name):
-        def hook(*_):
-            counts[name] += 1
-
-        return hook
-
-    hooks = [
-        model.model.perceiver_resampler.register_forward_hook(counting("resampler")),
-        model.model.vision_model.register_forward_hook(counting("eye")),
-    ]
+    counts, parts = Counter(), (model.model.perceiver_resampler, model.model.vision_model)
+    hooks = [part.register_forward_hook(lambda m, *_: counts.update([m])) for part in parts]
     ids = torch.from_numpy(TOKENS)
     model.generate(
         ids, attention_mask=torch.ones_like(ids), **inputs_of(ours), max_new_tokens=8,
@@ -158,7 +149,7 @@ def test_their_generate_resamples_for_every_token_and_our_decoder_once():
     )  # fmt: skip
     for hook in hooks:
         hook.remove()
-    assert counts == {"resampler": 8, "eye": 1}
+    assert [counts[part] for part in parts] == [8, 1]
     calls, forward = [], ours.resampler.forward
     ours.resampler.forward = lambda *a: calls.append(1) or forward(*a)
     greedy(ours, TOKENS, PHI, 8, cached=True)

@@ -12,6 +12,7 @@ import pytest
 from miniflamingo.interop import clip, open_flamingo, project_of
 from miniflamingo.interop.bridge import Bridge
 from miniflamingo.interop.loading import shapes_of
+from miniflamingo.vit import CLIP_MEAN, CLIP_STD
 from miniflamingo.xattn import compute_phi
 from tests.interop.agreement import Peer, arrays, check, compare, move, run_theirs
 from tests.interop.peers import stand_ins
@@ -146,10 +147,7 @@ def test_against_their_model(name):
     eye.visual = VisionTransformer(8, 4, D, 1, 2, 4.0, output_dim=6, output_tokens=True)
     theirs = Flamingo(eye, model, 38, IMAGE, D, cross_attn_every_n_layers=2)
     theirs = move(theirs.double().eval()).requires_grad_(True)
-    mean, std = (
-        np.array(x) for x in (clip.open_config_of(VISION).mean, clip.open_config_of(VISION).std)
-    )
-    pixels = torch.from_numpy(((PIXELS - mean) / std).transpose(0, 1, 2, 5, 3, 4))
+    pixels = torch.from_numpy(((PIXELS - CLIP_MEAN) / CLIP_STD).transpose(0, 1, 2, 5, 3, 4))
     tokens = torch.from_numpy(TOKENS)
     call = lambda: theirs(pixels, tokens, torch.ones_like(tokens)).logits  # noqa: E731
     peer = run_theirs(theirs, call, {}, config_of(about, 2))
