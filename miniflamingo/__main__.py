@@ -1,4 +1,6 @@
-"""The command line: `python -m miniflamingo demo | train | evaluate | generate | ship | sizes`,
+"""The command line:
+`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect |
+bench-generate`,
 and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
@@ -19,6 +21,7 @@ from miniflamingo.command import Parser, a_path, exclude, real, run_command, who
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
 from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
+from miniflamingo.interop import inspection
 from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.worlds.grammar import TOKENIZER
@@ -207,7 +210,12 @@ def generate(arguments):
     """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
     if not arguments.parts:
         raise ValueError("a prompt needs at least one --text, --image or --video")
-    model = load_speaker(checkpoint_file(arguments.checkpoint))
+    if arguments.weights is not None:
+        return _generate_from_weights(arguments)
+    for option in ("chat", "stream", "keep", "allow_pickle"):
+        if getattr(arguments, option) not in (None, False):
+            raise ValueError(f"--{option.replace('_', '-')} is for --weights")
+    model = load_speaker(checkpoint_file(arguments.checkpoint or training.WEIGHTS / "flamingo"))
     size, most = model.config.vision.image_size, arguments.max_new_tokens
     prompt = [read_part(*part, model.config.num_frames) for part in arguments.parts]
     batch = build_batch([prompt], TOKENIZER, size, close=False)
@@ -220,6 +228,26 @@ def generate(arguments):
         if step[0] not in (EOC, PAD):
             print(TOKENIZER.words[step[0]], end=" ", flush=True)
     print()
+
+
+def _generate_from_weights(arguments):
+    """Answer from another project's checkpoint."""
+    from miniflamingo.interop.generation import Request
+    from miniflamingo.interop.generation import generate as answer
+
+    if arguments.keep is not None and not arguments.stream:
+        raise ValueError("--keep is for --stream")
+    parts = tuple((option.removeprefix("--"), value) for option, value in arguments.parts)
+    for kind, value in parts:
+        if kind == "video":
+            raise ValueError("--weights reads texts and images, no --video")
+        if kind == "image" and not Path(value).exists():
+            raise ValueError(f"no image at {value}")
+    answer(arguments.weights, Request(
+        parts, arguments.max_new_tokens, _chooser(arguments), arguments.seed, arguments.chat,
+        arguments.stream, int(1e9 * (arguments.keep or 0)), arguments.allow_pickle,
+    ))  # fmt: skip
+    return None
 
 
 def _chooser(arguments):
@@ -256,18 +284,31 @@ def parser():
     command.add_argument("--validation", action="store_true", help="the seed to tune on")
     command.add_argument("--json", type=a_path, help="write the metrics to this file")
     _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
-    command = commands.add_parser("ship", help="what the package carries, from finished runs")
-    command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
-    command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
-    command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
-    command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
+    _add_others(commands)
     for name, text in KERNELS.items():
         commands.add_parser(name, add_help=False, help=text)
     return top
 
 
+def _add_others(commands):
+    command = commands.add_parser("ship", help="what the package carries, from finished runs")
+    command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
+    command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
+    _add_inspect(commands.add_parser("inspect", help="what a checkpoint is, anybody's"))
+    _add_bench(commands.add_parser("bench-generate", help="transformers beside ours, in one run"))
+    command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
+    command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
+
+
 def _add_generate(command):
-    _add_checkpoint(command)
+    _add_checkpoint(command, default=None)
+    text = "another project's checkpoint: a folder, or a safetensors or GGUF file"
+    command.add_argument("--weights", type=a_path, help=text)
+    command.add_argument("--chat", action="store_true", help="one --text, as the model's template")
+    command.add_argument("--stream", action="store_true", help="read each layer when it works")
+    text = "GB of layers that --stream may keep in memory; none by default"
+    command.add_argument("--keep", type=real(0, 10**5), help=text)
+    _add_pickle(command)
     for kind in ("--text", "--image", "--video"):
         command.add_argument(kind, action=Part, dest="parts", help="in the order of the prompt")
     command.add_argument("--max-new-tokens", type=whole(1, 10**4), default=20)
@@ -279,10 +320,29 @@ def _add_generate(command):
     command.add_argument("--seed", type=SEEDS, default=0, help="of the sampling")
 
 
-def _add_checkpoint(command):
-    shipped = training.WEIGHTS / "flamingo"
+def _add_inspect(command):
+    command.add_argument("path", type=a_path, help="folder or file of any project that is known")
+    command.add_argument("--plot", type=a_path, help="draw its gates into this PNG file")
+    _add_pickle(command)
+
+
+def _add_bench(command):
+    threads = "one or several numbers"
+    command.add_argument("--threads", type=whole(1, 256), nargs="+", default=[1, 2], help=threads)
+    command.add_argument("--rounds", type=whole(1, 100), default=3, help="of each side; medians")
+    command.add_argument("--new-tokens", type=whole(2, 1000), default=32)
+    command.add_argument("--larger", action="store_true", help="an IDEFICS 1024 wide, too")
+    command.add_argument("--json", type=a_path, help="write the figures to this file")
+
+
+def _add_pickle(command):
+    text = "read pickles, too (.bin, .pt, .pth), with torch's weights_only"
+    command.add_argument("--allow-pickle", action="store_true", help=text)
+
+
+def _add_checkpoint(command, default=training.WEIGHTS / "flamingo"):
     text = "file, or folder of a run; the shipped one by default"
-    command.add_argument("--checkpoint", type=a_path, default=shipped, help=text)
+    command.add_argument("--checkpoint", type=a_path, default=default, help=text)
 
 
 def add_training(command, stage):
@@ -335,8 +395,25 @@ KERNELS = {
 EXCLUSIVE = {
     "demo": [("--full", "--steps")],
     "generate": [("--beam", "--temperature"), ("--beam", "--top-k"), ("--beam", "--top-p"),
-                 ("--top-k", "--top-p")],
+                 ("--top-k", "--top-p"), ("--weights", "--checkpoint"),
+                 ("--weights", "--beam")],
 }  # fmt: skip
+
+
+def inspect(arguments):
+    """Say what a checkpoint is."""
+    inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
+
+
+def bench_generate(arguments):
+    """Generate in transformers and here, in one run."""
+    bench = import_module("miniflamingo.interop.bench").bench  # it brings its own weight
+    a = arguments
+    bench(a.threads, a.rounds, a.new_tokens, a.larger, a.json)
+
+
+ALONE = {"evaluate": evaluate, "generate": generate, "inspect": inspect,
+         "bench-generate": bench_generate}  # fmt: skip
 
 
 def main(argv=None):
@@ -357,10 +434,8 @@ def run(argv):
         sizes(arguments.presets or list(PRESETS))
     elif arguments.command == "train":
         return 0 if train(arguments) else 130  # as after Ctrl-C
-    elif arguments.command == "evaluate":
-        evaluate(arguments)
-    elif arguments.command == "generate":
-        generate(arguments)
+    elif arguments.command in ALONE:
+        ALONE[arguments.command](arguments)
     elif arguments.command == "ship":
         cards.ship(arguments.runs, arguments.to)
     else:

@@ -102,10 +102,11 @@ class KeyValueCache:
         self.v = np.zeros_like(self.k)
 
     def update(self, k, v, positions):
-        """Store k, v [B, L, H, K] at positions [B, L]; return all of them, [B, length, H, K]."""
-        rows = np.arange(len(k))[:, None]
+        """Store k, v [B, L, H, K] at positions [B, L] (or [1, L]); return, as views, those up to
+        the furthest of these positions, [B, Lk, H, K]: Lk = furthest + 1."""
+        rows, end = np.arange(len(k))[:, None], positions.max() + 1
         self.k[rows, positions], self.v[rows, positions] = k, v
-        return self.k, self.v
+        return self.k[:, :end], self.v[:, :end]
 
     def select(self, rows):
         """Keep (or repeat) the given batch rows, for beams."""
@@ -211,7 +212,8 @@ class MultiHeadAttention(Module):
     def forward(self, x, context=None, mask=None, bias=None, cache=None, positions=None):
         """x [B, Lq, D], context [B, Lk, C] -> [B, Lq, D]; mask, bias broadcast to [B, H, Lq, Lk].
 
-        With a KeyValueCache, keys and values of x go to `positions` [B, Lq] and Lk is its length.
+        With a KeyValueCache, keys and values of x go to `positions` [B, Lq], and Lk is one more
+        than the furthest of them.
         """
         context = x if context is None else context
         q = self.queries(x, positions)

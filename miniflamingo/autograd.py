@@ -72,9 +72,10 @@ def differentiable(formula):
             if isinstance(value, Tensor):
                 raise TypeError(f"{formula.__name__}: pass the Tensor {name!r} by position")
         out = formula(*map(array_of, args), **options)
+        if not (tapes := getattr(_open, "tapes", None)):
+            return out
         needs = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
-        tapes = getattr(_open, "tapes", None)
-        if not tapes or not any(needs):
+        if not any(needs):
             return out
         out = Tensor(out)
         tapes[-1].records.append((out, call.backward, args, needs, options))

@@ -33,6 +33,7 @@ EXTRAS = {
                      "traitlets"), "course"),
     **dict.fromkeys(("sphinx", "myst_nb", "furo", "jupyterlite_core",
                      "jupyterlite_pyodide_kernel"), "site"),
+    **dict.fromkeys(("gguf", "tokenizers"), "interop"),
     "av": "video",
     "ipywidgets": "widgets",
 }  # fmt: skip

@@ -161,15 +161,16 @@ class Flamingo(Module):
         media = self.resampler(self.encode(pixels, num_frames), num_frames)
         return self.read(tokens, media, phi)
 
-    def read(self, tokens, media, phi, cache=None, positions=None):
-        """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> logits [B, L, V].
+    def read(self, tokens, media, phi, cache=None, positions=None, last=False):
+        """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> logits [B, L, V],
+        or with `last` those of the last token, [B, 1, V].
 
         A DecodingCache holds the past tokens' keys and values and the projected media; the tokens
         then stand at `positions` int[B, L], and media may be None.
         """
         L = tokens.shape[1]
         positions = np.arange(L)[None] if positions is None else positions
-        bias = self.lm.causality(positions, L if cache is None else cache.length)
+        bias = self.lm.causality(positions, L if cache is None else positions.max() + 1)
         table, head = self._rows_with_eoc()
         x = self.lm.embed(tokens, positions, table)
         for i, block in enumerate(self.lm.blocks):
@@ -177,7 +178,7 @@ class Flamingo(Module):
             if not between:
                 x = self.gated_xattn[j](x, media, phi, cache and cache.media[j])
             x = block(x, None, bias, cache and cache.tokens[i], positions)
-        return self.lm.predict(x, table, head)
+        return self.lm.predict(x[:, -1:] if last else x, table, head)
 
     def _rows_with_eoc(self):
         """The LM's embedding (and head) with the trained `<EOC>` row, or None where it has none."""

@@ -188,7 +188,7 @@ def column_dot(x, y):  # [..., D], [..., D] -> [D]
 
 def row_max(x):  # [..., D] -> [..., 1], -inf for D = 0
     """x.max(axis=-1, keepdims=True)."""
-    if not 0 < x.shape[-1] <= 64:
+    if not 0 < x.shape[-1] <= 64 or x.size < 64 * x.shape[-1]:
         return x.max(axis=-1, keepdims=True, initial=-np.inf)
     return functools.reduce(np.maximum, np.moveaxis(x, -1, 0))[..., None]
 
@@ -200,7 +200,9 @@ def row_max(x):  # [..., D] -> [..., 1], -inf for D = 0
 def linear(x, weight, bias=None):  # [..., I], [O, I], [O] -> [..., O]
     # one product of two matrices is much faster than one for each leading index
     out = x.reshape(-1, x.shape[-1]) @ weight.T
-    return (out if bias is None else out + bias).reshape(*x.shape[:-1], len(weight))
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], len(weight))
 
 
 @linear.gradient

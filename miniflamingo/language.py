@@ -116,7 +116,10 @@ class LanguageModel(Module):
         """How a token at `positions` int[B, L] sees keys 0..num_keys - 1: a bias [B, H, L, Lk].
 
         -inf for the future; for the past minus slope times distance (ALiBi), or 0 (H = 1 then).
+        None where it would be 0 throughout: no slopes, and all tokens behind all keys.
         """
+        if self.config.positions != "alibi" and positions.min(initial=num_keys) >= num_keys - 1:
+            return None
         distance = positions[:, None, :, None] - np.arange(num_keys)
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
         slopes = slopes if self.config.positions == "alibi" else (0.0,)
@@ -130,16 +133,16 @@ class LanguageModel(Module):
             return linear(x, self.embedding.weight if table is None else table)
         return linear(x, self.head.weight if head is None else head)
 
-    def forward(self, tokens, positions=None, cache=None):
-        """tokens int[B, L] -> logits [B, L, V].
+    def forward(self, tokens, positions=None, cache=None, last=False):
+        """tokens int[B, L] -> logits [B, L, V], or with `last` those of the last token, [B, 1, V].
 
         With a cache (one KeyValueCache a block), tokens stand at `positions` int[B, L]; without
         one, positions are 0..L-1. Rows of different lengths are padded at the END.
         """
         positions = np.arange(tokens.shape[1])[None] if positions is None else positions
-        num_keys = tokens.shape[1] if cache is None else cache[0].k.shape[1]
+        num_keys = tokens.shape[1] if cache is None else positions.max() + 1
         bias = self.causality(positions, num_keys)
         x = self.embed(tokens, positions)
         for i, block in enumerate(self.blocks):
             x = block(x, None, bias, None if cache is None else cache[i], positions)
-        return self.predict(x)
+        return self.predict(x[:, -1:] if last else x)

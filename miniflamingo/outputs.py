@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from PIL import Image
+
 from miniflamingo.command import some
 from miniflamingo.module import write_atomically
 from miniflamingo.runs import file_digest
@@ -179,7 +181,7 @@ def _check_writable(folder, option):
 def check_file(file, command, option="--json"):
     """Refuse, in one line and before the work, a file that `command` cannot or may not write.
 
-    It may replace a JSON file that says "made_by": command, or nothing. None passes.
+    It may replace a JSON file or a PNG that says "made_by": command, or nothing. None passes.
     """
     if file is None:
         return
@@ -206,7 +208,10 @@ def write_file(file, data, command, option="--json"):
 
 
 def _made_by(file):
-    """The command that a JSON file names as its maker, "" for none."""
+    """The command that a JSON file, or a text in a PNG, names as its maker, "" for none."""
+    # on damaged bytes Pillow raises almost anything
+    with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:
+        return str(image.info.get("made_by", ""))
     with contextlib.suppress(OSError, ValueError, RecursionError):
         document = json.loads(file.read_bytes()) if file.stat().st_size < LARGEST else None
         if isinstance(document, dict):

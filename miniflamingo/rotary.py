@@ -17,14 +17,18 @@ from miniflamingo.checks import check_above_zero, check_at_least, check_types
 
 
 def _turn(x, positions, frequencies, scale, sign):
-    angle = positions[..., None, None] * frequencies  # [B, L, 1, K/2]
-    cos, sin = (
-        (scale * np.cos(angle)).astype(x.dtype),
-        (sign * scale * np.sin(angle)).astype(x.dtype),
-    )
+    arrays = (np.ascontiguousarray(positions, np.int64), np.ascontiguousarray(frequencies, float))
+    cos, sin = _cos_sin(*(a.tobytes() for a in arrays), np.shape(positions), scale, x.dtype)
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
+    a, b, sin = x[..., :half], x[..., half:], sin if sign > 0 else -sin
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+@functools.lru_cache(maxsize=8)  # all layers of a model turn by the same angles
+def _cos_sin(positions, frequencies, shape, scale, dtype):  # bytes of both -> [B, L, 1, K/2] each
+    positions = np.frombuffer(positions, np.int64).reshape(shape)
+    angle = positions[..., None, None] * np.frombuffer(frequencies)
+    return (scale * np.cos(angle)).astype(dtype), (scale * np.sin(angle)).astype(dtype)
 
 
 @differentiable

@@ -13,6 +13,7 @@ from miniflamingo.command import some
 # what loads: the numbers as they lie in the file. bfloat16, which NumPy has not, is the upper half
 # of a float32
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+INTEGERS = {"I32": "<i4", "I64": "<i8"}  # of tables of positions, which other projects save too
 
 LOOKS = {  # how files that get renamed or fetched by mistake begin
     b"PK\x03\x04": "a zip archive, such as torch.save and numpy.savez write",
@@ -31,11 +32,12 @@ LOOKS = {  # how files that get renamed or fetched by mistake begin
 class TensorFile:
     """The header of a safetensors file: metadata {str: str}, shapes and dtypes {name: ...}.
 
-    dtypes are the format's names ("F32", "BF16", ...). Only `arrays` reads the numbers. ValueError
-    when the file is damaged or none, or holds numbers of a kind that does not load.
+    dtypes are the format's names ("F32", "BF16", ...). Only `arrays` and `array` read the numbers.
+    ValueError when the file is damaged or none, or holds numbers of a kind that does not load;
+    whole numbers load with integers=True.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, integers=False):
         self.path = path = Path(path)
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no file")
@@ -54,7 +56,8 @@ class TensorFile:
         self.dtypes = {name: about["dtype"] for name, about in header.items()}
         self.shapes = {name: tuple(about["shape"]) for name, about in header.items()}
         self._offsets = {name: about["data_offsets"][0] for name, about in header.items()}
-        refused = [f"{shown(n)} is {d}" for n, d in self.dtypes.items() if d not in DTYPES]
+        kept = DTYPES | INTEGERS if integers else DTYPES
+        refused = [f"{shown(n)} is {d}" for n, d in self.dtypes.items() if d not in kept]
         if refused:
             kinds = ", ".join(DTYPES)
             raise ValueError(f"{path} holds numbers other than {kinds}: {some(refused)}")
@@ -72,12 +75,16 @@ class TensorFile:
 
     def arrays(self):
         """{name: array}; float16 and bfloat16 become float32, which holds each of their numbers."""
-        return {name: self._array(name) for name in self.dtypes}
+        return {name: self.array(name) for name in self.dtypes}
 
-    def _array(self, name):
+    def array(self, name, mapped=False):
+        """One tensor, as in `arrays`; mapped: a read-only view of the file where nothing needs to
+        be converted, of which only the pages that are looked at are read."""
         kind, shape = self.dtypes[name], self.shapes[name]
-        where = self._data + self._offsets[name]
-        array = np.fromfile(self.path, DTYPES[kind], count=prod(shape), offset=where)
+        stored, where = (DTYPES | INTEGERS)[kind], self._data + self._offsets[name]
+        if mapped and prod(shape) and kind not in ("F16", "BF16"):
+            return np.memmap(self.path, stored, "r", where, shape).view(np.ndarray)
+        array = np.fromfile(self.path, stored, count=prod(shape), offset=where)
         if kind == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array.astype(np.float32 if kind == "F16" else array.dtype, copy=False).reshape(shape)

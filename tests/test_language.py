@@ -93,6 +93,19 @@ def test_the_cache_gives_the_same_logits_for_rows_of_different_lengths(kind):
         np.testing.assert_allclose(logits, expected, atol=1e-13)
 
 
+@each_kind
+def test_last_gives_the_last_row_alone(kind):
+    lm = model(kind)
+    np.testing.assert_allclose(lm(tokens, last=True), lm(tokens)[:, -1:], atol=1e-14)
+
+
+def test_tokens_behind_all_keys_need_no_bias():
+    lm = model("llama")
+    assert lm.causality(np.array([[4], [5]]), 5) is None
+    np.testing.assert_array_equal(lm.causality(np.array([[3], [4]]), 5)[:, 0, 0, -1], [-np.inf, 0])
+    assert model("alibi").causality(np.array([[4]]), 5).shape == (1, 2, 1, 5)
+
+
 def test_tied_embeddings_have_no_head():
     assert model("tied").head is None
     extra = model("alibi").num_parameters() - model("tied").num_parameters()

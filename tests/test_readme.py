@@ -24,6 +24,7 @@ import pytest
 from miniflamingo import __main__ as miniflamingo_main
 from miniflamingo import demo, evaluation, training
 from miniflamingo.worlds import datasets, shapes
+from tests.interop import made
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "notebooks/README.md", "notebooks/README_students.md")
@@ -86,7 +87,11 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect | "
+    "bench-generate",
+    "python -m miniflamingo bench-generate [--json FILE]",
+    'python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"',
+    "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",
     "python -m miniflamingo train",
 }
 RUN_HERE = {
@@ -109,7 +114,10 @@ RUN_HERE = {
     "python -m miniflamingo evaluate --checkpoint runs/flamingo",
     "python -m miniflamingo evaluate --checkpoint runs/0/flamingo --json "
     "runs/0/flamingo/metrics.json",
+    "python -m miniflamingo bench-generate",
     'python -m miniflamingo generate --image a.png --text "what color ?"',
+    'python -m miniflamingo generate --weights smollm2.gguf --text "The capital of France is"',
+    "python -m miniflamingo inspect runs/flamingo --plot gates.png",
     "python -m miniflamingo ship runs/0 runs/1 runs/2",
     "python -m miniflamingo sizes",
     "python -m miniflamingo train flamingo --lm runs/lm --vision runs/vision --out runs/flamingo",
@@ -195,7 +203,7 @@ def test_what_a_list_names_exists(command):
         "miniflamingo.kernels.commands" if "compare" in command else "miniflamingo.__main__"
     )
     actions = next(a for a in module.parser()._actions if a.dest == "command").choices
-    for name in re.findall(r"[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
+    for name in re.findall(r"\b[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
         assert name in actions
     for option in re.findall(r"\[(--\w+)", command):
         assert option in actions[command.split()[3]].format_help()
@@ -255,6 +263,14 @@ def live(train_live, folder, steps):
         return train_live(folder, 2, False)
 
 
+def shrink_interop(patch):
+    """The same for the commands of miniflamingo/interop."""
+    from miniflamingo.interop import bench
+
+    row = dict.fromkeys(("prefill_s", "ms_a_token", "peak_mb"), 1.0)
+    patch.setattr(bench, "fresh", lambda work, *arguments: row | {"tokens": [1, 2]})
+
+
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
     from miniflamingo.kernels.model import step
@@ -301,14 +317,20 @@ def shrink_notebooks(patch, tmp_path):
 def inputs(words):
     """What a command reads: the shipped runs under the names that it gives, a picture, folders."""
     for option, path in pairwise(words):
-        if option in ("--lm", "--vision", "--checkpoint"):
-            stage = "flamingo" if option == "--checkpoint" else option[2:]
+        if option in ("--lm", "--vision", "--checkpoint", "inspect"):
+            stage = option[2:] if option in ("--lm", "--vision") else "flamingo"
             shutil.copytree(training.WEIGHTS / stage, path, ignore=lambda *_: ["metrics.json"])
         elif option == "--image":
             picture = shapes.draw_objects(*np.array([[0], [0], [1]]), np.random.default_rng(5))
             shapes.save_picture(path, picture[0])
+        elif option == "--weights":
+            metadata, tensors = made.gguf_llama()
+            made.save_gguf(Path(path), metadata | made.tables(made.trained()), tensors)
         elif option == "--plots":
             Path(path).mkdir()
+
+
+NEEDS = {"--weights": "gguf", "bench-generate": "transformers"}
 
 
 @pytest.mark.parametrize("command", sorted(RUN_HERE))
@@ -316,6 +338,7 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
     _, _, module, *options = shlex.split(command)
     is_kernels = options[:1] and options[0] in miniflamingo_main.KERNELS
     needed = "triton" if is_kernels else "nbconvert" if "course" in module else "numpy"
+    needed = next((package for word, package in NEEDS.items() if word in options), needed)
     if not find_spec(needed):
         pytest.skip(f"{needed} is not installed")
     monkeypatch.chdir(tmp_path)
@@ -324,6 +347,7 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
         shrink_kernels(monkeypatch)
     if "course" in module:
         shrink_notebooks(monkeypatch, tmp_path)
+    shrink_interop(monkeypatch)
     inputs(options)
     module += ".__main__" * (module == "miniflamingo")
     main = import_module(module).main

@@ -226,6 +226,16 @@ def by_dense_mask(q, k, v, phi):
     return attention(*arrays, mask=mask)
 
 
+def test_the_list_of_work_is_made_once_for_one_phi():
+    phi = np.array([[0, 1, 1, 2]])
+    first, again = work_list(phi, 2), work_list(phi.copy(), 2)
+    assert first[1] is again[1] and not first[1].flags.writeable
+    phi[0, 0] = 2
+    assert len(work_list(phi, 2)[1].ravel()) == 4 and (first[1] == [[1, 2], [3, 4]]).all()
+    assert work_list(phi.astype(np.int32), 2)[1] is work_list(phi, 2)[1]
+    assert work_list(phi, 3)[1] is not work_list(phi, 2)[1]
+
+
 @pytest.mark.parametrize(
     "f, grows",
     [

@@ -118,10 +118,15 @@ def state_of(state, config):
     return ours.without("lm.head.weight") if config.lm.tie_embeddings else ours
 
 
+def zeros_of(state):
+    """A pattern of our names that the decoder in {their name: array} need not have, or None."""
+    zeros = _decoder(Renamed(state, CANONICAL)).ZEROS
+    return zeros and rf"lm\.{zeros}"
+
+
 def build(config, state, dtype=np.float32):
     """A Flamingo, or a Bridge, from the dict above and {name: array}; ValueError if unfit."""
     ours = config_of(config, loading.shapes_of(state))
     if not isinstance(ours, FlamingoConfig):
         return loading.build(Bridge, ours, state_of(state, ours), dtype)
-    zeros = _decoder(Renamed(state, CANONICAL)).ZEROS
-    return loading.build(Flamingo, ours, state_of(state, ours), dtype, zeros and rf"lm\.{zeros}")
+    return loading.build(Flamingo, ours, state_of(state, ours), dtype, zeros_of(state))

@@ -8,7 +8,12 @@ says something a number or a word says it too, for print in black and white.
 
 from miniflamingo.plots.attention import plot_areas, plot_attention, plot_turns, plot_weights  # noqa: F401
 from miniflamingo.plots.evaluation import plot_dots, plot_episode, plot_shots  # noqa: F401
-from miniflamingo.plots.gates import plot_gate, plot_gated_block, plot_next_words  # noqa: F401
+from miniflamingo.plots.gates import (  # noqa: F401
+    plot_gate,
+    plot_gated_block,
+    plot_next_words,
+    plot_openings,
+)
 from miniflamingo.plots.kernels import plot_cost, plot_prediction, plot_roofline  # noqa: F401
 from miniflamingo.plots.language import plot_beam, plot_distributions, plot_map, plot_sight  # noqa: F401
 from miniflamingo.plots.lines import plot_lines  # noqa: F401

@@ -116,3 +116,40 @@ def plot_next_words(scales, probabilities, words, kl, most=4):
     for axes in (left, right):
         axes.grid(True)
     return figure
+
+
+@styled
+def plot_openings(gates, title):
+    """How open every gate is: |tanh(alpha)| as bars, a panel for each kind of gate.
+
+    gates {kind: {layer: [1] or [D]}}; of a gate with D numbers the bar is their mean, and a line
+    goes from the 5th to the 95th percentile. ValueError without a gate.
+    """
+    kinds = {kind: layers for kind, layers in gates.items() if layers}
+    if not kinds:
+        raise ValueError(f"the figure needs a gate, got {gates}")
+    figure = Figure((8, 1.9 * len(kinds) + 0.6), layout="constrained")
+    panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (kind, layers), colour in zip(panels, kinds.items(), (VISIBLE, WRONG)):
+        _draw_bars(axes, list(layers.values()), colour)
+        axes.set(title=f"{kind}: |tanh(alpha)|", ylim=(0, 1.15), yticks=(0, 0.5, 1))
+        places = range(0, len(layers), max(1, len(layers) // 20))
+        axes.set_xticks(places, [list(layers)[i] for i in places])
+    panels[-1].set_xlabel("layer")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _draw_bars(axes, openings, colour):
+    """A bar for each layer, with its height as a number above it where there is room."""
+    means = [float(np.mean(opening)) for opening in openings]
+    axes.bar(range(len(means)), means, color=colour, width=0.7)
+    for x, (mean, opening) in enumerate(zip(means, openings)):
+        low, high = np.percentile(opening, [5, 95])
+        if np.size(opening) > 1:
+            axes.plot([x, x], [low, high], color=INK, lw=1.2)
+        if len(means) <= 16:
+            axes.text(x, max(mean, high) + 0.02, f"{mean:.2f}", ha="center", fontsize=8, color=GREY)
+    axes.set_xlim(-0.6, max(len(means), 6) - 0.4)
+    axes.grid(True, axis="y")
+    axes.set_axisbelow(True)

@@ -14,6 +14,7 @@ def every_figure():
     yield plots.plot_gated_block(0.0, -0.5)
     yield plots.plot_gate(ALPHA, {"gate": {"tanh": np.tanh(ALPHA)}, "slope": {"1": ALPHA * 0 + 1}})
     yield plots.plot_next_words([0, 1], P, WORDS, [0.0, 0.4], most=2)
+    yield plots.plot_openings({"attention": {0: np.array([0.4]), 3: np.arange(9) / 9}}, "gates")
 
 
 def test_a_branch_is_as_thick_as_its_gate_is_open():
@@ -43,9 +44,18 @@ def test_the_likeliest_words_are_drawn_and_named_at_their_ends():
     assert right.lines[0].get_ydata().tolist() == [0.0, 0.4]
 
 
+def test_every_gate_is_a_bar_with_its_height():
+    openings = {"attention": {0: np.array([0.4]), 3: np.arange(9) / 9}, "dense": {}}
+    (axes,) = plots.plot_openings(openings, "gates").axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.4, 4 / 9])
+    assert [text.get_text() for text in axes.texts] == ["0.40", "0.44"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "3"]
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda: plots.plot_openings({"dense": {}}, ""), "needs a gate"),
         (lambda: plots.plot_gate(ALPHA, {"a": {"x": ALPHA[1:]}}), r"'x' must be \[5\], got \[4\]"),
         (lambda: plots.plot_next_words([0, 1], P, WORDS[1:], [0, 1]), r"must be \[2, 2\]"),
         (lambda: plots.plot_next_words([0, 1], P, WORDS, [0]), r"kl \[2\], got .* and \[1\]"),

@@ -38,6 +38,7 @@ TARGETS = [
     Target("shards", media.draw_shard, media.act_shard, judge_calls, 40),
     Target("JSON lines", media.draw_lines, media.act_lines, judge_calls, 40),
     Target("checkpoints", commands.draw_checkpoint, commands.act_checkpoint, judge_calls, 30),
+    Target("others' checkpoints", commands.draw_foreign, *COMMAND, 10),
     Target("runs", commands.draw_run, commands.act_run, judge_command, 10),
     Target("texts", contracts.draw_seed, contracts.act_text, judge_calls, 3),
 ]

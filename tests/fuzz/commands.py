@@ -152,6 +152,19 @@ def draw_run(rng, corpus):
     return {"module": module, "words": words, "own": own_files(words)}
 
 
+def draw_foreign(rng, corpus):
+    """Another project's checkpoint with one or two files damaged, and a command that reads it."""
+    shutil.copytree(Path(corpus, "foreign"), "foreign")
+    files = sorted(path for path in Path("foreign").rglob("*") if path.is_file())
+    for i in rng.permutation(len(files))[: rng.integers(1, 3)]:
+        path = files[i]
+        path.write_bytes(_wound(rng, path.suffix, path.read_bytes()))
+    where = "foreign/" + pick(rng, [path.name for path in sorted(Path("foreign").iterdir())])
+    ask = ["generate", "--text", "red", "--max-new-tokens", "2", "--weights", where]
+    words = pick(rng, [ask, ask, [*ask, "--stream"], [*ask, "--chat"], ["inspect", where]])
+    return {"module": "miniflamingo", "words": words, "own": []}
+
+
 def own_files(words):
     """What a command may change: the files of the run that it goes on with."""
     resumes = "--out" in words and {"--resume", "--export"} & {*words}

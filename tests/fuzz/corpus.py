@@ -1,12 +1,13 @@
 """Whole files of every kind that the project reads: what the attack then damages.
 
 pictures/, clips/, model/; user/, a folder of somebody's own files; runs/, three finished trainings;
-run/, one that was killed; sharded/, one of `train-torch`.
+run/, one that was killed; sharded/, one of `train-torch`; foreign/, other projects' checkpoints.
 """
 
 import io
 import os
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from miniflamingo import training
 from tests.fuzz import small
+from tests.interop import made
 
 SIDE = 40
 
@@ -29,6 +31,7 @@ def build(folder):
     for name, content in clips(rng):
         Path("clips", name).write_bytes(content)
     _models()
+    _foreign()
     _user_files()
     _runs()
     return 0
@@ -123,6 +126,17 @@ def _models():
         stage.save(Path("model", name, "model.safetensors"))
     bridge = training.BridgeStage(small.SmallBridgeRun(), "model/lm", "model/vision")
     bridge.save(Path("model/model.safetensors"))
+
+
+def _foreign():
+    """A Llama in shards with a tokenizer, and as a GGUF, where the packages are here."""
+    tokenizer = made.trained() if find_spec("tokenizers") else None
+    folder = made.save_folder(Path("foreign/llama"), made.LLAMA, made.llama_state(), 2)
+    if tokenizer is not None:
+        made.save_tokenizer(folder, tokenizer)
+    if tokenizer is not None and find_spec("gguf"):
+        metadata, tensors = made.gguf_llama(kind="Q8_0")
+        made.save_gguf(Path("foreign/llama.gguf"), metadata | made.tables(tokenizer), tensors)
 
 
 def _user_files():

@@ -1,0 +1,135 @@
+"""Pictures as a checkpoint wants them: its preprocessor_config.json, on top of `pictures`.
+
+    resize -> crop the middle -> / 255 -> (x - mean) / std
+
+as transformers' processors of CLIP and IDEFICS do it, in Pillow's bicubic filter unless it says
+otherwise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from miniflamingo.interop.files import read_config
+from miniflamingo.pictures import read_picture
+from miniflamingo.tensorfile import shown
+
+LARGEST = 4096  # pixels of a side
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """resize (height, width), or one number for the shorter side, or None; crop (height, width) or
+    None; `filter`, one of Pillow's; mean and std [3] or None, of numbers scaled by `rescale`."""
+
+    resize: tuple | int | None = 224
+    crop: tuple | None = (224, 224)
+    filter: int = Image.Resampling.BICUBIC
+    rescale: float = 1 / 255
+    mean: tuple | None = CLIP_MEAN
+    std: tuple | None = CLIP_STD
+
+    def fitted(self, source):
+        """A picture (as `pictures.read_picture` takes it) -> RGB, resized and cropped."""
+        image = read_picture(source)
+        if self.resize is not None:
+            image = image.resize(self._size(*image.size), self.filter)
+        if self.crop is None:
+            return image
+        height, width = self.crop
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))  # black where it has nothing
+
+    def _size(self, width, height):
+        if not isinstance(self.resize, int):
+            return self.resize[::-1]
+        longer = int(self.resize * max(width, height) / min(width, height))
+        return (self.resize, longer) if width <= height else (longer, self.resize)
+
+    def __call__(self, source):
+        """A picture -> float32 [height, width, 3], as the checkpoint's eye has seen them."""
+        return self.normalise(np.asarray(self.fitted(source)) * np.float32(self.rescale))
+
+    def normalise(self, x):  # [..., 3] -> [..., 3]
+        """(x - mean) / std, where the checkpoint says so."""
+        if self.mean is None:
+            return x
+        return (x - np.array(self.mean, x.dtype)) / np.array(self.std, x.dtype)
+
+
+def preprocessor_of(folder):
+    """The Preprocessor of a folder's preprocessor_config.json; CLIP's where there is none.
+
+    ValueError that names the file and the field that cannot be.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return Preprocessor()
+    c = read_config(path)
+    if c.get("do_image_splitting") or c.get("max_image_tiles", 1) != 1:
+        raise ValueError(f"{path}: pictures cut into tiles are not read")
+    side = c.get("image_size")  # IDEFICS
+    size = c.get("size", {"height": side, "width": side} if side else 224)
+    crop = c.get("crop_size", 224 if "size" in c else None)
+    rescale = _number(path, "rescale_factor", c.get("rescale_factor", 1 / 255))
+    if not rescale > 0:
+        raise ValueError(f"{path}: rescale_factor must be above 0, got {rescale}")
+    return Preprocessor(
+        _side(path, "size", size) if c.get("do_resize", True) else None,
+        _square(path, crop) if c.get("do_center_crop", crop is not None) else None,
+        _filter(path, c.get("resample", Image.Resampling.BICUBIC)),
+        rescale if c.get("do_rescale", True) else 1.0,
+        *_mean_and_std(path, c),
+    )  # fmt: skip
+
+
+def _mean_and_std(path, c):
+    """image_mean and image_std, or None twice where nothing is normalised."""
+    mean = _three(path, "image_mean", c.get("image_mean", CLIP_MEAN))
+    std = _three(path, "image_std", c.get("image_std", CLIP_STD))
+    if not min(std) > 0:
+        raise ValueError(f"{path}: image_std must be above 0, got {list(std)}")
+    return (mean, std) if c.get("do_normalize", True) else (None, None)
+
+
+def _side(path, field, value):
+    """{"shortest_edge": n} or n -> n; {"height": h, "width": w} -> (h, w)."""
+    if isinstance(value, dict):
+        keys = ("shortest_edge",) if "shortest_edge" in value else ("height", "width")
+        sides = tuple(value.get(key) for key in keys)
+    else:
+        sides = (value,)
+    for x in sides:
+        if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= LARGEST:
+            raise ValueError(
+                f"{path}: {field} must be of 1 to {LARGEST} pixels, got {shown(value)}"
+            )
+    return sides[0] if len(sides) == 1 else sides
+
+
+def _square(path, value):
+    side = _side(path, "crop_size", value)
+    return (side, side) if isinstance(side, int) else side
+
+
+def _filter(path, value):
+    if value not in list(Image.Resampling) or isinstance(value, bool):
+        raise ValueError(f"{path}: resample must be one of Pillow's filters, got {shown(value)}")
+    return Image.Resampling(value)
+
+
+def _number(path, field, value):
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits:
+        raise ValueError(f"{path}: {field} must be a number, got {shown(value)}")
+    return value
+
+
+def _three(path, field, value):
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise ValueError(f"{path}: {field} must be three numbers, got {shown(value)}")
+    return tuple(_number(path, field, x) for x in value)

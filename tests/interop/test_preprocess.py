@@ -1,0 +1,86 @@
+"""Pictures become what transformers' processors make of them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from miniflamingo.interop.preprocess import Preprocessor, preprocessor_of
+
+CLIP = {
+    "size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "resample": 3,
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
+    "rescale_factor": 1 / 255, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4],
+}  # fmt: skip
+IDEFICS = {"image_size": 24, "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27]}
+
+
+def write(folder, about):
+    (folder / "preprocessor_config.json").write_text(json.dumps(about), "utf-8")
+    return preprocessor_of(folder)
+
+
+def noise(width, height):
+    rng = np.random.default_rng(width)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(40, 30), (31, 57), (20, 20), (9, 11)])
+@pytest.mark.parametrize("kind", ["clip", "clip, plain", "clip, larger crop", "idefics"])
+def test_pixels_are_transformers_own(tmp_path, kind, size):
+    pytest.importorskip("transformers")
+    if kind == "idefics":
+        from transformers.models.idefics.image_processing_pil_idefics import (
+            IdeficsImageProcessorPil as Theirs,
+        )
+
+        about = IDEFICS
+    else:
+        from transformers.models.clip.image_processing_pil_clip import (
+            CLIPImageProcessorPil as Theirs,
+        )
+
+        about = CLIP | {"do_normalize": "plain" not in kind}
+        about |= {"crop_size": 25} if "larger" in kind else {}
+    image = noise(*size)
+    theirs = Theirs(**about)(image, return_tensors="np")
+    theirs = np.asarray(theirs if kind == "idefics" else theirs["pixel_values"])[0]
+    ours = write(tmp_path, about)(image)
+    assert ours.dtype == np.float32
+    background = write(tmp_path, about).normalise(np.zeros(3, np.float32))
+    if "larger" in kind:  # they crop, and fill with black, before they normalise, too
+        assert np.allclose(ours[0, 0], background)
+    np.testing.assert_allclose(ours.transpose(2, 0, 1), theirs, atol=1e-5)
+
+
+def test_without_a_file_it_is_clip_s(tmp_path):
+    assert preprocessor_of(tmp_path) == Preprocessor()
+    assert Preprocessor()(noise(300, 250)).shape == (224, 224, 3)
+    assert write(tmp_path, {"do_resize": False, "do_normalize": False})(noise(9, 7)).shape == (
+        7,
+        9,
+        3,
+    )
+
+
+WRONG = {
+    "size": [0, -1, 10**9, "big", {"height": 3}, {"shortest_edge": 2.5}, True],
+    "crop_size": [0, {"height": 10**6, "width": 3}],
+    "image_mean": [[1, 2], "x", [1, 2, None], [1, 2, True]],
+    "image_std": [[0, 1, 1], 3],
+    "rescale_factor": ["1", None, 1e999],
+    "resample": [99, "cubic", True],
+    "do_image_splitting": [True],
+}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in WRONG.items() for v in values])
+def test_what_cannot_be_is_named(tmp_path, field, value):
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json") as error:
+        write(tmp_path, CLIP | {field: value})
+    words = {
+        "do_image_splitting": "tiles",
+        "rescale_factor": "no JSON" if value == 1e999 else field,
+    }
+    assert words.get(field, field) in str(error.value) or "no JSON" in str(error.value)
