@@ -12,6 +12,27 @@ import numpy as np
 from miniflamingo.autograd import Tensor, differentiable
 from miniflamingo.module import Module, Parameter
 
+
+def remembered(build):
+    """A decorator for what depends on whole numbers alone, such as phi: build(x, ...) -> arrays.
+
+    They are kept, read-only, for the last few x int[...]: all layers of a model ask the same.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def kept(x, shape, *args, **kwargs):
+        arrays = build(np.frombuffer(x, np.int64).reshape(shape), *args, **kwargs)
+        for array in arrays:
+            array.flags.writeable = False
+        return arrays
+
+    @functools.wraps(build)
+    def call(x, *args, **kwargs):
+        return kept(np.ascontiguousarray(x, np.int64).tobytes(), x.shape, *args, **kwargs)
+
+    return call
+
+
 # --- arithmetic and shapes: what lets `x + y`, `x.reshape(...)` and `x[i]` be recorded ------------
 
 

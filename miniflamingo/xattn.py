@@ -12,8 +12,6 @@ Earlier images reach a token through the language model's own self-attention. Le
 L text tokens, N images in a sequence, R visual tokens of an image, H heads, K head width, D width.
 """
 
-import functools
-
 import numpy as np
 
 from miniflamingo.attention import (
@@ -27,7 +25,7 @@ from miniflamingo.attention import (
 )
 from miniflamingo.autograd import differentiable
 from miniflamingo.dialects import DIALECTS
-from miniflamingo.functional import column_dot, keep, norm_named
+from miniflamingo.functional import column_dot, keep, norm_named, remembered
 from miniflamingo.module import Module, Parameter
 
 # --- phi ----------------------------------------------------------------------------------------
@@ -87,23 +85,6 @@ def keep_seen(x, phi, only_last=True):  # [B, N, ...], int [B, L] -> [B, N, ...]
 
 
 # --- image-causal attention ---------------------------------------------------------------------
-
-
-def remembered(build):
-    """build(phi, ...) -> arrays, kept for the last few phi: all layers of a model ask the same."""
-
-    @functools.lru_cache(maxsize=8)
-    def kept(phi, shape, *args, **kwargs):
-        arrays = build(np.frombuffer(phi, np.int64).reshape(shape), *args, **kwargs)
-        for array in arrays:
-            array.flags.writeable = False
-        return arrays
-
-    @functools.wraps(build)
-    def call(phi, *args, **kwargs):
-        return kept(np.ascontiguousarray(phi, np.int64).tobytes(), phi.shape, *args, **kwargs)
-
-    return call
 
 
 @remembered
