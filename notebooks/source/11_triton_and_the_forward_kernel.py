@@ -573,7 +573,7 @@ print("places of out stored twice:", len(places) - len(np.unique(places)))
 bugs = {
     "1 padded keys count": ("tl.where((r < R)[None, :]", "tl.where((r < BLOCK_R)[None, :]"),
     "2 a stride forgotten": ("(image - 1) * k_n + h * k_h", "(image - 1) * k_n"),
-    "3 no scale": ("(SCALE * LOG2E)", "LOG2E"),
+    "3 no scale": ("tl.trans(k)) * (SCALE * LOG2E)", "tl.trans(k)) * LOG2E"),
     "4 no mask at the store": ("H * K, place < end, out", "H * K, place < end + BLOCK_M, out"),
 }
 
