@@ -34,17 +34,17 @@ from miniflamingo.functional import softmax, softmax_backward
 
 # %%
 products = [
-    (("Sᵀ", "R", "M"), ("K", "R", "K"), ("Qᵀ", "K", "M")),
-    (("dPᵀ", "R", "M"), ("V", "R", "K"), ("dOᵀ", "K", "M")),
+    (("S", "M", "R"), ("Q", "M", "K"), ("Kᵀ", "K", "R")),
+    (("dP", "M", "R"), ("dO", "M", "K"), ("Vᵀ", "K", "R")),
     (("dV", "R", "K"), ("Pᵀ", "R", "M"), ("dO", "M", "K")),
     (("dK", "R", "K"), ("dSᵀ", "R", "M"), ("Q", "M", "K")),
     (("dQ", "M", "K"), ("dS", "M", "R"), ("K", "R", "K")),
 ]
 show(
     plots.plot_products(products, {"M": 32, "R": 64, "K": 64}, unit=0.8),
-    alt="Five matrix products to scale, M = 32 tokens, R = K = 64. S transposed, R by M, is K "
-    "times Q transposed; dP transposed, R by M, is V times dO transposed; dV and dK, R by K, are P "
-    "transposed times dO and dS transposed times Q; dQ, M by K, is dS times K.",
+    alt="Five matrix products to scale, M = 32 tokens, R = K = 64. S, M by R, is Q times K "
+    "transposed; dP, M by R, is dO times V transposed; dV and dK, R by K, are P transposed times "
+    "dO and dS transposed times Q; dQ, M by K, is dS times K.",
 )
 
 # %% [markdown]
