@@ -162,7 +162,7 @@ def tanh_gate(y, alpha, branch):  # [..., D], [] or [D], [..., D] -> [..., D]
 def tanh_gate_backward(dout, y, alpha, branch):
     gate = np.tanh(alpha)
     # out = y + gate * branch, gate = tanh(alpha): at alpha = 0 only y and alpha receive a gradient
-    dgate = column_dot(dout, branch) if np.ndim(alpha) else np.vdot(dout, branch)
+    dgate = column_dot(dout, branch) if np.size(alpha) > 1 else np.vdot(dout, branch)
     return dout, (1 - gate * gate) * dgate, gate * dout
 
 

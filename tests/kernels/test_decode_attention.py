@@ -158,7 +158,7 @@ BREAKAGES = {
     ),
     "no scale": ("(SCALE * LOG2E)", "LOG2E", True),
     "keys past the end": ('tl.where((r < R)[:, None], scores, float("-inf"))', "scores", True),
-    "not divided by the sum": ("out = out / total[:, None]", "", True),
+    "not divided by the sum": ("out = out * (1 / total)[:, None]", "", True),
     "the last block only": ("out * shrink[:, None] + ", "", True),
     "no rescaling": ("total * shrink", "total", True),
 }  # fmt: skip
