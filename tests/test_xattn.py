@@ -54,7 +54,7 @@ CASES = [
             lambda torch, y, alpha, branch: y + alpha.tanh() * branch,
             note=f"alpha {alpha}",
         )
-        for alpha in (0.0, 0.7, -1.5, normal(3))
+        for alpha in (0.0, 0.7, -1.5, [0.7], normal(3))
     ),
 ]
 
