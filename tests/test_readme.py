@@ -70,6 +70,10 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m miniflamingo generate --weights idefics-9b --stream --image a.png --text "
+    '"what color ?"': "tests/interop/test_generation.py, with a small one",
+    "python -m miniflamingo inspect idefics-9b --plot gates.png": "tests/interop/"
+    "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
@@ -80,6 +84,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m tests.fuzz kills --each 20": "its figures are in tests/fuzz/results.json",
     "python -m tests.fuzz table": "tests/fuzz/test_fuzz.py compares it with the README",
     "python -m tests.fuzz table --write": "tests/fuzz/test_fuzz.py compares it with the README",
+    "python -m tests.interop": "tests/interop/test_table.py",
+    "python -m tests.interop table --write": "tests/interop/test_table.py compares the README",
     "python -m tests.machines": "tests/test_machines.py",
     "python -m ruff check .": "CI runs it",
     "python -m ruff format --check .": "CI runs it",
