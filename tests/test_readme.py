@@ -93,9 +93,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect | "
-    "bench-generate",
-    "python -m miniflamingo bench-generate [--json FILE]",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect",
+    "python -m miniflamingo bench-generate [--json FILE] [--larger]",
     'python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"',
     "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",
     "python -m miniflamingo train",
@@ -121,6 +120,7 @@ RUN_HERE = {
     "python -m miniflamingo evaluate --checkpoint runs/0/flamingo --json "
     "runs/0/flamingo/metrics.json",
     "python -m miniflamingo bench-generate",
+    "python -m miniflamingo bench-generate --table",
     'python -m miniflamingo generate --image a.png --text "what color ?"',
     'python -m miniflamingo generate --weights smollm2.gguf --text "The capital of France is"',
     "python -m miniflamingo inspect runs/flamingo --plot gates.png",
@@ -269,18 +269,10 @@ def live(train_live, folder, steps):
         return train_live(folder, 2, False)
 
 
-def shrink_interop(patch):
-    """The same for the commands of miniflamingo/interop."""
-    from miniflamingo.interop import bench
-
-    row = dict.fromkeys(("prefill_s", "ms_a_token", "peak_mb"), 1.0)
-    patch.setattr(bench, "fresh", lambda work, *arguments: row | {"tokens": [1, 2]})
-
-
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
     from miniflamingo.kernels.model import step
-    from miniflamingo.kernels.tools import bench, compare, predict
+    from miniflamingo.kernels.tools import bench, bench_generate, compare, predict
     from miniflamingo.kernels.tools import compile as compiler
 
     one = {"images": compare.KERNELS[0].cases["adjacent images"]}
@@ -290,6 +282,9 @@ def shrink_kernels(patch):
     patch.setattr(bench, "measure_limits", lambda *args: limits)
     patch.setattr(bench, "measure_all", lambda *args: False)
     patch.setattr(bench, "draw_figures", lambda *args: None)
+    row = dict.fromkeys(("prefill_s", "ms_a_token", "peak_mb"), 1.0)
+    patch.setattr(bench_generate, "fresh", lambda work, *arguments: row | {"tokens": [1, 2]})
+    patch.setattr(bench_generate, "write_table", lambda: 0)
     patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
@@ -353,7 +348,6 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
         shrink_kernels(monkeypatch)
     if "course" in module:
         shrink_notebooks(monkeypatch, tmp_path)
-    shrink_interop(monkeypatch)
     inputs(options)
     module += ".__main__" * (module == "miniflamingo")
     main = import_module(module).main

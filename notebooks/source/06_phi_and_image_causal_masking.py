@@ -563,11 +563,11 @@ for name, function in attends.items():
 # goes unseen. Test on a page that begins with text and has several images.
 
 # %% [markdown]
-# **Measured on the originals.** The three bugs above are re-enactments. The library also reads these
-# projects' checkpoints, so their own code can be run beside ours with the same random weights.
-# `python -m tests.interop` does that and writes down what it finds: how large a number a token
-# without an image gets, how far the logits in front of the first image move when the *last* image
-# is repainted, how often a generation looks at the images. Right would be 0, 0 and once.
+# **Measured on the originals.** The three bugs above are re-enactments. The library also reads
+# these projects' checkpoints, so their own code can be run beside ours with the same random
+# weights. `python -m tests.interop` does that and writes down what it finds: how large a number a
+# token without an image gets, how far the logits in front of the first image move when the *last*
+# image is repainted, how often a generation runs the resampler. Right would be 0, 0 and once.
 
 # %%
 import json
