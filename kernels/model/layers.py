@@ -447,9 +447,12 @@ def gated_add(y, alpha, x, weight):
 
     The gate is folded into the weight, so that the branch's output is not kept for the backward
     pass: with dW' = dout^T x, autograd gets d(alpha) = (1 - tanh(alpha)^2) <weight, dW'> and
-    d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit, where x and weight are
-    finite (0 * inf is NaN); only -0 may become 0.
+    d(weight) = tanh(alpha) dW'. Without gradients the branch's output is scaled: for one token,
+    writing a scaled weight would cost more than the product. At alpha = 0 the result is y, bit for
+    bit, where x and weight are finite (0 * inf is NaN); only -0 may become 0.
     """
+    if not torch.is_grad_enabled():
+        return y + alpha.tanh() * F.linear(packed(x), weight)
     return y + F.linear(packed(x), alpha.tanh()[..., None] * weight)
 
 
@@ -702,7 +705,9 @@ class LanguageModel(nn.Module):
         tied, words = c.tie_embeddings, c.num_logits or c.vocab_size
         self.head = None if tied else nn.Linear(c.dim, words, bias=False)
 
-    def causality(self, L, start=0):  # -> bias [1, H, L, start + L]
+    def causality(self, L, start=0):  # -> bias [1, H, L, start + L]; None: nothing is hidden
+        if L == 1 and self.config.positions != "alibi":
+            return None
         distance = torch.arange(start, start + L)[:, None] - torch.arange(start + L)
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
         slopes = slopes if self.config.positions == "alibi" else (0.0,)
