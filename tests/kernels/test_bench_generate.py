@@ -58,3 +58,15 @@ def test_options_have_ranges(words):
     with pytest.raises(SystemExit) as stop:
         main(["bench-generate", *words])
     assert stop.value.code == 2
+
+
+def test_the_readme_shows_the_committed_figures(monkeypatch, tmp_path):
+    start, end = bench.MARKERS
+    readme = bench.README.read_text("utf-8")
+    results = json.loads(bench.RESULTS.read_text("utf-8"))
+    assert readme.split(start)[1].split(end)[0] == bench.markdown(results)
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.replace(bench.markdown(results), ""), "utf-8")
+    monkeypatch.setattr(bench, "README", copy)
+    assert main(["bench-generate", "--table"]) == 0
+    assert copy.read_text("utf-8") == readme
