@@ -14,7 +14,7 @@ SITE := .venv/installed-site
 PEERS := flamingo-pytorch==0.1.2 open-flamingo==2.0.1 open-clip-torch==3.3.0 einops==0.8.2 \
 	einops-exts==0.0.4 ftfy wcwidth
 
-.PHONY: demo test test-peers test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
+.PHONY: demo test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
 	timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
@@ -26,9 +26,14 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 test: $(READY)  ## all tests, on two cores; those that need a GPU skip where there is none
 	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-peers: $(READY)  ## agreement with other projects' own code, installed beside, in out/peers
-	@$(RUN) -m pip install -q --upgrade --no-deps --target out/peers $(PEERS)
+test-peers: peers  ## tests against other projects' own code, installed beside, in out/peers
 	@PYTHONPATH=out/peers $(RUN) -m pytest tests/interop $(ARGS)
+
+agreement: peers  ## by how much ours and theirs differ, as a table; ARGS="--json FILE"
+	@PYTHONPATH=out/peers $(RUN) -m tests.interop $(ARGS)
+
+peers: $(READY)
+	@$(RUN) -m pip install -q --upgrade --no-deps --target out/peers $(PEERS)
 
 test-machines: $(READY)  ## tests and course as other processors run them; ARGS="--turn 1/4": a part
 	@$(RUN) -m tests.machines $(ARGS)

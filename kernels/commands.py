@@ -10,7 +10,9 @@ from importlib import import_module
 
 from miniflamingo.command import Parser, a_path, exclude, real, whole
 
-FILES = {"step": "model.step", "train-torch": "model.train"}  # of other commands: in tools/
+# of other commands: in tools/
+FILES = {"step": "model.step", "train-torch": "model.train",
+         "bench-generate": "tools.bench_generate"}  # fmt: skip
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -42,12 +44,25 @@ def parser():
     command.add_argument("--case", metavar="TEXT", default="", help="only shapes with TEXT in them")
     plots = "also draw the figures into DIR, a folder that exists"
     command.add_argument("--plots", metavar="DIR", type=a_path, help=plots)
+    _add_generate(commands.add_parser("bench-generate", help="transformers beside ours, on a CPU"))
     command = commands.add_parser("gpu", help="test, then bench, what the minutes allow, on a GPU")
     command.add_argument("--minutes", type=real(0, 10**4, above=True), default=9)
     out = "the benchmark's file: what it has is kept, and not measured again"
     command.add_argument("--out", metavar="FILE", type=a_path, default="bench-gpu.json", help=out)
     commands.add_parser("train-torch", add_help=False, help="the bridge, on one process or many")
     return top
+
+
+def _add_generate(command):
+    threads = "one or several numbers"
+    command.add_argument("--threads", type=whole(1, 256), nargs="+", default=[1, 2], help=threads)
+    command.add_argument("--rounds", type=whole(1, 100), default=3, help="of each side; medians")
+    command.add_argument("--new-tokens", type=whole(2, 1000), default=32)
+    command.add_argument("--larger", action="store_true", help="an IDEFICS 1024 wide, too")
+    text = "write the figures to this file"
+    command.add_argument("--json", metavar="FILE", type=a_path, dest="file", help=text)
+    text = "put the committed figures into the README, and measure nothing"
+    command.add_argument("--table", action="store_true", help=text)
 
 
 def _add_json(command):

@@ -1,7 +1,6 @@
 """The command line:
-`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect |
-bench-generate`,
-and the kernels': `compare | compile | predict | step | bench | gpu | train-torch`.
+`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect`,
+and the kernels': `compare | compile | predict | step | bench | bench-generate | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
 """
@@ -295,7 +294,6 @@ def _add_others(commands):
     command.add_argument("runs", nargs="+", type=a_path, help="folders with the three stages' runs")
     command.add_argument("--to", type=a_path, default=training.WEIGHTS, help="the package's own")
     _add_inspect(commands.add_parser("inspect", help="what a checkpoint is, anybody's"))
-    _add_bench(commands.add_parser("bench-generate", help="transformers beside ours, in one run"))
     command = commands.add_parser("sizes", help="parameters of the presets beside the paper's")
     command.add_argument("presets", nargs="*", help="mini, 3B, 9B, 80B; all by default")
 
@@ -324,15 +322,6 @@ def _add_inspect(command):
     command.add_argument("path", type=a_path, help="folder or file of any project that is known")
     command.add_argument("--plot", type=a_path, help="draw its gates into this PNG file")
     _add_pickle(command)
-
-
-def _add_bench(command):
-    threads = "one or several numbers"
-    command.add_argument("--threads", type=whole(1, 256), nargs="+", default=[1, 2], help=threads)
-    command.add_argument("--rounds", type=whole(1, 100), default=3, help="of each side; medians")
-    command.add_argument("--new-tokens", type=whole(2, 1000), default=32)
-    command.add_argument("--larger", action="store_true", help="an IDEFICS 1024 wide, too")
-    command.add_argument("--json", type=a_path, help="write the figures to this file")
 
 
 def _add_pickle(command):
@@ -389,6 +378,7 @@ KERNELS = {
     "predict": "microseconds on GPUs that are not here, and what binds",
     "step": "seconds a training step, NumPy beside torch",
     "bench": "time and memory beside every peer's; needs a GPU",
+    "bench-generate": "the same models generate in transformers and here, on the CPU",
     "gpu": "test, then bench, what the minutes allow, on a GPU",
     "train-torch": "the three stages, or the bridge on many processes",
 }
@@ -405,15 +395,7 @@ def inspect(arguments):
     inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
 
 
-def bench_generate(arguments):
-    """Generate in transformers and here, in one run."""
-    bench = import_module("miniflamingo.interop.bench").bench  # it brings its own weight
-    a = arguments
-    bench(a.threads, a.rounds, a.new_tokens, a.larger, a.json)
-
-
-ALONE = {"evaluate": evaluate, "generate": generate, "inspect": inspect,
-         "bench-generate": bench_generate}  # fmt: skip
+ALONE = {"evaluate": evaluate, "generate": generate, "inspect": inspect}
 
 
 def main(argv=None):

@@ -70,6 +70,10 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m http.server -d out/site": "serves until it is stopped",
     "python -m venv .venv": "installs",
     "python -m jupyterlab notebooks/student": "opens a browser",
+    "python -m miniflamingo generate --weights idefics-9b --stream --image a.png --text "
+    '"what color ?"': "tests/interop/test_generation.py, with a small one",
+    "python -m miniflamingo inspect idefics-9b --plot gates.png": "tests/interop/"
+    "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
@@ -80,6 +84,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m tests.fuzz kills --each 20": "its figures are in tests/fuzz/results.json",
     "python -m tests.fuzz table": "tests/fuzz/test_fuzz.py compares it with the README",
     "python -m tests.fuzz table --write": "tests/fuzz/test_fuzz.py compares it with the README",
+    "python -m tests.interop": "tests/interop/test_table.py",
+    "python -m tests.interop table --write": "tests/interop/test_table.py compares the README",
     "python -m tests.machines": "tests/test_machines.py",
     "python -m ruff check .": "CI runs it",
     "python -m ruff format --check .": "CI runs it",
@@ -87,9 +93,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 # a list of commands, or a reference to one
 NAMED = {
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect | "
-    "bench-generate",
-    "python -m miniflamingo bench-generate [--json FILE]",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect",
+    "python -m miniflamingo bench-generate [--json FILE] [--larger]",
     'python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"',
     "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",
     "python -m miniflamingo train",
@@ -115,6 +120,7 @@ RUN_HERE = {
     "python -m miniflamingo evaluate --checkpoint runs/0/flamingo --json "
     "runs/0/flamingo/metrics.json",
     "python -m miniflamingo bench-generate",
+    "python -m miniflamingo bench-generate --table",
     'python -m miniflamingo generate --image a.png --text "what color ?"',
     'python -m miniflamingo generate --weights smollm2.gguf --text "The capital of France is"',
     "python -m miniflamingo inspect runs/flamingo --plot gates.png",
@@ -200,7 +206,9 @@ def test_every_command_that_is_given_is_tried_and_no_other():
 @pytest.mark.parametrize("command", sorted(c for c in NAMED if "|" in c or "[" in c))
 def test_what_a_list_names_exists(command):
     module = import_module(
-        "miniflamingo.kernels.commands" if "compare" in command else "miniflamingo.__main__"
+        "miniflamingo.kernels.commands"
+        if {"compare", "bench-generate"} & {*command.split()}
+        else "miniflamingo.__main__"
     )
     actions = next(a for a in module.parser()._actions if a.dest == "command").choices
     for name in re.findall(r"\b[a-z-]+", re.sub(r"\[.*?\]", "", command).split(None, 3)[-1]):
@@ -263,18 +271,10 @@ def live(train_live, folder, steps):
         return train_live(folder, 2, False)
 
 
-def shrink_interop(patch):
-    """The same for the commands of miniflamingo/interop."""
-    from miniflamingo.interop import bench
-
-    row = dict.fromkeys(("prefill_s", "ms_a_token", "peak_mb"), 1.0)
-    patch.setattr(bench, "fresh", lambda work, *arguments: row | {"tokens": [1, 2]})
-
-
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
     from miniflamingo.kernels.model import step
-    from miniflamingo.kernels.tools import bench, compare, predict
+    from miniflamingo.kernels.tools import bench, bench_generate, compare, predict
     from miniflamingo.kernels.tools import compile as compiler
 
     one = {"images": compare.KERNELS[0].cases["adjacent images"]}
@@ -284,6 +284,9 @@ def shrink_kernels(patch):
     patch.setattr(bench, "measure_limits", lambda *args: limits)
     patch.setattr(bench, "measure_all", lambda *args: False)
     patch.setattr(bench, "draw_figures", lambda *args: None)
+    row = dict.fromkeys(("prefill_s", "ms_a_token", "peak_mb"), 1.0)
+    patch.setattr(bench_generate, "fresh", lambda work, *arguments: row | {"tokens": [1, 2]})
+    patch.setattr(bench_generate, "write_table", lambda: 0)
     patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
     patch.setattr(compiler, "missing", lambda: None)
@@ -347,7 +350,6 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
         shrink_kernels(monkeypatch)
     if "course" in module:
         shrink_notebooks(monkeypatch, tmp_path)
-    shrink_interop(monkeypatch)
     inputs(options)
     module += ".__main__" * (module == "miniflamingo")
     main = import_module(module).main

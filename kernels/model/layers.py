@@ -15,6 +15,7 @@ heads, K head width, D width, D_m width of the visual tokens, V words.
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -103,10 +104,11 @@ def norm_named(name, eps=None):
     return functools.partial(NORMS[name], eps=eps) if name and eps else NORMS.get(name)
 
 
-def rotate(x, config):
-    """[B, L, H, K] at positions 0..L-1, turned as miniflamingo.rotary.rotate does."""
+def rotate(x, config, start=0):
+    """[B, L, H, K] at positions start, start + 1, ..., as miniflamingo.rotary.rotate turns it."""
     turns = torch.from_numpy(frequencies(config, x.shape[-1]).copy()).to(x.device)
-    angle = torch.arange(x.shape[1], device=x.device)[:, None, None] * turns  # [L, 1, K/2]
+    places = torch.arange(start, start + x.shape[1], device=x.device)
+    angle = places[:, None, None] * turns  # [L, 1, K/2]
     cos, sin = (config.scale * angle.cos()).to(x), (config.scale * angle.sin()).to(x)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -205,21 +207,22 @@ class MultiHeadAttention(nn.Module):
     def project(self, projection, x):  # [..., D] -> [..., H, K]
         return projection(x).unflatten(-1, (-1, self.head_dim))
 
-    def queries(self, x):  # [..., D] -> [..., H, K]
-        return self._place(self.project(self.q_proj, x), self.q_norm)
+    def queries(self, x, start=0):  # [..., D] -> [..., H, K]
+        return self._place(self.project(self.q_proj, x), self.q_norm, start)
 
-    def keys(self, x):  # [..., D] -> [..., H / groups, K]
-        return self._place(self.project(self.k_proj, x), self.k_norm)
+    def keys(self, x, start=0):  # [..., D] -> [..., H / groups, K]
+        return self._place(self.project(self.k_proj, x), self.k_norm, start)
 
-    def _place(self, x, norm):
+    def _place(self, x, norm, start):
         x = x if norm is None else norm(x)
-        return x if self.rotary is None else rotate(x, self.rotary)
+        return x if self.rotary is None else rotate(x, self.rotary, start)
 
-    def forward(self, x, context=None, mask=None, bias=None):
-        context = x if context is None else context
-        k, v = self.keys(context), self.project(self.v_proj, context)
+    def forward(self, x, context=None, mask=None, bias=None, cache=None):
+        context, start = x if context is None else context, 0 if cache is None else cache.length
+        k, v = self.keys(context, start), self.project(self.v_proj, context)
+        k, v = (k, v) if cache is None else cache.update(k, v)
         k, v = (y.repeat_interleave(self.groups, dim=2) if self.groups > 1 else y for y in (k, v))
-        return self.out_proj(attend(self.queries(x), k, v, mask, bias).flatten(-2))
+        return self.out_proj(attend(self.queries(x, start), k, v, mask, bias).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -255,8 +258,8 @@ class TransformerBlock(nn.Module):
         )
         self.ffw = FeedForward(dim, hidden, activation, norm, gated, bias)
 
-    def forward(self, x, mask=None, bias=None):
-        x = x + self.attention(self.norm(x), None, mask, bias)
+    def forward(self, x, mask=None, bias=None, cache=None):
+        x = x + self.attention(self.norm(x), None, mask, bias, cache)
         return x + self.ffw(x)
 
 
@@ -444,9 +447,12 @@ def gated_add(y, alpha, x, weight):
 
     The gate is folded into the weight, so that the branch's output is not kept for the backward
     pass: with dW' = dout^T x, autograd gets d(alpha) = (1 - tanh(alpha)^2) <weight, dW'> and
-    d(weight) = tanh(alpha) dW'. At alpha = 0 the result is y, bit for bit, where x and weight are
-    finite (0 * inf is NaN); only -0 may become 0.
+    d(weight) = tanh(alpha) dW'. Without gradients the branch's output is scaled: for one token,
+    writing a scaled weight would cost more than the product. At alpha = 0 the result is y, bit for
+    bit, where x and weight are finite (0 * inf is NaN); only -0 may become 0.
     """
+    if not torch.is_grad_enabled():
+        return y + alpha.tanh() * F.linear(packed(x), weight)
     return y + F.linear(packed(x), alpha.tanh()[..., None] * weight)
 
 
@@ -699,23 +705,49 @@ class LanguageModel(nn.Module):
         tied, words = c.tie_embeddings, c.num_logits or c.vocab_size
         self.head = None if tied else nn.Linear(c.dim, words, bias=False)
 
-    def causality(self, L):  # -> bias [1, H, L, L]
-        distance = torch.arange(L)[:, None] - torch.arange(L)
+    def causality(self, L, start=0):  # -> bias [1, H, L, start + L]; None: nothing is hidden
+        if L == 1 and self.config.positions != "alibi":
+            return None
+        distance = torch.arange(start, start + L)[:, None] - torch.arange(start + L)
         slopes = self.config.alibi_slopes or alibi_slopes(self.config.heads)
         slopes = slopes if self.config.positions == "alibi" else (0.0,)
         slopes = torch.as_tensor(slopes)[:, None, None].to(self.embedding.weight)
         distance = distance.to(slopes.device)
         return torch.where(distance >= 0, -slopes * distance, -torch.inf)[None]
 
-    def embed(self, tokens, table):
+    def embed(self, tokens, table, start=0):
         x = F.embedding(tokens, table)
-        return x if self.positions is None else x + self.positions[: tokens.shape[1]]
+        return x if self.positions is None else x + self.positions[start:][: tokens.shape[1]]
 
-    def forward(self, tokens):  # int [B, L] -> logits [B, L, V]
-        x, bias = self.embed(tokens, self.embedding.weight), self.causality(tokens.shape[1])
-        for block in self.blocks:
-            x = block(x, None, bias)
-        return F.linear(self.norm(x), (self.head or self.embedding).weight)
+    def forward(self, tokens, cache=None, last=False):  # int [B, L] -> logits [B, L, V]
+        """cache: a KeyValueCache for each block, whose tokens came before; last: [B, 1, V]."""
+        cache = cache or [None] * len(self.blocks)
+        start = cache[0].length if cache[0] else 0
+        x = self.embed(tokens, self.embedding.weight, start)
+        bias = self.causality(tokens.shape[1], start)
+        for block, kept in zip(self.blocks, cache):
+            x = block(x, None, bias, kept)
+        return F.linear(self.norm(x[:, -1:] if last else x), (self.head or self.embedding).weight)
+
+
+class KeyValueCache:
+    """The keys and values of one self-attention's tokens so far, in rows of one length; no
+    gradient goes through it."""
+
+    def __init__(self, batch, length, heads, head_dim, like):
+        self.k, self.length = like.new_zeros(batch, length, heads, head_dim), 0
+        self.v = torch.zeros_like(self.k)
+
+    def update(self, k, v):  # [B, L, H, K] -> views of all so far
+        start, self.length = self.length, self.length + k.shape[1]
+        self.k[:, start : self.length], self.v[:, start : self.length] = k, v
+        return self.k[:, : self.length], self.v[:, : self.length]
+
+    @classmethod
+    def of(cls, lm, batch, length):
+        """One for each block of a LanguageModel, with room for `length` tokens."""
+        shape = (batch, length, *lm.config.kv_shape, lm.embedding.weight)
+        return [cls(*shape) for _ in lm.blocks]
 
 
 # --- the contrastive objective --------------------------------------------------------------------
@@ -795,6 +827,20 @@ def build_resampler(config):
     )  # fmt: skip
 
 
+class Cache(NamedTuple):
+    """What decoding keeps: a KeyValueCache for each LM block, and each gated layer's projected
+    media, keys and values [B, N, R, H, K]."""
+
+    tokens: list
+    media: list
+
+    @classmethod
+    def of(cls, model, media, length):
+        """Of a Flamingo, with room for `length` tokens; media [B, N, R, D_m] is projected once."""
+        projected = [layer.project_media(media) for layer in model.gated_xattn]
+        return cls(KeyValueCache.of(model.lm, len(media), length), projected)
+
+
 class Flamingo(nn.Module):
     """The whole model, for training and scoring; ValueError for a resampler of the ablations, and
     for an eye that has no twin."""
@@ -851,25 +897,30 @@ class Flamingo(nn.Module):
         media = self.resampler(self.encode(pixels, num_frames), num_frames, backend)
         return self.read(tokens, media, phi, backend, check=False)
 
-    def read(self, tokens, media, phi, backend="auto", check=True):
+    def read(self, tokens, media, phi, backend="auto", check=True, cache=None, last=False):
         """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> [B, L, V].
 
-        check=True reads phi's range, once for all layers (see check_phi).
+        check=True reads phi's range, once for all layers (see check_phi). cache, where given, is a
+        Cache: the tokens come behind those that it holds, and media only says how many images there
+        are. last=True gives the last token's logits alone, [B, 1, V].
         """
+        kept = cache or Cache([None] * len(self.lm.blocks), [None] * len(self.gated_xattn))
+        start = kept.tokens[0].length if cache else 0
         table, head = self.lm.embedding.weight, (self.lm.head or self.lm.embedding).weight
         if self.eoc_embedding is not None:
             table = self._with_eoc(table, self.eoc_embedding)
             head = table if self.lm.head is None else self._with_eoc(head, self.eoc_head)
         check_phi(phi, *tokens.shape, media.shape[1], tokens.device, check)
-        x, bias = self.lm.embed(tokens, table), self.lm.causality(tokens.shape[1])
+        x = self.lm.embed(tokens, table, start)
+        bias = self.lm.causality(tokens.shape[1], start)
         groups = self.gated_xattn[0].attention.groups if len(self.gated_xattn) else 1
         work = share_work(phi, media.shape[1], self.config.xattn_heads, backend, groups)
         for i, block in enumerate(self.lm.blocks):
             j, between = divmod(i - self.config.dialect.offset, self.config.xattn_every)
             if not between:
-                x = self.gated_xattn[j](x, media, phi, backend, work, check=False)
-            x = block(x, None, bias)
-        return F.linear(self.lm.norm(x), head)
+                x = self.gated_xattn[j](x, media, phi, backend, work, kept.media[j], check=False)
+            x = block(x, None, bias, kept.tokens[i])
+        return F.linear(self.lm.norm(x[:, -1:] if last else x), head)
 
     def _with_eoc(self, table, row):
         rows = torch.arange(len(table), device=table.device)[:, None]

@@ -167,6 +167,7 @@ def generate(path, request):
         with clock.on("reading"):
             checkpoint, words, pictures, model = _opened(path, request, layers)
         ids, phi = _prompt(request, words, name_of(checkpoint))
+        check_room(model, len(ids), request.most)
         if layers is not None:
             bar.total = request.most * len(layers.layers)
             print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
@@ -196,6 +197,17 @@ def _prompt(request, words, project):
         raise ValueError("--chat takes one --text, and no image")
     ids = words.chat(request.parts[0][1])
     return np.array(ids), np.zeros(len(ids), int)
+
+
+def check_room(model, prompt, most):
+    """ValueError where a model with learned positions has too few for a prompt and `most` tokens.
+
+    The last token is written and not read.
+    """
+    lm = model.config.lm if isinstance(model.config, FlamingoConfig) else model.config
+    if lm.positions == "learned" and prompt + most - 1 > lm.max_positions:
+        raise ValueError(f"the model has {lm.max_positions} positions: too few for a prompt of "
+                         f"{prompt} tokens and --max-new-tokens {most}")  # fmt: skip
 
 
 def with_pixels(config, pictures):

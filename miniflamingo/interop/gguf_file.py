@@ -56,7 +56,7 @@ class GGUFFile:
             if len(kinds.get(kind, ())) < 3
         ]
         if unknown:
-            raise ValueError(f"{self.path}: not read are quantisations of {some(unknown)}")
+            raise ValueError(f"{self.path}: unknown quantisations: {some(unknown)}")
         for name, (kind, where) in self._places.items():
             word, block, width = kinds[kind]
             shape = self.shapes[name]

@@ -38,7 +38,7 @@ def test_clip_of_transformers(act):
     eye = clip.build(about, state, np.float64)
     pixels = torch.from_numpy(normalised(PIXELS, eye.config))
     peer = run_theirs(model, lambda: model(pixel_values=pixels).last_hidden_state, {}, about)
-    check(compare(peer, clip, eye, lambda m: m(PIXELS)), 1e-11)
+    check(compare(peer, clip, eye, lambda m, route: m(PIXELS)), 1e-11)
 
 
 @pytest.mark.parametrize("quick", [True, False])

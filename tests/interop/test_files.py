@@ -245,7 +245,7 @@ def test_an_unknown_quantisation_is_named(gguf, kind, name):
     about, tensors = gguf_llama()
     tensors["output_norm.weight"] = (kind, tensors["output_norm.weight"][1])
     save_gguf(gguf, about, tensors)
-    assert f"quantisations of output_norm.weight is {name}" in refused(gguf)
+    assert f"unknown quantisations: output_norm.weight is {name}" in refused(gguf)
 
 
 def test_rows_that_are_no_blocks_and_a_cut_file(gguf):

@@ -1,7 +1,9 @@
 """`generate --weights`: other projects' models answer, also when they are larger than memory."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -433,3 +435,37 @@ def test_the_estimate_is_of_the_right_size(folder):
     line = generation.estimate(layers, 10, 100)
     assert line.startswith("streaming 0.00 GB of layers for every token: about 0.")
     assert generation._span(30) == "30 s" and generation._span(600) == "10 minutes"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_ctrl_c_while_it_writes_is_one_line_and_130(tmp_path, options):
+    folder = made.save_folder(tmp_path, made.LLAMA, made.llama_state())
+    made.save_tokenizer(folder, made.trained(), eos_token=None)
+    words = ["generate", "--weights", folder, "--text", "The", "--max-new-tokens", 10**4]
+    # sampled, so that it does not end soon
+    command = [sys.executable, "-m", "miniflamingo", *map(str, [*words, *options])]
+    process = subprocess.Popen(
+        [*command, "--temperature", "100"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    process.stdout.read(8)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1].decode().replace("\r", "\n")
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "miniflamingo: interrupted"
+
+
+def test_more_tokens_than_learned_positions_are_refused_before_it_begins(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=318, ffn_dim=40,
+        word_embed_proj_dim=32, max_position_embeddings=16, eos_token_id=None,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    made.save_tokenizer(tmp_path, made.trained(318), eos_token=None)
+    words = ["generate", "--weights", str(tmp_path), "--text", "red", "--max-new-tokens"]
+    assert main([*words, "17"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "the model has 16 positions: too few for a prompt of" in said.err
+    assert main([*words, "14"]) == 0  # <s> and two more

@@ -11,7 +11,17 @@ from miniflamingo.decoding import DecodingCache
 from miniflamingo.interop import idefics, project_of
 from miniflamingo.interop.loading import shapes_of
 from miniflamingo.xattn import compute_phi
-from tests.interop.agreement import arrays, check, compare, move, run_theirs, worst
+from tests.interop.agreement import (
+    Case,
+    Fault,
+    arrays,
+    check,
+    compare,
+    each_route,
+    move,
+    run_theirs,
+    worst,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch")
@@ -65,13 +75,26 @@ def inputs_of(ours, phi=PHI):
     )
 
 
-@each_kind
-def test_logits_and_all_gradients(kind):
+MOST = 2e-6  # they compute norms and softmax in float32, whatever the model's dtype
+
+
+def errors(kind, route):
+    """What `compare` says of our logits and of all gradients."""
     model, about, ours = theirs_and_ours(kind)
-    call = lambda: model(input_ids=torch.from_numpy(TOKENS), **inputs_of(ours)).logits  # noqa: E731
-    peer = run_theirs(model, call, {}, about)
+    ids = torch.from_numpy(TOKENS)
+    peer = run_theirs(model, lambda: model(input_ids=ids, **inputs_of(ours)).logits, {}, about)
     phi = idefics.phi_of(seen(PHI))
-    check(compare(peer, idefics, ours, lambda m: m(TOKENS, PIXELS, phi=phi), relative=True), 2e-6)
+
+    def call(m, to):
+        return m(to.of(TOKENS), to.of(PIXELS), phi=to.of(phi), **to.options)
+
+    return compare(peer, idefics, ours, call, relative=True, route=route)
+
+
+@each_route
+@each_kind
+def test_logits_and_all_gradients(kind, route):
+    check(errors(kind, route), MOST)
 
 
 def states_of(model, tokens, phi):
@@ -124,8 +147,8 @@ def greedy(model, tokens, phi, n, cached):
     return tokens[:, L:]
 
 
-@each_kind
-def test_twenty_greedy_tokens(kind):
+def same_tokens(kind):
+    """Whether twenty greedy tokens are theirs, decoded with a cache and without."""
     model, _, ours = theirs_and_ours(kind)
     tokens = TOKENS
     with torch.no_grad():
@@ -134,11 +157,19 @@ def test_twenty_greedy_tokens(kind):
             out = model(input_ids=torch.from_numpy(tokens), **inputs_of(ours, phi)).logits
             new = out[:, -1:].argmax(-1).numpy()
             tokens = np.concatenate([tokens, new], axis=1)
-    for cached in (True, False):
-        np.testing.assert_array_equal(greedy(ours, TOKENS, PHI, 20, cached), tokens[:, 9:])
+    return all(
+        np.array_equal(greedy(ours, TOKENS, PHI, 20, cached), tokens[:, 9:])
+        for cached in (True, False)
+    )
 
 
-def test_their_generate_resamples_for_every_token_and_our_decoder_once():
+@each_kind
+def test_twenty_greedy_tokens(kind):
+    assert same_tokens(kind)
+
+
+def resamplings():
+    """How often `generate` runs the resampler, and theirs its eye, for eight tokens."""
     model, _, ours = theirs_and_ours("plain")
     counts, parts = Counter(), (model.model.perceiver_resampler, model.model.vision_model)
     hooks = [part.register_forward_hook(lambda m, *_: counts.update([m])) for part in parts]
@@ -149,12 +180,29 @@ def test_their_generate_resamples_for_every_token_and_our_decoder_once():
     )  # fmt: skip
     for hook in hooks:
         hook.remove()
-    assert [counts[part] for part in parts] == [8, 1]
     calls, forward = [], ours.resampler.forward
     ours.resampler.forward = lambda *a: calls.append(1) or forward(*a)
     greedy(ours, TOKENS, PHI, 8, cached=True)
     del ours.resampler.forward
-    assert len(calls) == 1
+    theirs, eye = (counts[part] for part in parts)
+    return {"theirs": theirs, "ours": len(calls), "their eye": eye}
+
+
+def test_their_generate_resamples_for_every_token_and_our_decoder_once():
+    assert resamplings() == {"theirs": 8, "ours": 1, "their eye": 1}
+
+
+def cases():
+    """The rows of the agreement table."""
+    for kind in KINDS:
+        measures = (functools.partial(work, kind) for work in (errors, same_tokens))
+        yield Case("idefics", "whole model", kind, MOST, *measures)
+
+
+def faults():
+    """What it does once too often."""
+    name = "generate runs the resampler for every token (runs for 8 tokens)"
+    yield Fault("idefics", name, resamplings, right=1)
 
 
 def test_phi_of_a_mask_is_one_image_or_refused():

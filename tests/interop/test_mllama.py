@@ -11,7 +11,17 @@ from miniflamingo.interop import mllama, project_of
 from miniflamingo.interop.loading import shapes_of
 from miniflamingo.xattn import compute_phi
 from tests.gradients import normal
-from tests.interop.agreement import arrays, check, compare, move, run_theirs, worst
+from tests.interop.agreement import (
+    Case,
+    Fault,
+    arrays,
+    check,
+    compare,
+    each_route,
+    move,
+    run_theirs,
+    worst,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch")
@@ -70,15 +80,27 @@ def all_seen():
     return tokens, compute_phi(tokens, IMAGE)
 
 
-@each_size
-def test_logits_and_all_gradients_where_every_token_has_an_image(name):
+MOST = 2e-6
+
+
+def errors(name, route):
+    """What `compare` says where every token has an image."""
     model, about, ours = theirs_and_ours(name)
     tokens, phi = all_seen()
     assert phi.min() > 0 and phi.max() <= N
     media = {"media": normal(3, N, R, D)}
     peer = run_theirs(model, lambda media: theirs(model, media, tokens, phi), media, about)
-    call = lambda m, media: m.read(tokens, media, phi)  # noqa: E731
-    check(compare(peer, mllama, ours, call, relative=True), 2e-6)
+
+    def call(m, to, media):
+        return m.read(to.of(tokens), media, to.of(phi), **to.options)
+
+    return compare(peer, mllama, ours, call, relative=True, route=route)
+
+
+@each_route
+@each_size
+def test_logits_and_all_gradients_where_every_token_has_an_image(name, route):
+    check(errors(name, route), MOST)
 
 
 @each_size
@@ -91,8 +113,8 @@ def test_the_language_model_alone_where_no_token_has_an_image(name):
     assert worst([(out, expected)], relative=True) <= 2e-6
 
 
-@each_size
-def test_twenty_greedy_tokens(name):
+def same_tokens(name):
+    """Whether twenty greedy tokens are theirs, decoded with a cache and without."""
     model, _, ours = theirs_and_ours(name)
     tokens, phi = all_seen()
     media, L = normal(3, N, R, D), tokens.shape[1]
@@ -102,8 +124,15 @@ def test_twenty_greedy_tokens(name):
         with torch.no_grad():
             out = theirs(model, torch.from_numpy(media), expected, phi[:, : L + i], slice(-1, None))
         expected = np.concatenate([expected, out.argmax(-1).numpy()], axis=1)
-    for cached in (True, False):
-        np.testing.assert_array_equal(greedy(ours, tokens, media, phi, cached), expected[:, L:])
+    return all(
+        np.array_equal(greedy(ours, tokens, media, phi, cached), expected[:, L:])
+        for cached in (True, False)
+    )
+
+
+@each_size
+def test_twenty_greedy_tokens(name):
+    assert same_tokens(name)
 
 
 def greedy(model, tokens, media, phi, cached):
@@ -120,22 +149,37 @@ def greedy(model, tokens, media, phi, cached):
     return tokens[:, L:]
 
 
-def test_their_tokens_before_the_first_image_see_the_last_and_ours_do_not():
-    """Only their feed-forward is masked; the attention of such tokens is uniform over ALL images.
-
-    Row 2 has no image at all, row 0 none before token 2.
-    """
+def moved_by_the_last_image():
+    """How far the logits of row 0's two tokens before its first image move when the last of the
+    three images changes: only their feed-forward is masked, their attention is uniform over ALL
+    images."""
     model, _, ours = theirs_and_ours("shared keys")
-    media, before = normal(3, N, R, D), PHI == 0
+    media = normal(3, N, R, D)
     moved = media.copy()
     moved[:, -1] += 1
     with torch.no_grad():
         outs = [theirs(model, torch.from_numpy(m)).numpy() for m in (media, moved)]
-    leak = np.abs(outs[1] - outs[0]).max(axis=-1)
-    print("their logits before the first image move by", leak[before].round(2))
-    assert leak[0, :2].min() > 1e-2
-    ours = [ours.read(TOKENS, m, PHI) for m in (media, moved)]
-    np.testing.assert_array_equal(ours[0][before], ours[1][before])
+    own = [ours.read(TOKENS, m, PHI) for m in (media, moved)]
+    leaks = {"theirs": outs, "ours": own}
+    return {who: float(np.abs(a - b)[0, :2].max()) for who, (a, b) in leaks.items()}
+
+
+def test_their_tokens_before_the_first_image_see_the_last_and_ours_do_not():
+    found = moved_by_the_last_image()
+    assert found["theirs"] > 1e-2 and found["ours"] == 0
+
+
+def cases():
+    """The rows of the agreement table."""
+    for name in SIZES:
+        measures = (functools.partial(work, name) for work in (errors, same_tokens))
+        yield Case("mllama", "text side", name, MOST, *measures)
+
+
+def faults():
+    """What its tokens before the first image see."""
+    name = "tokens before the first image move when the last image changes (largest move)"
+    yield Fault("mllama", name, moved_by_the_last_image)
 
 
 @pytest.mark.parametrize("layers, total", [([0, 1], 5), ([1, 3, 6], 9), ([4], 5), ([], 5)])

@@ -3,6 +3,7 @@
 Against their own code where it is installed; always against the parts, put together by hand.
 """
 
+import functools
 import json
 from importlib.util import find_spec
 
@@ -14,7 +15,16 @@ from miniflamingo.interop.bridge import Bridge
 from miniflamingo.interop.loading import shapes_of
 from miniflamingo.vit import CLIP_MEAN, CLIP_STD
 from miniflamingo.xattn import compute_phi
-from tests.interop.agreement import Peer, arrays, check, compare, move, run_theirs
+from tests.interop.agreement import (
+    Case,
+    Peer,
+    arrays,
+    check,
+    compare,
+    each_route,
+    move,
+    run_theirs,
+)
 from tests.interop.peers import stand_ins
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -129,11 +139,14 @@ def test_a_whole_checkpoint_is_its_parts(name, every, wrapped):
     assert list(whole.config.layers()) == list(range(every - 1, 4, every))
 
 
-@each_decoder
-def test_against_their_model(name):
-    """All of it: open_clip's eye, their perceiver, their layers in transformers' decoder."""
-    if find_spec("open_flamingo") is None or find_spec("open_clip") is None:
-        pytest.skip("open_flamingo or open_clip is not installed")
+INSTALLED = all(map(find_spec, ("open_flamingo", "open_clip")))
+# their eye is run without gradients; transformers' softmax, and Llama's norms, are in float32
+MOST = {"opt": 1e-12, "mpt": 2e-6, "llama": 2e-5}
+
+
+@functools.cache
+def live(name):
+    """The Peer of all of it: open_clip's eye, their perceiver, their layers in a decoder."""
     with stand_ins("torchvision", "torchvision.ops.misc", "torchvision.transforms",
                    "torchvision.transforms.functional", "timm"):  # fmt: skip
         from open_clip.transformer import VisionTransformer
@@ -150,11 +163,35 @@ def test_against_their_model(name):
     pixels = torch.from_numpy(((PIXELS - CLIP_MEAN) / CLIP_STD).transpose(0, 1, 2, 5, 3, 4))
     tokens = torch.from_numpy(TOKENS)
     call = lambda: theirs(pixels, tokens, torch.ones_like(tokens)).logits  # noqa: E731
-    peer = run_theirs(theirs, call, {}, config_of(about, 2))
+    return run_theirs(theirs, call, {}, config_of(about, 2))
+
+
+def errors(name, route):
+    """What `compare` says of our model."""
+    peer = live(name)
     ours = open_flamingo.build(peer.config, peer.weights, np.float64)
-    # their eye is run without gradients; transformers' softmax, and Llama's norms, are in float32
-    most = {"opt": 1e-12, "mpt": 2e-6, "llama": 2e-5}[name]
-    check(compare(peer, open_flamingo, ours, lambda m: m(TOKENS, PIXELS), relative=True), most)
+
+    def call(m, to):
+        return m(to.of(TOKENS), to.of(PIXELS), phi=to.of(PHI), **to.options)
+
+    return compare(peer, open_flamingo, ours, call, relative=True, route=route)
+
+
+@each_route
+@each_decoder
+def test_against_their_model(name, route):
+    if not INSTALLED:
+        pytest.skip("open_flamingo or open_clip is not installed")
+    if route == "fused":
+        pytest.skip("minutes: it builds a resampler of 64 latents; test_bridges.py runs the parts")
+    check(errors(name, route), MOST[name])
+
+
+def cases():
+    """The rows of the agreement table, where the packages are installed."""
+    for name, most in MOST.items() if INSTALLED else ():
+        measure = functools.partial(errors, name)
+        yield Case("open_flamingo", "whole model", name, most, measure, routes=("numpy", "torch"))
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,36 @@ def test_an_eye_without_a_twin():
     twin = layers.Flamingo(FlamingoConfig(NoEyeConfig(4), lm=LLAMA))
     with pytest.raises(ValueError, match="this Flamingo has no eye"):
         twin.encode(torch.zeros(1, 1, 1, 4, 4, 3))
+
+
+def in_steps(read, tokens, first=3):
+    """The logits of tokens [B, L] read in parts: the first ones, then one at a time."""
+    ends = [first, *range(first + 1, tokens.shape[1] + 1)]
+    return torch.cat([read(a, b) for a, b in zip([0, *ends], ends)], dim=1)
+
+
+@pytest.mark.parametrize("config", [LLAMA, OPT], ids=["rotary", "learned"])
+@torch.no_grad()
+def test_a_cached_language_model_is_the_uncached(config):
+    twin = layers.LanguageModel(config).double()
+    tokens = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(0))
+    cache = layers.KeyValueCache.of(twin, 2, 8)
+    out = in_steps(lambda a, b: twin(tokens[:, a:b], cache), tokens)
+    torch.testing.assert_close(out, twin(tokens), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(twin(tokens, last=True), out[:, -1:])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@each_backend
+@torch.no_grad()
+def test_a_cached_flamingo_is_the_uncached(name, backend):
+    needs(backend)
+    twin = layers.Flamingo.from_numpy(moved(Flamingo(WHOLE[name], rng=np.random.default_rng(0))))
+    c = WHOLE[name]
+    media = torch.from_numpy(normal(2, 2, 3, c.media_dim))
+    tokens = torch.randint(4, 40, (2, 5), generator=torch.Generator().manual_seed(0))
+    phi, cache = torch.from_numpy(PHI), layers.Cache.of(twin, media, 5)
+    read = lambda a, b: twin.read(tokens[:, a:b], media, phi[:, a:b], backend, cache=cache)  # noqa: E731
+    expected = twin.read(tokens, media, phi, "torch")
+    torch.testing.assert_close(in_steps(read, tokens), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(twin.read(tokens, media, phi, last=True), expected[:, -1:])

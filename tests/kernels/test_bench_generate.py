@@ -6,7 +6,7 @@ import pytest
 
 from miniflamingo.__main__ import main
 from miniflamingo.command import Failed
-from miniflamingo.interop import bench
+from miniflamingo.kernels.tools import bench_generate as bench
 
 pytest.importorskip("transformers")
 SMALL_EYE = {"embed_dim": 16, "image_size": 224, "patch_size": 56, "intermediate_size": 32,
@@ -35,8 +35,9 @@ def test_both_sides_write_the_same_and_the_figures_are_kept(here, tmp_path, caps
     assert [row["model"] for row in document["rows"]] == [*TINY]
     for row in document["rows"]:
         assert row["model"] in printed and row["threads"] == 1
-        for key, ratio in row["ratio"].items():
-            assert ratio == row["numpy"][key] / row["transformers"][key] > 0
+        for side, ratios in row["ratio"].items():
+            for key, ratio in ratios.items():
+                assert ratio == row[side][key] / row["transformers"][key] > 0
 
 
 def test_sides_that_differ_fail(here, monkeypatch, tmp_path):
@@ -57,3 +58,15 @@ def test_options_have_ranges(words):
     with pytest.raises(SystemExit) as stop:
         main(["bench-generate", *words])
     assert stop.value.code == 2
+
+
+def test_the_readme_shows_the_committed_figures(monkeypatch, tmp_path):
+    start, end = bench.MARKERS
+    readme = bench.README.read_text("utf-8")
+    results = json.loads(bench.RESULTS.read_text("utf-8"))
+    assert readme.split(start)[1].split(end)[0] == bench.markdown(results)
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.replace(bench.markdown(results), ""), "utf-8")
+    monkeypatch.setattr(bench, "README", copy)
+    assert main(["bench-generate", "--table"]) == 0
+    assert copy.read_text("utf-8") == readme

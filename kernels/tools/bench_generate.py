@@ -1,13 +1,16 @@
 """The same random models generate in transformers and here, in one run: seconds and memory.
 
-    python -m miniflamingo bench-generate [--json FILE]
+    python -m miniflamingo bench-generate [--json FILE] [--larger]
+    python -m miniflamingo bench-generate --table    results/generate.json into the README
 
-Each side works in a process of its own, fresh for every round, with the same weights from the same
-files; the sides take turns, so that whatever else the machine does disturbs both. Both must write
-the same tokens. Needs torch and transformers.
+Three sides: transformers, the NumPy model, and its torch twin. Each works in a process of its own,
+fresh for every round, with the same weights from the same files; the sides take turns, so that
+whatever else the machine does disturbs all. All must write the same tokens. Needs torch and
+transformers; on the CPU.
 """
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -28,8 +31,16 @@ from miniflamingo.interop.generation import Clock, Speaker, speak
 from miniflamingo.interop.streaming import load
 
 COMMAND = "python -m miniflamingo bench-generate"
+RESULTS = Path(__file__).parents[1] / "results" / "generate.json"
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = (
+    "<!-- generate: made by `python -m miniflamingo bench-generate --table` -->\n",
+    "<!-- end of generate -->",
+)
 IMAGES, PROMPT = 4, 64
-SIDES = ("transformers", "numpy")
+SIDES = ("transformers", "numpy", "torch")
+OURS = SIDES[1:]
+KEYS = {"prefill_s": ".2f", "ms_a_token": ".1f", "peak_mb": ".0f"}
 
 
 def idefics(dim, layers):
@@ -94,7 +105,8 @@ def inputs(name):
 def measure(side, name, folder, threads, new):
     """One side's {"tokens", "prefill_s", "ms_a_token", "peak_mb"}; call it in a fresh process."""
     with threadpool_limits(threads):
-        found = {"numpy": _numpy, "transformers": _transformers}[side](name, folder, threads, new)
+        work = {"numpy": _numpy, "transformers": _transformers, "torch": _torch}[side]
+        found = work(name, folder, threads, new)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return found | {"peak_mb": peak}
 
@@ -108,6 +120,46 @@ def _numpy(name, folder, threads, new):
         tokens = list(speak(speaker, ids, phi, most, clock=clock))
     prefill = clock.spent.get("eye", 0) + clock.spent["prefill"]
     return _result(tokens, prefill, clock.spent["tokens"], new)
+
+
+def _torch(name, folder, threads, new):
+    torch = import_module("torch")
+    torch.set_num_threads(threads)
+    layers = import_module("miniflamingo.kernels.model.layers")
+    model = load(open_checkpoint(Path(folder)))
+    twin = getattr(layers, type(model).__name__)
+    twin = twin.from_numpy(model) if hasattr(twin, "from_numpy") else _twin(torch, twin, model)
+    del model
+    with torch.inference_mode():
+        for most in (2, new):
+            seconds, tokens = _write(torch, layers, twin, name, most)
+    return _result(tokens, seconds[0], seconds[1] - seconds[0], new)
+
+
+def _twin(torch, kind, model):
+    """The twin of a LanguageModel, with its weights."""
+    twin = kind(model.config)
+    twin.load_state_dict({n: torch.from_numpy(x) for n, x in model.state_dict().items()})
+    return twin
+
+
+def _write(torch, layers, twin, name, most):
+    """-> seconds until the first token and until the last, and the tokens."""
+    start, seconds, tokens = time.perf_counter(), [], []
+    ids, phi, pixels = (torch.from_numpy(x)[None] for x in inputs(name))
+    length, media, sees = PROMPT + most, None, hasattr(twin, "read")
+    if sees:
+        media = twin.resampler(twin.encode(pixels[:, :, None]))
+        cache = layers.Cache.of(twin, media, length)
+    else:
+        cache = layers.KeyValueCache.of(twin, 1, length)
+    while len(tokens) < most:
+        logits = (twin.read(ids, media, phi, cache=cache, last=True) if sees
+                  else twin(ids, cache, last=True))  # fmt: skip
+        ids, phi = logits.argmax(-1), phi[:, -1:]
+        tokens.append(int(ids))
+        seconds.append(time.perf_counter() - start)
+    return (seconds[0], seconds[-1]), tokens
 
 
 def _transformers(name, folder, threads, new):
@@ -161,9 +213,9 @@ def fresh(work, *arguments):
 
 
 def compare(name, threads, rounds, new, folder):
-    """{side: medians, "ratio": numpy / transformers} of a model that lies in `folder`.
+    """{side: medians, "ratio": {side of ours: ours / transformers}} of a model in `folder`.
 
-    Failed when the two do not write the same tokens.
+    Failed when they do not write the same tokens.
     """
     found = {side: [] for side in SIDES}
     for _ in range(rounds):
@@ -171,48 +223,80 @@ def compare(name, threads, rounds, new, folder):
             found[side].append(fresh(measure, side, name, str(folder), threads, new))
     tokens = {json.dumps(one["tokens"]) for side in SIDES for one in found[side]}
     if len(tokens) > 1:
-        raise Failed(f"{name}: transformers and NumPy write different tokens")
-    keys = ("prefill_s", "ms_a_token", "peak_mb")
-    row = {s: {k: statistics.median(one[k] for one in found[s]) for k in keys} for s in SIDES}
-    ratio = {key: row["numpy"][key] / row["transformers"][key] for key in keys}
+        raise Failed(f"{name}: transformers, NumPy and torch write different tokens")
+    row = {s: {k: statistics.median(one[k] for one in found[s]) for k in KEYS} for s in SIDES}
+    ratio = {s: {k: row[s][k] / row["transformers"][k] for k in KEYS} for s in OURS}
     return {"model": name, "threads": threads, **row, "ratio": ratio}
 
 
-def bench(threads=(1, 2), rounds=3, new=32, larger=False, file=None):
-    """Compare all models, print a line for each, write JSON where that is asked for."""
+def run(threads, rounds, new_tokens, larger, file=None, table=False):
+    """The command: compare all models, print the table, write JSON where that is asked for."""
+    if table:
+        return write_table()
     require("torch", "transformers")
     outputs.check_file(file, COMMAND)
-    rows = []
-    print(f"{'':<22} threads   {'prefill s':^21} {'ms a token':^21} {'peak MB':^21}")
-    print(f"{'':<32}" + f" {'theirs':>6} {'ours':>6} {'ratio':>6} " * 3)
+    busy = os.getloadavg()[0]
+    rows = list(bench(threads, rounds, new_tokens, larger))
+    if file is not None:
+        document = {"made_by": COMMAND} | about(rounds, new_tokens, busy) | {"rows": rows}
+        outputs.write_file(file, json.dumps(document, indent=1).encode(), COMMAND)
+    return 0
+
+
+def bench(threads, rounds, new, larger):
+    """Yield a row for each model and number of threads, and print its lines."""
+    print(*HEAD, sep="\n", flush=True)
     for name in MODELS if larger else SMALL:
         with tempfile.TemporaryDirectory() as folder:
             fresh(make, name, folder)
             for count in threads:
-                rows.append(compare(name, count, rounds, new, folder))
-                print(line(rows[-1]), flush=True)
-    if file is not None:
-        document = {"made_by": COMMAND} | about(rounds, new) | {"rows": rows}
-        outputs.write_file(file, json.dumps(document, indent=1).encode(), COMMAND)
+                yield (row := compare(name, count, rounds, new, folder))
+                print(line(row), flush=True)
+
+
+HEAD = (
+    "| model | threads | side | prefill s | ratio | ms a token | ratio | peak MB | ratio |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
 
 def line(row):
-    """A comparison as text."""
-    cells = ""
-    for key, form in (("prefill_s", ".2f"), ("ms_a_token", ".1f"), ("peak_mb", ".0f")):
-        theirs, ours = (format(row[side][key], form) for side in SIDES)
-        cells += f" {theirs:>6} {ours:>6} {row['ratio'][key]:>6.2f} "
-    return f"{row['model']:<22} {row['threads']:>7}  {cells}"
+    """A comparison as lines of a Markdown table: one for each side."""
+    lines = []
+    for side in SIDES:
+        cells = [row["model"], row["threads"], side]
+        for key, form in KEYS.items():
+            ratio = f"{row['ratio'][side][key]:.2f}" if side in OURS else "1"
+            cells += [format(row[side][key], form), ratio]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
-def about(rounds, new):
+def markdown(results):
+    """The README's table, from what results/generate.json holds."""
+    v, much = results["versions"], "round" if results["rounds"] == 1 else "rounds"
+    where = (f"{results['date']}, {results['processor']}, load before it {results['load']:.1f}, "
+             f"Python {results['python']}, NumPy {v['numpy']}, torch {v['torch']}, transformers "
+             f"{v['transformers']}, {results['rounds']} {much}:")  # fmt: skip
+    return "\n".join([where, "", *HEAD, *map(line, results["rows"])]) + "\n"
+
+
+def write_table():
+    """Put the table into the README; returns the exit code."""
+    text = markdown(json.loads(RESULTS.read_text("utf-8")))
+    head, rest = README.read_text("utf-8").split(MARKERS[0])
+    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1], "utf-8")
+    return 0
+
+
+def about(rounds, new, load):
     """Where, when and with what it was measured."""
     packages = ("numpy", "torch", "transformers")
     return {
         "date": date.today().isoformat(), "machine": platform.machine(),
         "processor": _processor(), "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "rounds": rounds, "new_tokens": new, "prompt": PROMPT, "images": IMAGES,
+        "rounds": rounds, "new_tokens": new, "prompt": PROMPT, "images": IMAGES, "load": load,
     }  # fmt: skip
 
 
