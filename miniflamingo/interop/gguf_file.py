@@ -4,8 +4,7 @@
            | T x (name, dimensions, kind, offset) | data, aligned
 
 Described in ggml's docs/gguf.md. The blocks are decoded by the package `gguf` (the extra
-`interop`). The header is read here: its own reader takes seconds for a tokenizer's tables, and does
-not end on an array that lies about its length.
+`interop`). The header is read here: its own reader takes seconds for a tokenizer's tables.
 """
 
 import struct
