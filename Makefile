@@ -14,8 +14,8 @@ SITE := .venv/installed-site
 PEERS := flamingo-pytorch==0.1.2 open-flamingo==2.0.1 open-clip-torch==3.3.0 einops==0.8.2 \
 	einops-exts==0.0.4 ftfy wcwidth
 
-.PHONY: demo test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu lint notebooks check-notebooks \
-	timings student-release slides site site-test weights lab clean
+.PHONY: demo test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu \
+	lint notebooks check-notebooks timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)

@@ -85,8 +85,10 @@ def _needs(config):
         yield "dim", c.dim, 0, c.dim * c.dim
         yield "depth", c.depth, c.depth, c.depth * c.dim
         yield "vocab_size", c.vocab_size, 0, c.vocab_size * c.dim
-        hidden = c.block.hidden or c.ffw_mult * c.dim
-        yield "block.hidden" if c.block.hidden else "ffw_mult", hidden, 0, hidden * c.dim
+        if c.block.hidden:
+            yield "block.hidden", c.block.hidden, 0, c.block.hidden * c.dim
+        else:
+            yield "ffw_mult", c.ffw_mult, 0, c.ffw_mult * c.dim * c.dim
         if c.positions == "learned":
             yield "max_positions", c.max_positions, 0, c.max_positions * c.dim
     else:

@@ -14,19 +14,19 @@ import numpy as np
 
 from miniflamingo.autograd import differentiable
 from miniflamingo.checks import check_above_zero, check_at_least, check_types
+from miniflamingo.functional import remembered
 
 
 def _turn(x, positions, frequencies, scale, sign):
-    arrays = (np.ascontiguousarray(positions, np.int64), np.ascontiguousarray(frequencies, float))
-    cos, sin = _cos_sin(*(a.tobytes() for a in arrays), np.shape(positions), scale, x.dtype)
+    frequencies = np.ascontiguousarray(frequencies, float).tobytes()
+    cos, sin = _cos_sin(np.asarray(positions), frequencies, scale, x.dtype)
     half = x.shape[-1] // 2
     a, b, sin = x[..., :half], x[..., half:], sin if sign > 0 else -sin
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-@functools.lru_cache(maxsize=8)  # all layers of a model turn by the same angles
-def _cos_sin(positions, frequencies, shape, scale, dtype):  # bytes of both -> [B, L, 1, K/2] each
-    positions = np.frombuffer(positions, np.int64).reshape(shape)
+@remembered
+def _cos_sin(positions, frequencies, scale, dtype):  # int [B, L], bytes -> [B, L, 1, K/2] each
     angle = positions[..., None, None] * np.frombuffer(frequencies)
     return (scale * np.cos(angle)).astype(dtype), (scale * np.sin(angle)).astype(dtype)
 

@@ -68,6 +68,7 @@ def test_a_size_that_the_file_cannot_hold_is_refused_at_once(path, field, value)
     rewrite(path, lambda config: put(config, field, value))
     message = refused(path)
     assert field.split(".")[-1] in message or "multiple of heads" in message, message
+    assert " means " not in message or str(value) in message, message
 
 
 WRONG = {
