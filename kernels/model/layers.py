@@ -165,12 +165,27 @@ def dense_image_causal_attention(q, k, v, phi, only_last=True):
     N, R = k.shape[1:3]
     if N == 0:  # zeros; DDP wants every parameter to take part
         return torch.where(q.new_zeros((), dtype=bool), q, 0) + (k.sum() + v.sum())
+    if only_last and not torch.is_grad_enabled() and phi.shape[1] < N:
+        return _attend_to_own(q, k, v, phi)
     image = torch.arange(1, N + 1, device=q.device).repeat_interleave(R)
     sees = (image == phi[:, :, None]) if only_last else (image <= phi[:, :, None])
     has_image = sees.any(dim=-1, keepdim=True)  # [B, L, 1]
     q = torch.where(has_image[..., None], q, 0)  # of a token that looks at nothing, NaN is unseen
     out = attend(q, k.flatten(1, 2), v.flatten(1, 2), (sees | ~has_image)[:, None])
     return torch.where(has_image[..., None], out, 0)
+
+
+def _attend_to_own(q, k, v, phi):
+    """The same of few tokens, as in decoding: each is given the keys of its own image alone.
+
+    Under the mask a step would read all images' keys, and look for NaN in them, for every token.
+    """
+    B, N = len(phi), k.shape[1]
+    has_image = ((phi > 0) & (phi <= N))[..., None, None]
+    rows = torch.arange(B, device=q.device)[:, None]
+    k, v = (x[rows, (phi - 1).clamp(0, N - 1)].flatten(0, 1) for x in (k, v))  # [B*L, R, H, K]
+    out = attend(q.flatten(0, 1)[:, None], k, v).view(q.shape)
+    return torch.where(has_image, out, 0)
 
 
 def fused_image_causal_attention(q, k, v, phi, work=None):

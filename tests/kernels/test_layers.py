@@ -393,6 +393,21 @@ def test_a_cuda_graph_holds_a_step_of_decoding(device):
             torch.testing.assert_close(out, step())
 
 
+@pytest.mark.parametrize("bad", (0.0, torch.nan, torch.inf))
+def test_few_tokens_are_given_their_own_image_alone(bad):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 5, 6, 4, 8, generator=generator, dtype=torch.float64)
+    phi = torch.tensor([[0, 3], [5, 1], [6, -1]])  # 6 and -1: no image has them
+    for x in (k, v):
+        x[:, 1] = bad  # the second image, which no token looks at
+    under_the_mask = layers.dense_image_causal_attention(q.requires_grad_(), k, v, phi)
+    with torch.no_grad():
+        ours = layers.dense_image_causal_attention(q, k, v, phi)
+    assert not under_the_mask[0, 0].any() and not under_the_mask[2].any()
+    torch.testing.assert_close(ours, under_the_mask.detach(), rtol=0, atol=1e-14)
+
+
 @both
 def test_an_unchecked_phi_outside_counts_as_none(backend):
     layer, y, media, phi = open_layer(skip_without_image=True)
