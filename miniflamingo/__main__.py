@@ -284,6 +284,8 @@ def parser():
     command.add_argument("--json", type=a_path, help="write the metrics to this file")
     _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
     _add_others(commands)
+    text = "a Flamingo of real parts: fetch, features, train, measure, table, or a page of it"
+    commands.add_parser("real", add_help=False, help=text)
     for name, text in KERNELS.items():
         commands.add_parser(name, add_help=False, help=text)
     return top
@@ -407,6 +409,8 @@ def run(argv):
     """Parse and run a command; returns the exit code."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
+    if arguments.command == "real":  # imported late, as few need it
+        return import_module("miniflamingo.real.commands").run(rest)
     if arguments.command in KERNELS:  # imported late: it brings torch
         return import_module("miniflamingo.kernels.commands").run([arguments.command, *rest])
     if rest:

@@ -292,14 +292,19 @@ SECTIONS = {
 def page(out, report):
     """One HTML page with every figure in it, which needs no other file."""
     parts = ["<h1>miniflamingo</h1><h2>A photograph, untrained</h2>"]
-    parts += [_figure(out / name, text) for name, text in (
+    parts += [as_figure(out / name, text) for name, text in (
         ("phi.png", "phi: which image each token looks at"),
         ("mask.png", "the image-causal mask that phi stands for"))]  # fmt: skip
     parts.append("<pre>" + html.escape("\n".join(describe(report))) + "</pre>")
     for name, title in (("live", "The bridge trained just now"), ("shipped", "The shipped model")):
         steps = report[name]["alpha"]["steps"][-1]
         parts.append(f"<h2>{title}, {steps} steps</h2>")
-        parts += [_figure(out / name / f"{s}.png", text) for s, text in SECTIONS.items()]
+        parts += [as_figure(out / name / f"{s}.png", text) for s, text in SECTIONS.items()]
+    return as_page(parts)
+
+
+def as_page(parts):
+    """Pieces of HTML as a whole page."""
     style = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     style += "img{max-width:100%}figure{margin:1.5rem 0}pre{overflow-x:auto;background:#f4f4f4}"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -307,7 +312,8 @@ def page(out, report):
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
 
 
-def _figure(path, text):
+def as_figure(path, text):
+    """A PNG file with its caption, as HTML that needs no other file."""
     data = base64.b64encode(path.read_bytes()).decode()
     text = html.escape(text, quote=True)
     image = f'<img alt="{text}" src="data:image/png;base64,{data}">'

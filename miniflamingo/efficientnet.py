@@ -147,11 +147,19 @@ class EfficientNetLite(Module):
                 before = width
         self.head = Convolution(before, HEAD, 1, rng=rng)
 
-    def forward(self, pixels):
-        """[B, height, width, 3] in [0, 1] -> features [B, S, D_v]."""
+    def grid(self, pixels):
+        """[B, height, width, 3] in [0, 1] -> [B, h, w, 320]: all but the last, widening, layer."""
         dtype = array_of(pixels).dtype
         mean, std = (np.array(x, dtype) for x in (self.config.mean, self.config.std))
         x = relu6(self.stem((pixels - mean) * (1 / std)))
         for block in self.blocks:
             x = block(x)
-        return relu6(self.head(x)).reshape(len(pixels), -1, HEAD)
+        return x
+
+    def widen(self, grid):
+        """What `grid` gave, or [B, S, 320] as a grid of one row -> features [B, S, D_v]."""
+        return relu6(self.head(grid)).reshape(len(grid), -1, HEAD)
+
+    def forward(self, pixels):
+        """[B, height, width, 3] in [0, 1] -> features [B, S, D_v]."""
+        return self.widen(self.grid(pixels))

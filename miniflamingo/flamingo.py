@@ -104,19 +104,7 @@ class Flamingo(Module):
         c = self.config = config
         self.vision_encoder = build_eye(c.vision, rng=rng).freeze()
         self.resampler = build_resampler(c, rng=rng)
-        self.gated_xattn = [
-            GatedCrossAttentionDense(
-                c.lm.dim,
-                c.media_dim,
-                c.xattn_heads,
-                c.xattn_head_dim,
-                only_last=c.only_last,
-                skip_without_image=c.skip_without_image,
-                dialect=c.dialect,
-                rng=rng,
-            )
-            for _ in c.layers()
-        ]
+        self.gated_xattn = build_gated_xattn(c, rng=rng)
         self.lm = LanguageModel(c.lm, rng=rng).freeze()
         self.eoc_embedding = self.eoc_head = None
         if c.train_eoc:
@@ -161,9 +149,9 @@ class Flamingo(Module):
         media = self.resampler(self.encode(pixels, num_frames), num_frames)
         return self.read(tokens, media, phi)
 
-    def read(self, tokens, media, phi, cache=None, positions=None, last=False):
+    def read(self, tokens, media, phi, cache=None, positions=None, last=False, keep=None):
         """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> logits [B, L, V],
-        or with `last` those of the last token, [B, 1, V].
+        or with `last` those of the last token, [B, 1, V], or those of keep bool[B, L], [C, V].
 
         A DecodingCache holds the past tokens' keys and values and the projected media; the tokens
         then stand at `positions` int[B, L], and media may be None.
@@ -178,7 +166,8 @@ class Flamingo(Module):
             if not between:
                 x = self.gated_xattn[j](x, media, phi, cache and cache.media[j])
             x = block(x, None, bias, cache and cache.tokens[i], positions)
-        return self.lm.predict(x[:, -1:] if last else x, table, head)
+        x = x[:, -1:] if last else x if keep is None else x[keep]
+        return self.lm.predict(x, table, head)
 
     def _rows_with_eoc(self):
         """The LM's embedding (and head) with the trained `<EOC>` row, or None where it has none."""
@@ -194,6 +183,15 @@ class Flamingo(Module):
         """{"alpha_xattn": [...], "alpha_dense": [...]}, a number (or D) for each inserted layer."""
         names = ("alpha_xattn", "alpha_dense")
         return {n: [getattr(g, n).data.tolist() for g in self.gated_xattn] for n in names}
+
+
+def build_gated_xattn(config, *, rng):
+    """The GATED XATTN-DENSE layers of a config, one for each of its `layers`."""
+    c, sizes = config, (config.lm.dim, config.media_dim, config.xattn_heads, config.xattn_head_dim)
+    choices = dict(only_last=c.only_last, skip_without_image=c.skip_without_image)
+    return [
+        GatedCrossAttentionDense(*sizes, **choices, dialect=c.dialect, rng=rng) for _ in c.layers()
+    ]
 
 
 def build_resampler(config, *, rng):

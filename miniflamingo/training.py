@@ -17,7 +17,7 @@ import signal
 import threading
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from miniflamingo import runs
 from miniflamingo.autograd import Tape
 from miniflamingo.checkpoints import load_model
 from miniflamingo.checks import (
+    LATER,
     check_above_zero,
     check_at_least,
     check_lengths,
@@ -58,7 +59,8 @@ WEIGHTS = Path(__file__).with_name("weights")  # the runs that are shipped, one 
 class OptimiserConfig:
     """AdamW with a warm-up. schedule is "cosine" (down to 5 %) or "constant" (the paper's).
 
-    alpha_rate multiplies the rate of the gates. ValueError for values that cannot work.
+    alpha_rate and resampler_rate multiply the rate of the gates and of the resampler. ValueError
+    for values that cannot work.
     """
 
     steps: int = 1000
@@ -70,13 +72,14 @@ class OptimiserConfig:
     beta2: float = 0.98
     clip: float = 1.0
     alpha_rate: float = 1.0
+    resampler_rate: float = field(default=1.0, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f'schedule must be "cosine" or "constant", got {self.schedule!r}')
         check_above_zero(self, "steps", "rate", "clip")
-        check_at_least(self, 0, "warmup", "weight_decay", "alpha_rate")
+        check_at_least(self, 0, "warmup", "weight_decay", "alpha_rate", "resampler_rate")
         check_range(self, 0, 1, "beta1", "beta2", below=1)
 
 
@@ -111,6 +114,8 @@ class AdamW:
                 decay[...] = config.weight_decay
             if name.endswith(("alpha_xattn", "alpha_dense")):
                 rate_scale[...] = config.alpha_rate
+            if name.startswith("resampler."):
+                rate_scale[...] = config.resampler_rate
 
     def parts(self, vector):
         """Views of a vector [P], one for each parameter and of its shape."""
@@ -201,6 +206,14 @@ class Stage:
         """The mean loss of a batch, []."""
         raise NotImplementedError
 
+    def backward(self, batch, weight):
+        """Add weight times the gradient of a batch's loss to the parameters' `grad` -> the loss."""
+        with Tape() as tape:
+            loss = self.loss(batch)
+        if np.isfinite(loss.data):
+            tape.backward(loss, np.asarray(weight, loss.dtype))
+        return float(loss.data)
+
     def identity(self):
         """What must be the same for a run to be resumed, as JSON values."""
         return {"stage": self.name, **asdict(self.config)}
@@ -208,6 +221,10 @@ class Stage:
     def gates(self):
         """What of the gates goes into the log: {} where there are none."""
         return {}
+
+    def state(self):
+        """{name: array}, what a checkpoint has of the model: all of it, or what is not frozen."""
+        return self.model.state_dict()
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -293,12 +310,9 @@ class Run:
         stage.model.zero_grad()
         losses = {}
         for name, weight in weights.items():
-            with Tape() as tape:
-                loss = stage.loss(batches[name])
-            losses[name] = float(loss.data)
+            losses[name] = stage.backward(batches[name], weight)
             if not np.isfinite(losses[name]):
                 self._stop(f"the loss of dataset {name!r} is {losses[name]}", self.last_gradient)
-            tape.backward(loss, np.asarray(weight, loss.dtype))
         gradient = self.optimiser.gradient()
         if not np.isfinite(gradient).all():
             self._stop(f"the gradient of datasets {', '.join(weights)} is not finite", gradient)
@@ -341,7 +355,7 @@ class Run:
 
     def tensors(self):
         """{name: array} of a checkpoint: the model's, and the moments."""
-        return self.stage.model.state_dict() | self.optimiser.state()
+        return self.stage.state() | self.optimiser.state()
 
     def load(self):
         """Take up the checkpoint; ValueError for another config and for what is not as saved.
@@ -358,8 +372,9 @@ class Run:
         state = _checked_arrays(file)
         self.costs.load(about["parts"], file.path)
         runs.cut_log(self.log_path, step)
-        for name, parameter in self.stage.model.named_parameters():
-            parameter.data[...] = state[name]
+        parameters = dict(self.stage.model.named_parameters())
+        for name in self.stage.state():
+            parameters[name].data[...] = state[name]
         self.optimiser.load(state, step)
         self.rng.bit_generator.state = rng
         self.saved, self.parts = step, about["parts"]

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from miniflamingo import efficientnet
 from miniflamingo.dialects import DIALECTS
+from miniflamingo.efficientnet import EfficientNetConfig
 from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
@@ -693,6 +695,60 @@ class VisionTransformer(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
 
+class Convolution(nn.Module):
+    def __init__(self, in_channels, out_channels, k, stride=1, depthwise=False):
+        super().__init__()
+        self.k, self.stride, self.groups = k, stride, out_channels if depthwise else 1
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // self.groups, k, k))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x):  # [B, C, height, width], padded as TensorFlow does
+        pads = [max((-(-n // self.stride) - 1) * self.stride + self.k - n, 0) for n in x.shape[2:]]
+        height, width = ((pad // 2, pad - pad // 2) for pad in pads)
+        x = F.pad(x, (*width, *height))
+        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, in_width, width, k, stride, widening):
+        super().__init__()
+        inner = in_width * widening
+        self.expand = Convolution(in_width, inner, 1) if widening > 1 else None
+        self.depthwise = Convolution(inner, inner, k, stride, True)
+        self.project = Convolution(inner, width, 1)
+        self.adds = stride == 1 and in_width == width
+
+    def forward(self, x):
+        out = x if self.expand is None else F.relu6(self.expand(x))
+        out = self.project(F.relu6(self.depthwise(out)))
+        return x + out if self.adds else out
+
+
+class EfficientNetLite(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, before, blocks = config, efficientnet.STEM, []
+        self.stem = Convolution(3, before, 3, 2)
+        for repeats, k, stride, widening, width in efficientnet.STAGES:
+            for i in range(repeats):
+                blocks.append(InvertedResidual(before, width, k, 1 if i else stride, widening))
+                before = width
+        self.blocks, self.head = nn.ModuleList(blocks), Convolution(before, efficientnet.HEAD, 1)
+
+    def widen(self, grid):  # [B, S, 320] -> [B, S, D_v]
+        return F.relu6(F.linear(grid, self.head.weight.flatten(1), self.head.bias))
+
+    def grid(self, pixels):  # [B, height, width, 3] in [0, 1] -> [B, 320, h, w]
+        mean, std = (pixels.new_tensor(x) for x in (self.config.mean, self.config.std))
+        x = F.relu6(self.stem(((pixels - mean) * (1 / std)).permute(0, 3, 1, 2)))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, pixels):  # [B, height, width, 3] in [0, 1] -> [B, S, D_v]
+        return self.widen(self.grid(pixels).flatten(2).transpose(1, 2))
+
+
 class NoEye(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -702,7 +758,12 @@ class NoEye(nn.Module):
         return self.config.image_size  # ValueError
 
 
-EYES = {VisionConfig: NormalizerFreeResNet, ViTConfig: VisionTransformer, NoEyeConfig: NoEye}
+EYES = {
+    VisionConfig: NormalizerFreeResNet,
+    ViTConfig: VisionTransformer,
+    EfficientNetConfig: EfficientNetLite,
+    NoEyeConfig: NoEye,
+}
 
 
 class LanguageModel(nn.Module):
@@ -912,12 +973,15 @@ class Flamingo(nn.Module):
         media = self.resampler(self.encode(pixels, num_frames), num_frames, backend)
         return self.read(tokens, media, phi, backend, check=False)
 
-    def read(self, tokens, media, phi, backend="auto", check=True, cache=None, last=False):
+    def read(
+        self, tokens, media, phi, backend="auto", check=True, cache=None, last=False, keep=None
+    ):
         """The text half: tokens int[B, L], media [B, N, R, D_m], phi int[B, L] -> [B, L, V].
 
         check=True reads phi's range, once for all layers (see check_phi). cache, where given, is a
         Cache: the tokens come behind those that it holds, and media only says how many images there
-        are. last=True gives the last token's logits alone, [B, 1, V].
+        are. last=True gives the last token's logits alone, [B, 1, V], keep bool[B, L] those of its
+        tokens, [C, V].
         """
         kept = cache or Cache([None] * len(self.lm.blocks), [None] * len(self.gated_xattn))
         start = kept.tokens[0].length if cache else 0
@@ -935,7 +999,8 @@ class Flamingo(nn.Module):
             if not between:
                 x = self.gated_xattn[j](x, media, phi, backend, work, kept.media[j], check=False)
             x = block(x, None, bias, kept.tokens[i])
-        return F.linear(self.lm.norm(x[:, -1:] if last else x), head)
+        x = x[:, -1:] if last else x if keep is None else x[keep]
+        return F.linear(self.lm.norm(x), head)
 
     def _with_eoc(self, table, row):
         rows = torch.arange(len(table), device=table.device)[:, None]

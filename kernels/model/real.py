@@ -1,0 +1,130 @@
+"""The two stages of miniflamingo.real in torch: the same batches, losses, optimiser and log.
+
+    training.Run(in_torch(stage), out)
+
+The twin shares its memory with the NumPy model: an update of one is an update of the other, so
+that checkpoints, resuming and the optimiser stay the NumPy run's own, and only the forward and the
+backward are torch's.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miniflamingo.real import features
+from miniflamingo.worlds.datasets import IGNORED
+
+from . import layers
+
+
+def in_torch(stage, threads=None):
+    """A stage of miniflamingo.real whose gradients torch computes; threads: None leaves torch's."""
+    if threads:
+        torch.set_num_threads(threads)
+    kind = type(stage).__name__
+    torch_stage = type(f"Torch{kind}", (_InTorch, type(stage)), {})
+    stage.__class__, stage.twin, stage.shared = torch_stage, None, None
+    stage.twin_of, stage.twin_loss = TWINS[stage.name]
+    return stage
+
+
+class _InTorch:
+    """Computes the gradients of a Stage by its twin."""
+
+    def backward(self, batch, weight):
+        """As Stage.backward."""
+        if self.twin is None:  # by now the optimiser has put the parameters where they stay
+            self.twin = share(self.twin_of(self.model), self.model)
+            own = dict(self.model.named_parameters())
+            self.shared = [(own[n], p) for n, p in self.twin.named_parameters() if p.requires_grad]
+        loss = self.twin_loss(self, self.twin, batch)
+        (weight * loss).backward()
+        for ours, theirs in self.shared:
+            if theirs.grad is not None:
+                grad = theirs.grad.numpy()
+                ours.grad, theirs.grad = grad if ours.grad is None else ours.grad + grad, None
+        return loss.item()
+
+
+def share(twin, model):
+    """A twin on the meta device, with the NumPy model's own arrays as its parameters."""
+    named = dict(model.named_parameters())
+    with warnings.catch_warnings():  # an array that is read-only is frozen, too
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        state = {name: torch.from_numpy(p.data) for name, p in named.items()}
+    twin.load_state_dict(state, assign=True)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(named[name].requires_grad)
+    return twin
+
+
+def encode_chunk(folder, artist, first):
+    """As miniflamingo.real.features.encode_chunk."""
+    torch.set_num_threads(1)
+    eye = features.open_eye(folder)
+    with torch.device("meta"):
+        twin = layers.EfficientNetLite(eye.config)
+    twin = share(twin, eye).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def see(pixels):
+        grids = twin.grid(torch.from_numpy(pixels).float() / 255)
+        return grids.flatten(2).transpose(1, 2).half().numpy()
+
+    return features.encode_with(see, folder, artist, first)
+
+
+class Aligned(nn.Module):
+    """The twin of miniflamingo.real.stages.Aligned."""
+
+    def __init__(self, resampler, text_dim, dim):
+        super().__init__()
+        self.resampler, self.text_proj = resampler, nn.Linear(text_dim, dim, bias=False)
+        self.log_inverse_temperature = nn.Parameter(torch.zeros(()))
+
+    def forward(self, features, vectors):  # -> the loss, []
+        images = F.normalize(self.resampler(features[:, None, None]).mean(2).squeeze(1), dim=-1)
+        texts = F.normalize(self.text_proj(vectors), dim=-1)
+        logits = self.log_inverse_temperature.exp() * images @ texts.T
+        own = torch.arange(len(images))
+        return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+
+
+def _aligned(model):
+    with torch.device("meta"):
+        resampler = layers.build_resampler(model.bridge)
+        return Aligned(resampler, model.text_proj.weight.shape[1], model.bridge.media_dim)
+
+
+def _aligned_loss(stage, twin, batch):
+    return twin(*(torch.from_numpy(x) for x in batch))
+
+
+def _flamingo(model):
+    with torch.device("meta"):
+        return layers.Flamingo(model.config)
+
+
+def _flamingo_loss(stage, twin, batch):
+    tokens, targets, phi, shares, places = (torch.from_numpy(np.asarray(x)) for x in batch[:5])
+    media = see(twin, places, batch.stills, batch.clips)
+    learned = targets != IGNORED
+    logits = twin.read(tokens, media, phi, check=False, keep=learned)
+    nats = F.cross_entropy(logits, targets[learned], reduction="none")
+    return (nats * shares[learned]).sum()
+
+
+def see(twin, places, stills, clips):
+    """As miniflamingo.real.stages.see."""
+    media = []
+    for grids in (x for x in (stills, clips) if len(x)):
+        with torch.no_grad():
+            features = twin.vision_encoder.widen(torch.from_numpy(grids).float())
+        media.append(twin.resampler(features[:, None]).squeeze(1))
+    return torch.cat(media)[places]
+
+
+TWINS = {"warm": (_aligned, _aligned_loss), "real": (_flamingo, _flamingo_loss)}

@@ -1,0 +1,141 @@
+"""`python -m miniflamingo real ...`: the parts, the bridge's training, its figures, the page.
+
+Without a further word: the parts are fetched where they are missing, and the page is drawn with
+the bridge that is shipped.
+"""
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from miniflamingo import outputs, training
+from miniflamingo.command import Parser, a_path, require, whole
+from miniflamingo.demo import read_alphas
+from miniflamingo.real import features, measure, page, parts, stages
+from miniflamingo.real import model as models
+from miniflamingo.real.pictures import Concepts
+from miniflamingo.real.reading import Reader
+
+PARTS = Path("out") / "real" / "parts"
+MEASURE = "python -m miniflamingo real measure"
+RESULTS = models.SHIPPED / "figures.json"
+
+
+def parser():
+    """The command line's grammar."""
+    top = Parser(prog="python -m miniflamingo real", description=__doc__)
+    text = "folder of the parts; out/real/parts by default"
+    top.add_argument("--parts", type=a_path, default=PARTS, help=text)
+    top.add_argument("--out", type=a_path, default=Path("out") / "real", help="the page's folder")
+    _add_bridge(top)
+    commands = top.add_subparsers(dest="command")
+    commands.add_parser("fetch", help="the parts, checked and unpacked")
+    commands.add_parser("features", help="every picture, seen by the frozen eye")
+    command = commands.add_parser("train", help="the warm start, then the bridge")
+    command.add_argument("--run", type=a_path, required=True, help="folder of the run")
+    command.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    for stage, config in (("warm", stages.WarmRun()), ("real", stages.RealRun())):
+        steps, name = config.optimiser.steps, {"warm": "--warm-steps", "real": "--steps"}[stage]
+        command.add_argument(name, type=whole(0, 10**6), default=steps)
+    command.add_argument("--threads", type=whole(1, 256), default=2)
+    command.add_argument("--numpy", action="store_true", help="without torch, several times slower")
+    command = commands.add_parser("measure", help="ask bridges everything")
+    command.add_argument("runs", nargs="+", type=a_path, help="folders of `train`, one a seed")
+    command.add_argument("--samples", type=whole(2, 2000), default=256)
+    command.add_argument("--json", type=a_path, help="write the figures to this file")
+    commands.add_parser("table", help="the committed figures")
+    return top
+
+
+def _add_bridge(command):
+    text = "a bridge of `train`; the shipped one by default"
+    command.add_argument("--bridge", type=a_path, default=models.BRIDGE_FILE, help=text)
+
+
+def run(argv):
+    """Parse and run a command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.command == "table":
+        print("\n".join(measure.table(json.loads(RESULTS.read_text("utf-8")))))
+        return 0
+    require("gguf", "tokenizers")
+    outputs.check_folder(arguments.out)
+    parts.fetch(arguments.parts)
+    if arguments.command is None:
+        return show(arguments)
+    if arguments.command != "fetch":
+        work = (
+            features.encode_chunk if getattr(arguments, "numpy", False) else _torch().encode_chunk
+        )
+        features.compute(arguments.parts, work=work)
+    if arguments.command == "train":
+        return 0 if train(arguments) else 130  # as after Ctrl-C
+    if arguments.command == "measure":
+        ask(arguments)
+    return 0
+
+
+def _torch():
+    require("torch")
+    return import_module("miniflamingo.kernels.model.real")
+
+
+def show(arguments):
+    """The page."""
+    model, words = models.load_bridge(arguments.parts, arguments.bridge)
+    beside = Path(arguments.bridge).with_name("log.jsonl")
+    alphas = read_alphas(beside) if beside.is_file() else json.loads(
+        (models.SHIPPED / "alphas.json").read_text("utf-8"))  # fmt: skip
+    page.exhibit(model, words, arguments.parts, arguments.out, alphas)
+    print(f"\nWhat there is to look at: {arguments.out / 'index.html'}")
+    return 0
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train(arguments):
+    """The warm start and the bridge of one seed, into run/warm and run/bridge; each goes on where
+    it was stopped. Returns whether the last step was reached."""
+    seed, out = arguments.seed, Path(arguments.run)
+    warm = out / "warm" / "model.safetensors"
+    if arguments.warm_steps and not warm.is_file():
+        config = _with_steps(stages.WarmRun(seed=seed), arguments.warm_steps)
+        if not _train(stages.WarmStage(config, arguments.parts), out / "warm", arguments):
+            return False
+    config = _with_steps(stages.RealRun(seed=seed), arguments.steps)
+    stage = stages.RealStage(config, arguments.parts, warm if arguments.warm_steps else None)
+    if (out / "bridge" / "model.safetensors").is_file():
+        raise ValueError(f"{out / 'bridge'} holds a finished run: choose another --run")
+    return _train(stage, out / "bridge", arguments)
+
+
+def _with_steps(config, steps):
+    return replace(config, optimiser=replace(config.optimiser, steps=steps))
+
+
+def _train(stage, out, arguments):
+    stage = stage if arguments.numpy else _torch().in_torch(stage, arguments.threads)
+    outputs.check_folder(out)
+    return training.Run(stage, out, True, 100, arguments.threads).train()
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def ask(arguments):
+    """Measure each bridge, print the table, write the JSON where that is asked for."""
+    outputs.check_file(arguments.json, MEASURE)
+    concepts, found = Concepts(Path(arguments.parts)), {}
+    for run in arguments.runs:
+        path = Path(run) / "bridge" / "model.safetensors"
+        model, words = models.load_bridge(arguments.parts, path)
+        reader = Reader(model, words, features.Features(arguments.parts, model.vision_encoder))
+        found[str(run)] = measure.everything(measure.Measure(reader, concepts, arguments.samples))
+    document = (
+        {"made_by": MEASURE, "samples": arguments.samples} | measure.about() | {"runs": found}
+    )
+    print("\n".join(measure.table(document)))
+    if arguments.json:
+        outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), MEASURE)
