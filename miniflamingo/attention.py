@@ -250,14 +250,15 @@ class FeedForward(Module):
 class TransformerBlock(Module):
     """Self-attention and feed-forward, each with a norm before it and the residual around it.
 
-    head_dim is dim / heads unless given; the other options as in the two parts. ValueError when dim
-    is no multiple of heads.
+    head_dim is dim / heads unless given; bias is that of both parts unless ffw_bias is given; the
+    other options as in the two parts. ValueError when dim is no multiple of heads.
     """
 
     def __init__(
         self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0,
-        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, *, rng,
+        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, ffw_bias=None, *, rng,
     ):  # fmt: skip
+        ffw_bias = bias if ffw_bias is None else ffw_bias
         if head_dim is None and dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
@@ -265,7 +266,7 @@ class TransformerBlock(Module):
             dim, heads, head_dim or dim // heads, None, out_scale, kv_heads, bias, None, rotary,
             rng=rng,
         )  # fmt: skip
-        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, bias, rng=rng)
+        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, ffw_bias, rng=rng)
 
     def forward(self, x, mask=None, bias=None, cache=None, positions=None):
         """x [B, L, D] -> [B, L, D]; the other arguments as in MultiHeadAttention."""
