@@ -122,6 +122,7 @@ def eye_of(config, shapes, dim):
     )  # fmt: skip
     heads = loading.need(c, "attention_heads" if "attention_heads" in c else "num_attention_heads")
     tiles, levels = loading.need(c, "max_num_tiles", "intermediate_layers_indices")
+    levels = tuple(levels) if isinstance(levels, list) else levels
     eye = TiledViTConfig(
         image, patch, width, depth, gated, *heads, hidden,
         loading.activation(c.get("hidden_act", "gelu")), c.get("norm_eps", 1e-5), tiles, levels,

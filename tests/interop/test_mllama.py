@@ -3,15 +3,18 @@ image see."""
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
 
 from miniflamingo.decoding import DecodingCache
+from miniflamingo.flamingo import Flamingo, ShapesOnly
 from miniflamingo.functional import concat
 from miniflamingo.interop import mllama, project_of
 from miniflamingo.interop.loading import shapes_of
-from miniflamingo.tiled_vit import beside
+from miniflamingo.tensorfile import misfits
+from miniflamingo.tiled_vit import TiledViTConfig, beside
 from miniflamingo.xattn import compute_phi
 from tests.gradients import normal
 from tests.interop.agreement import (
@@ -336,6 +339,21 @@ def test_eyes_that_do_not_fit(wrong, message):
     wrong = {"vision_config": about["vision_config"] | wrong}
     with pytest.raises(ValueError, match=message):
         mllama.build(about | wrong, arrays(model))
+
+
+def test_the_published_11b_has_our_names_and_shapes():
+    """By their defaults, with tiles of 560 pixels; no memory is taken."""
+    config = transformers.MllamaConfig(vision_config={"image_size": 560})
+    with torch.device("meta"):
+        model = transformers.MllamaForConditionalGeneration(config)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    about = json.loads(config.to_json_string(use_diff=False))
+    ours = mllama.config_of(about, shapes)
+    assert ours.vision == TiledViTConfig()
+    own = {n: p.shape for n, p in Flamingo(ours, rng=ShapesOnly()).named_parameters()}
+    theirs = mllama.state_of({n: np.broadcast_to(0.0, s) for n, s in shapes.items()}, ours)
+    assert not misfits(own, {name: x.shape for name, x in theirs.items()})
+    assert sum(map(math.prod, own.values())) == 10_670_220_835
 
 
 def cases():
