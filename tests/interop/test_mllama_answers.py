@@ -52,7 +52,7 @@ def processed(folder, parts):
     processor = MllamaProcessor(MllamaImageProcessorPil(**ABOUT), words)
     text = "".join("<|image|>" if kind == "image" else content for kind, content in parts)
     images = [Image.open(content) for kind, content in parts if kind == "image"]
-    return processor(images=images or None, text=text, return_tensors="pt")
+    return processor(images or None, text, return_tensors="pt")
 
 
 def parts_of(folder, layout):
@@ -66,29 +66,32 @@ def answer(folder, *words, capsys):
     return code, said.out, said.err
 
 
+def check_theirs(model, theirs, speaker, ids, phi, got):
+    """Logits and greedy tokens of their model are ours."""
+    with torch.no_grad():
+        expected = model(**theirs).logits[0, -1].numpy()
+    np.testing.assert_allclose(speaker.extend(ids, phi)[0], expected, atol=1e-4)
+    model.generation_config.eos_token_id = None
+    tokens = model.generate(**theirs, do_sample=False, max_new_tokens=len(got))
+    assert got == tokens[0, len(ids) :].tolist()
+
+
 @pytest.mark.parametrize("layout", ["0a", "0a1b", "2a", "a1b", "0a1b2c", "0", "ab"])
 def test_it_writes_what_transformers_writes(whole, layout, capsys):
     folder, model = whole
     parts, new = parts_of(folder, layout), 12
-    theirs = processed(folder, parts)
-    checkpoint, pictures = open_checkpoint(folder), preprocessor_of(folder)
-    words = tokenizer_of(checkpoint)
+    theirs, checkpoint = processed(folder, parts), open_checkpoint(folder)
+    words, pictures = tokenizer_of(checkpoint), preprocessor_of(folder)
     ids, phi = build_prompt(parts, words, FORMATS["mllama"])
     images = [content for kind, content in parts if kind == "image"]
     assert ids.tolist() == theirs["input_ids"][0].tolist()
+    if images:
+        assert phi.tolist() == mllama.phi_of(theirs["cross_attention_mask"])[0].tolist()
     ours = load(checkpoint, change=lambda config: generation.with_pixels(config, pictures))
     pixels = generation._pixels(images, pictures)
     got = list(speak(Speaker(ours, len(ids) + new, pixels), ids, phi, new))
-    if images:
-        assert phi.tolist() == mllama.phi_of(theirs["cross_attention_mask"])[0].tolist()
     if not images or phi[0]:  # else the first tokens of theirs see all images
-        logits = Speaker(ours, len(ids), pixels).extend(ids, phi)[0]
-        with torch.no_grad():
-            expected = model(**theirs).logits[0, -1].numpy()
-        np.testing.assert_allclose(logits, expected, atol=1e-4)
-        model.generation_config.eos_token_id = None
-        tokens = model.generate(**theirs, do_sample=False, max_new_tokens=new)
-        assert got == tokens[0, len(ids) :].tolist()
+        check_theirs(model, theirs, Speaker(ours, len(ids), pixels), ids, phi, got)
     flags = [word for kind, content in parts for word in (f"--{kind}", content)]
     for options in ([], ["--stream"]):
         code, out, err = answer(folder, *flags, *options, "--max-new-tokens", new, capsys=capsys)
