@@ -188,14 +188,14 @@ def test_their_tokens_before_the_first_image_see_the_last_and_ours_do_not():
 # --- with its eye ---------------------------------------------------------------------------------
 
 EYE = dict(hidden_size=16, num_hidden_layers=4, num_global_layers=2, attention_heads=2,
-           intermediate_size=24, image_size=8, patch_size=4, max_num_tiles=4,
+           intermediate_size=24, image_size=12, patch_size=4, max_num_tiles=4,
            intermediate_layers_indices=[2, 0], vision_output_dim=48)  # fmt: skip
 GRIDS = (((1, 1), (2, 2)), ((3, 1), (1, 2)), ((1, 4), (2, 1)))  # of each image [3, 2]
 
 
 def canvases():
     """A picture for each of GRIDS, [height, width, 3] in [0, 1]."""
-    sizes = [(8 * rows, 8 * columns) for images in GRIDS for rows, columns in images]
+    sizes = [(12 * rows, 12 * columns) for images in GRIDS for rows, columns in images]
     return [np.random.default_rng(i).random((*size, 3)) for i, size in enumerate(sizes)]
 
 
@@ -238,7 +238,7 @@ def eye_errors(route):
     """What `compare` says of the eye alone, over pictures of all grids."""
     model, about, ours = whole("sdpa")
     eye, theirs = ours.config.vision, model.model.vision_model
-    pictures = [np.random.default_rng(i).random((8 * r, 8 * c, 3)) for i, (r, c) in
+    pictures = [np.random.default_rng(i).random((12 * r, 12 * c, 3)) for i, (r, c) in
                 enumerate(eye.grids)]  # fmt: skip
     tiles, ids, there = tiles_of(pictures, eye)
 
