@@ -13,6 +13,7 @@ from miniflamingo.functional import (
     LayerNorm,
     Linear,
     RMSNorm,
+    concat,
     row_dot,
     row_max,
     row_sum,
@@ -148,6 +149,24 @@ def group_rows(mask, groups, L):  # what broadcasts to [B, H, L, Lk] -> the same
     return mask.swapaxes(2, 3).reshape(B, H // groups, L * groups, Lk)
 
 
+MOST_SCORES = 1 << 26  # numbers in memory at a time: 0.3 GB in float32
+
+
+def attention_in_parts(q, k, v, mask=None, bias=None):
+    """attention, of some queries after others where all scores would be too many to keep: what a
+    query gets depends on no other one."""
+    each = max(1, MOST_SCORES * q.shape[-2] * q.shape[-1] // max(1, q.size * k.shape[-2]))
+    if each >= q.shape[-2]:
+        return attention(q, k, v, mask=mask, bias=bias)
+
+    def rows(x, i):  # of a mask or a bias, which may have one for all queries
+        return x if x is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., i, :]
+
+    parts = [slice(i, i + each) for i in range(0, q.shape[-2], each)]
+    outs = (attention(q[..., i, :], k, v, mask=rows(mask, i), bias=rows(bias, i)) for i in parts)
+    return concat(*outs, axis=-2)
+
+
 def shared_key_attention(q, k, v, mask=None, bias=None):
     """[B, L, H, K], [B, Lk, H / groups, K] twice -> [B, L, H, K]; mask and bias as in attention.
 
@@ -156,7 +175,7 @@ def shared_key_attention(q, k, v, mask=None, bias=None):
     groups, L = q.shape[2] // k.shape[2], q.shape[1]
     mask, bias = group_rows(mask, groups, L), group_rows(bias, groups, L)
     q, k, v = swap_heads(group_heads(q, groups)), swap_heads(k), swap_heads(v)
-    return ungroup_heads(swap_heads(attention(q, k, v, mask=mask, bias=bias)), groups)
+    return ungroup_heads(swap_heads(attention_in_parts(q, k, v, mask, bias)), groups)
 
 
 class MultiHeadAttention(Module):
@@ -250,14 +269,15 @@ class FeedForward(Module):
 class TransformerBlock(Module):
     """Self-attention and feed-forward, each with a norm before it and the residual around it.
 
-    head_dim is dim / heads unless given; the other options as in the two parts. ValueError when dim
-    is no multiple of heads.
+    head_dim is dim / heads unless given; bias is that of both parts unless ffw_bias is given; the
+    other options as in the two parts. ValueError when dim is no multiple of heads.
     """
 
     def __init__(
         self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0,
-        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, *, rng,
+        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, ffw_bias=None, *, rng,
     ):  # fmt: skip
+        ffw_bias = bias if ffw_bias is None else ffw_bias
         if head_dim is None and dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
@@ -265,7 +285,7 @@ class TransformerBlock(Module):
             dim, heads, head_dim or dim // heads, None, out_scale, kv_heads, bias, None, rotary,
             rng=rng,
         )  # fmt: skip
-        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, bias, rng=rng)
+        self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, ffw_bias, rng=rng)
 
     def forward(self, x, mask=None, bias=None, cache=None, positions=None):
         """x [B, L, D] -> [B, L, D]; the other arguments as in MultiHeadAttention."""

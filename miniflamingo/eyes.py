@@ -1,10 +1,12 @@
-"""The vision encoders a Flamingo can have: the paper's, CLIP's, one from ImageNet, or none."""
+"""The vision encoders a Flamingo can have: the paper's, CLIP's, Llama 3.2 Vision's, one from
+ImageNet, or none."""
 
 from dataclasses import dataclass
 
 from miniflamingo.checks import check_at_least, check_types
 from miniflamingo.efficientnet import EfficientNetConfig, EfficientNetLite
 from miniflamingo.module import Module
+from miniflamingo.tiled_vit import TiledViT, TiledViTConfig
 from miniflamingo.vision import NormalizerFreeResNet, VisionConfig
 from miniflamingo.vit import VisionTransformer, ViTConfig
 
@@ -42,10 +44,11 @@ class NoEye(Module):
 EYES = {
     VisionConfig: NormalizerFreeResNet,
     ViTConfig: VisionTransformer,
+    TiledViTConfig: TiledViT,
     EfficientNetConfig: EfficientNetLite,
     NoEyeConfig: NoEye,
 }
-EyeConfig = VisionConfig | ViTConfig | EfficientNetConfig | NoEyeConfig
+EyeConfig = VisionConfig | ViTConfig | TiledViTConfig | EfficientNetConfig | NoEyeConfig
 
 
 def build_eye(config, *, rng):

@@ -24,6 +24,7 @@ from miniflamingo.perceiver import (
     TransformerResampler,
     check_num_frames,
 )
+from miniflamingo.tiled_vit import TiledViTConfig
 from miniflamingo.vision import NFNET_F6, VisionConfig, check_pixels
 from miniflamingo.xattn import GatedCrossAttentionDense, check_phi, compute_phi, keep_seen
 
@@ -115,6 +116,7 @@ class Flamingo(Module):
     def encode(self, pixels, num_frames=None):
         """pixels [B, N, T, height, width, 3] in [0, 1] -> features [B, N, T, S, D_v].
 
+        For a TiledViT a frame is a canvas of tiles, all of one shape, and S grows with it.
         Frames are encoded one by one, those behind a clip's num_frames int[B, N] as black, whatever
         they hold. ValueError for a wrong size or dtype, NaN, or a wrong range.
         """
@@ -125,11 +127,11 @@ class Flamingo(Module):
             B, N, T = pixels.shape[:3]
             real = np.arange(T) < check_num_frames(num_frames, B, N, T)[..., None]
             pixels = keep(pixels, real[..., None, None, None])
-        pixels = check_pixels(pixels, self.config.vision.image_size)
-        frames = pixels.reshape(-1, *pixels.shape[3:])
-        return self.vision_encoder(frames).reshape(
-            *pixels.shape[:3], self.config.vision.num_features, self.config.vision.out_dim
-        )
+        eye = self.config.vision
+        grids = eye.grids if isinstance(eye, TiledViTConfig) else ((1, 1),)
+        pixels = check_pixels(pixels, eye.image_size, grids)
+        features = self.vision_encoder(pixels.reshape(-1, *pixels.shape[3:]))
+        return features.reshape(*pixels.shape[:3], *features.shape[1:])
 
     def forward(self, tokens, pixels, *, phi=None, num_images=None, num_frames=None):
         """Text and images -> logits [B, L, V] of the next token.

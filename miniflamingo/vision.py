@@ -306,12 +306,14 @@ class NormalizerFreeResNet(Module):
         return x.reshape(len(pixels), self.config.num_features, self.config.out_dim)
 
 
-def check_pixels(pixels, image_size):
-    """Return pixels [..., H, W, 3] as an array; ValueError unless real numbers within [0, 1]."""
+def check_pixels(pixels, image_size, grids=((1, 1),)):
+    """Return pixels [..., H, W, 3] as an array; ValueError unless real numbers within [0, 1], and
+    H, W rows and columns of image_size, of one of these grids (rows, columns)."""
     pixels = np.asarray(pixels)
-    want = (image_size, image_size, 3)
-    if pixels.shape[-3:] != want:
-        raise ValueError(f"images must be [..., {image_size}, {image_size}, 3], got {pixels.shape}")
+    if pixels.shape[-3:] not in [(r * image_size, c * image_size, 3) for r, c in grids]:
+        tiles = f", or up to {max(r * c for r, c in grids)} such tiles" * (len(grids) > 1)
+        want = f"[..., {image_size}, {image_size}, 3]{tiles}"
+        raise ValueError(f"images must be {want}, got {pixels.shape}")
     if pixels.dtype.kind != "f":
         raise ValueError(f"images must be floating point in [0, 1], got {pixels.dtype}")
     if not np.isfinite(pixels).all():

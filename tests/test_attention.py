@@ -1,5 +1,7 @@
 """Scaled dot-product attention, its mask, the cache, and the modules built from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,12 +12,13 @@ from miniflamingo.attention import (
     TransformerBlock,
     attention,
     attention_backward,
+    attention_in_parts,
     attention_weights,
     swap_heads,
 )
 from miniflamingo.functional import LayerNorm, RMSNorm, softmax
 from miniflamingo.rotary import RotaryConfig
-from tests.gradients import Case, check_module, each_of, normal
+from tests.gradients import Case, check_module, each_of, normal, through_tape
 
 q, k, v = normal(2, 3, 4, 5), normal(2, 3, 6, 5), normal(2, 3, 6, 5, seed=1)
 rng = np.random.default_rng(0)
@@ -47,6 +50,17 @@ CASES = [
 @each_of(CASES)
 def test_formula(case, check):
     check(case)
+
+
+@pytest.mark.parametrize("most", [1, 50, 100])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_parts_it_is_the_same_in_both_directions(case, most, monkeypatch):
+    whole = through_tape(case)
+    monkeypatch.setattr("miniflamingo.attention.MOST_SCORES", most)
+    parts = through_tape(replace(case, formula=attention_in_parts))
+    np.testing.assert_allclose(parts[0], whole[0], atol=1e-14)
+    for ours, theirs in zip(parts[1], whole[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-13)
 
 
 def shared_by_hand(module, x, bias):

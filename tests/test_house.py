@@ -13,7 +13,7 @@ from miniflamingo.rooms import FOLDERS
 ROOT = Path(miniflamingo.__file__).parent
 FLOORS = [
     "module", "functional", "dialects", "rotary", "attention", "perceiver", "xattn", "vision",
-    "efficientnet", "vit", "eyes", "language",
+    "efficientnet", "vit", "tiled_vit", "eyes", "language",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ heads, K head width, D width, D_m width of the visual tokens, V words.
 
 import functools
 import warnings
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.language import alibi_slopes
 from miniflamingo.perceiver import time_weights
 from miniflamingo.rotary import frequencies
+from miniflamingo.tiled_vit import MULTIPLE, TiledViTConfig
 from miniflamingo.vision import ACTIVATION_GAIN, VisionConfig
 from miniflamingo.vit import ViTConfig
 from miniflamingo.xattn import compute_phi
@@ -40,7 +42,8 @@ from ..common.operands import packed
 BACKENDS = ("auto", "torch", "fused")
 MISSING = unavailable()  # why there is no kernel here, None where there is
 # the parameters of shape []
-SCALARS = ("alpha_xattn", "alpha_dense", "skip_gain", "log_inverse_temperature")
+GATES = ("gate_attention", "gate_ffw", "gate_positions", "gate_pre", "gate_post")  # TiledViT's
+SCALARS = ("alpha_xattn", "alpha_dense", "skip_gain", "log_inverse_temperature", *GATES)
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -266,14 +269,15 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(
         self, dim, heads, hidden, activation="gelu", norm=RMSNorm, gated=False, bias=False,
-        head_dim=None, kv_heads=None, rotary=None,
+        head_dim=None, kv_heads=None, rotary=None, ffw_bias=None,
     ):  # fmt: skip
         super().__init__()
         self.norm, head_dim = norm(dim), head_dim or dim // heads
         self.attention = MultiHeadAttention(
             dim, heads, head_dim, None, kv_heads, bias, None, rotary
         )
-        self.ffw = FeedForward(dim, hidden, activation, norm, gated, bias)
+        ffw_bias = bias if ffw_bias is None else ffw_bias
+        self.ffw = FeedForward(dim, hidden, activation, norm, gated, ffw_bias)
 
     def forward(self, x, mask=None, bias=None, cache=None):
         x = x + self.attention(self.norm(x), None, mask, bias, cache)
@@ -749,6 +753,82 @@ class EfficientNetLite(nn.Module):
         return self.widen(self.grid(pixels).flatten(2).transpose(1, 2))
 
 
+class GatedBlock(TransformerBlock):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gate_attention, self.gate_ffw = (
+            nn.Parameter(torch.tensor(np.pi / 4, dtype=torch.float32)) for _ in range(2)
+        )
+
+    def forward(self, x, mask=None):
+        x = x + self.gate_attention.tanh() * self.attention(self.norm(x), mask=mask)
+        return x + self.gate_ffw.tanh() * self.ffw(x)
+
+
+class TiledViT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        rows, T, S, D = 1 + len(c.grids), c.max_tiles, c.num_tokens, c.dim
+        shapes = {"patch": (D, 3, c.patch_size, c.patch_size), "class_token": (D,),
+                  "positions": (S, D), "tile_positions": (rows, T * S * D),
+                  "pre_tiles": (rows, T * D), "post_tiles": (rows, T * D)}  # fmt: skip
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape) * 0.02))
+        for name in ("gate_positions", "gate_pre", "gate_post"):
+            setattr(self, name, nn.Parameter(torch.zeros(())))
+        self.pre_norm, self.post_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        sizes = (D, c.heads, c.hidden, c.activation, norm_named("layer", c.norm_eps))
+        self.blocks, self.gated_blocks = (
+            nn.ModuleList(kind(*sizes, ffw_bias=True) for _ in range(depth))
+            for kind, depth in ((TransformerBlock, c.depth), (GatedBlock, c.gated_depth))
+        )
+
+    def forward(self, pixels):  # [B, rows * size, columns * size, 3] in [0, 1] -> [B, t S, D_v]
+        c = self.config
+        grid = tuple(n // c.image_size for n in pixels.shape[1:3])
+        row, t, levels = 1 + c.grids.index(grid), grid[0] * grid[1], []
+        x = self.embed(self.patches(pixels, *grid), row)
+        real = torch.arange(x.shape[2], device=x.device) < c.num_tokens
+        real = real & (torch.arange(c.max_tiles, device=x.device) < t)[:, None]
+        mask, tiles = real.view(-1, 1) | real.view(-1), x.shape[1:3]
+        x = x.flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, mask)
+            levels.append(x)
+        x = self.post_norm(x).unflatten(1, tiles)
+        x = self.in_tiles(x, self.gate_post, self.post_tiles[row]).flatten(1, 2)
+        for block in self.gated_blocks:
+            x = block(x, mask)
+        found = [torch.stack([levels[i] for i in c.levels], dim=-1).flatten(2)] if c.levels else []
+        x = torch.cat([x, *found], dim=-1).unflatten(1, tiles)
+        return x[:, :t, : c.num_tokens].flatten(1, 2)
+
+    def patches(self, pixels, rows, columns):  # -> [B, T, P, D]
+        c, B = self.config, len(pixels)
+        mean, std = (pixels.new_tensor(x) for x in (c.mean, c.std))
+        x = ((pixels - mean) * (1 / std)).unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
+        x = x.permute(0, 1, 3, 5, 2, 4).flatten(0, 2)  # [B * t, 3, size, size]
+        x = F.conv2d(x, self.patch, stride=c.patch_size).flatten(2).transpose(1, 2)
+        return F.pad(x.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, c.max_tiles - rows * columns))
+
+    def embed(self, x, row):  # [B, T, P, D] -> [B, T, S and empty ones, D]
+        x = self.in_tiles(x, self.gate_pre, self.pre_tiles[row])
+        x = torch.cat([self.class_token.expand(*x.shape[:2], 1, -1), x], dim=2)
+        of_tiles = self.tile_positions[row].view(x.shape[1:]) - self.positions
+        x = self.pre_norm(x + self.positions + self.gate_positions.tanh() * of_tiles)
+        return F.pad(x, (0, 0, 0, -x.shape[2] % MULTIPLE))
+
+    def in_tiles(self, x, gate, which):  # [B, T, S, D], [], [T D] -> [B, T, S, D]
+        return x + gate.tanh() * which.view(x.shape[1], 1, -1)
+
+
+def beside(*media):
+    """As miniflamingo.tiled_vit.beside."""
+    R = lcm(*(x.shape[2] for x in media))
+    return torch.cat([x.repeat(1, 1, R // x.shape[2], 1) for x in media], dim=1)
+
+
 class NoEye(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -762,6 +842,7 @@ EYES = {
     VisionConfig: NormalizerFreeResNet,
     ViTConfig: VisionTransformer,
     EfficientNetConfig: EfficientNetLite,
+    TiledViTConfig: TiledViT,
     NoEyeConfig: NoEye,
 }
 

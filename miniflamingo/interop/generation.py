@@ -15,28 +15,43 @@ from tqdm import tqdm
 
 from miniflamingo import decoding
 from miniflamingo.attention import KeyValueCache
+from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.interop.files import open_checkpoint
 from miniflamingo.interop.inspection import name_of
-from miniflamingo.interop.preprocess import preprocessor_of
+from miniflamingo.interop.preprocess import TiledPreprocessor, preprocessor_of
 from miniflamingo.interop.streaming import Layers, load
 from miniflamingo.interop.tokenizer import tokenizer_of
+from miniflamingo.tiled_vit import TiledViTConfig, beside
 from miniflamingo.vit import ViTConfig
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """The special tokens that stand for an image: before it, the image's own, and after it, which
-    two images in a row share where it is the same; and what ends a text before an image."""
+    two images in a row share where it is the same; what ends a text before an image; what begins
+    the prompt behind the images that it starts with; and whether text behind two images in a row
+    looks at both (together), which phi cannot say."""
 
     image: str
     around: str | None = None
     end: str | None = None
+    begin: str | None = None
+    together: bool = False
 
-    def opened(self, words, before, seen):
-        """The ids that end what was before an image ("text", "image", None) and open its own."""
+    def opened(self, words, before, seen, last=None):
+        """The ids that end what was before an image ("text", "image", None) and open its own; last
+        is the id before it. ValueError for a second image in a row where text would see both."""
+        if self.together and last == words.id_of(self.image):
+            raise ValueError("two images in a row: text behind them would look at both, and here "
+                             "a token looks at one: give each --image a --text")  # fmt: skip
         ids = [words.id_of(self.end)] if self.end and before == "text" and seen else []
         return ids + ([words.id_of(self.around)] if self.around and before != "image" else [])
+
+    def begun(self, parts):
+        """The parts with what begins the text, as a ("token", str), behind the first images."""
+        first = next((i for i, (kind, _) in enumerate(parts) if kind == "text"), len(parts))
+        return [*parts[:first], *([("token", self.begin)] if self.begin else []), *parts[first:]]
 
     def shown(self, words):
         """The ids of the image itself, and of what closes it."""
@@ -46,6 +61,7 @@ class ImageFormat:
 FORMATS = {
     "idefics": ImageFormat("<image>", around="<fake_token_around_image>"),
     "open_flamingo": ImageFormat("<image>", end="<|endofchunk|>"),
+    "mllama": ImageFormat("<|image|>", begin="<|begin_of_text|>", together=True),
 }
 
 
@@ -55,13 +71,16 @@ def build_prompt(parts, words, form):
     ValueError for an image where `form` is None, and a special token that the tokenizer lacks.
     """
     ids, phi, seen, before = list(words.start), [], 0, None
-    for kind, content in parts:
+    for kind, content in form.begun(parts) if form else parts:
         if kind == "text":
             ids += words.encode(content)
+        elif kind == "token":
+            token = [words.id_of(content)]
+            ids += token if ids[-1:] != token else []
         elif form is None:
             raise ValueError("this model reads no images here: give it --text alone")
         else:
-            ids += form.opened(words, before, seen)
+            ids += form.opened(words, before, seen, *ids[-1:])
             phi += [seen] * (len(ids) - len(phi))
             seen += 1
             ids += form.shown(words)
@@ -92,7 +111,8 @@ class Clock:
 class Speaker:
     """One sequence being written by a LanguageModel or a Flamingo, with room for `length` tokens.
 
-    pixels [N, height, width, 3] in [0, 1], for a Flamingo.
+    pixels [N, height, width, 3] in [0, 1], for a Flamingo; for one with a TiledViT a list of N
+    canvases.
     """
 
     def __init__(self, model, length, pixels=(), clock=None):
@@ -106,8 +126,7 @@ class Speaker:
         media = np.zeros((1, 0, model.config.num_latents, model.config.media_dim), np.float32)
         if len(pixels):
             with clock.on("eye"):
-                pixels = np.asarray(pixels, np.float32)[None, :, None]
-                media = model.resampler(model.encode(pixels))
+                media = look(model, pixels)
         with clock.on("prefill"):
             self.cache = decoding.DecodingCache.of(model, media, length)
 
@@ -119,6 +138,14 @@ class Speaker:
         if self.sees:
             return self.model.read(tokens, None, phi, self.cache, positions, last=True)[:, 0]
         return self.model(tokens, positions, self.cache, last=True)[:, 0]
+
+
+def look(model, pixels):
+    """N images as a Speaker takes them -> the media [1, N, R, D_m] of a Flamingo."""
+    tiled = isinstance(model.config.vision, TiledViTConfig)
+    groups = [[x] for x in pixels] if tiled else [pixels]  # canvases differ in shape: one by one
+    groups = (np.asarray(group, np.float32)[None, :, None] for group in groups)
+    return beside(*(model.resampler(model.encode(group)) for group in groups))
 
 
 def speak(speaker, ids, phi, most, choose=decoding.greedy, rng=None, ends=(), clock=None):
@@ -166,7 +193,7 @@ def generate(path, request):
         layers = Layers(request.keep, bar.update) if request.stream else None
         with clock.on("reading"):
             checkpoint, words, pictures, model = _opened(path, request, layers)
-        ids, phi = _prompt(request, words, name_of(checkpoint))
+        ids, phi = _prompt(request, words, format_of(checkpoint, model))
         check_room(model, len(ids), request.most)
         if layers is not None:
             bar.total = request.most * len(layers.layers)
@@ -185,14 +212,27 @@ def _opened(path, request, layers):
     """-> checkpoint, its tokenizer, its Preprocessor, the model; ValueError as `generate`."""
     checkpoint = open_checkpoint(path, request.allow_pickle)
     words, pictures = tokenizer_of(checkpoint), preprocessor_of(checkpoint.folder)
-    model = load(checkpoint, layers, lambda config: with_pixels(config, pictures))
+    images = any(kind == "image" for kind, _ in request.parts)
+
+    def change(config):
+        if images:
+            check_tiles(config, pictures)
+        return with_pixels(config, pictures)
+
+    model = load(checkpoint, layers, change)
     words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
     return checkpoint, words, pictures, model
 
 
-def _prompt(request, words, project):
+def format_of(checkpoint, model):
+    """The ImageFormat of a checkpoint, None for a model that reads no images."""
+    eye = getattr(model.config, "vision", None)
+    return None if isinstance(eye, NoEyeConfig) else FORMATS.get(name_of(checkpoint))
+
+
+def _prompt(request, words, form):
     if not request.chat:
-        return build_prompt(request.parts, words, FORMATS.get(project))
+        return build_prompt(request.parts, words, form)
     if [kind for kind, _ in request.parts] != ["text"]:
         raise ValueError("--chat takes one --text, and no image")
     ids = words.chat(request.parts[0][1])
@@ -210,9 +250,23 @@ def check_room(model, prompt, most):
                          f"{prompt} tokens and --max-new-tokens {most}")  # fmt: skip
 
 
+def check_tiles(config, pictures):
+    """ValueError unless the tiles of a checkpoint's Preprocessor are those of its TiledViT."""
+    eye = getattr(config, "vision", None)
+    if not isinstance(eye, TiledViTConfig):
+        return
+    own = f"an eye of up to {eye.max_tiles} tiles of {eye.image_size} pixels"
+    if not isinstance(pictures, TiledPreprocessor):
+        raise ValueError(f"{own} needs a preprocessor_config.json with max_image_tiles")
+    if (pictures.tiles, pictures.resize[0]) != (eye.max_tiles, eye.image_size):
+        raise ValueError(f"{own} does not fit preprocessor_config.json, which cuts up to "
+                         f"{pictures.tiles} of {pictures.resize[0]}")  # fmt: skip
+
+
 def with_pixels(config, pictures):
     """A config whose eye normalises pixels as a checkpoint's Preprocessor says."""
-    if not isinstance(config, FlamingoConfig) or not isinstance(config.vision, ViTConfig):
+    kinds = (ViTConfig, TiledViTConfig)
+    if not isinstance(config, FlamingoConfig) or not isinstance(config.vision, kinds):
         return config
     scale = 255 * pictures.rescale  # our pixels are in [0, 1]
     mean, std = pictures.mean or (0.0,) * 3, pictures.std or (1.0,) * 3
@@ -221,7 +275,7 @@ def with_pixels(config, pictures):
 
 
 def _pixels(images, pictures, clock=None):
-    """Pictures -> a list of [height, width, 3] in [0, 1], resized and cropped."""
+    """Pictures -> a list of [height, width, 3] in [0, 1], resized, and cropped or padded."""
     if not images:
         return []
     with (clock or Clock()).on("eye"):

@@ -1,13 +1,15 @@
-"""Llama-3.2-Vision ("mllama"): the text side and its gated layers, as a Flamingo without an eye.
+"""Llama-3.2-Vision ("mllama") as a Flamingo with a tiled Vision Transformer as its eye.
 
     model = build(config, state)
+    media = beside(*(model.resampler(model.encode(canvas)) for canvas in canvases))  # an image each
     logits = model.read(tokens, media, phi)  # media [B, N, R, D]: cross_attention_states
 
-A gated layer stands in its list of layers among the others. R counts all tiles of an image; its
-tiled Vision Transformer is not read. No resampler, keys that several heads share, norms of queries
-and keys, and tokens without an image pass its feed-forward by (skip_without_image).
+A gated layer stands in its list of layers among the others. R counts the tokens of all tiles of an
+image. No resampler, keys that several heads share, norms of queries and keys, and tokens without an
+image pass its feed-forward by (skip_without_image). The text side alone has no eye.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import Flamingo, FlamingoConfig
 from miniflamingo.interop import idefics, llama, loading
 from miniflamingo.interop.names import Renamed, below, scalar
+from miniflamingo.tiled_vit import TiledViTConfig
 
 MODEL_TYPES = ("mllama", "mllama_text_model")
 # three generations of names
@@ -31,13 +34,35 @@ GATED = (
     (r"cross_attn_attn_gate", "alpha_xattn", scalar),
     (r"cross_attn_mlp_gate", "alpha_dense", scalar),
 )
+EYE_BLOCK = (
+    (r"input_layernorm\.(weight|bias)", "norm.#"),
+    (r"post_attention_layernorm\.(weight|bias)", "ffw.norm.#"),
+    (r"self_attn\.([qkv])_proj\.weight", "attention.#_proj.weight"),
+    (r"self_attn\.o_proj\.weight", "attention.out_proj.weight"),
+    (r"mlp\.fc1\.(weight|bias)", "ffw.up.#"),
+    (r"mlp\.fc2\.(weight|bias)", "ffw.down.#"),
+    (r"gate_attn", "gate_attention", scalar),
+    (r"gate_ffn", "gate_ffw", scalar),
+)
+EYE = (
+    *below(r"transformer\.layers\.(\d+)\.", EYE_BLOCK, "blocks.#."),
+    *below(r"global_transformer\.layers\.(\d+)\.", EYE_BLOCK, "gated_blocks.#."),
+    (r"class_embedding", "class_token"),
+    (r"patch_embedding\.weight", "patch"),
+    (r"gated_positional_embedding\.embedding", "positions"),
+    (r"gated_positional_embedding\.tile_embedding\.weight", "tile_positions"),
+    (r"gated_positional_embedding\.gate", "gate_positions", scalar),
+    (r"(pre|post)_tile_positional_embedding\.embedding\.weight", "#_tiles"),
+    (r"(pre|post)_tile_positional_embedding\.gate", "gate_#", scalar),
+    (r"layernorm_(pre|post)\.(weight|bias)", "#_norm.#"),
+)
 REST = (
     (TEXT + r"embed_tokens\.weight", "lm.embedding.weight"),
     (TEXT + r"norm\.weight", "lm.norm.weight"),
     (TEXT + r"rotary_emb\.inv_freq", None),
     (r"(?:language_model\.)?lm_head\.weight", "lm.head.weight"),
     (r"(?:model\.)?multi_modal_projector\.(weight|bias)", "resampler.proj.#"),
-    (r"(?:model\.)?vision_model\..*", None),
+    *below(r"(?:model\.)?vision_model\.", EYE, "vision_encoder."),
 )
 
 
@@ -77,13 +102,34 @@ def config_of(config, shapes):
         DIALECTS["mllama"], hidden=hidden, norm_eps=lm.block.norm_eps, offset=offset,
         kv_heads=lm.block.kv_heads,
     )  # fmt: skip
-    features = (config.get("vision_config") or {}).get("vision_output_dim", lm.dim)
     return FlamingoConfig(
-        NoEyeConfig(features), lm, lm.dim, "none", spatial_embeddings=False, xattn_every=every,
-        xattn_heads=lm.heads, xattn_head_dim=lm.dim // lm.heads, skip_without_image=True,
-        dialect=dialect, eoc_token=min(2, words - 1),
+        eye_of(config, shapes, lm.dim), lm, lm.dim, "none", spatial_embeddings=False,
+        xattn_every=every, xattn_heads=lm.heads, xattn_head_dim=lm.dim // lm.heads,
+        skip_without_image=True, dialect=dialect, eoc_token=min(2, words - 1),
         image_token=config.get("image_token_index", min(words, table[0] - 1)),
     )  # fmt: skip
+
+
+def eye_of(config, shapes, dim):
+    """The TiledViTConfig of a config.json; where there are no weights of one, NoEyeConfig, of
+    features as wide as they say, or as the text (dim)."""
+    c = config.get("vision_config") or {}
+    if not any(re.match(r"(model\.)?vision_model\.", name) for name in shapes):
+        return NoEyeConfig(c.get("vision_output_dim", dim))
+    image, patch, width, depth, gated, hidden = loading.need(
+        c, "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_global_layers",
+        "intermediate_size",
+    )  # fmt: skip
+    heads = loading.need(c, "attention_heads" if "attention_heads" in c else "num_attention_heads")
+    tiles, levels = loading.need(c, "max_num_tiles", "intermediate_layers_indices")
+    levels = tuple(levels) if isinstance(levels, list) else levels
+    eye = TiledViTConfig(
+        image, patch, width, depth, gated, *heads, hidden,
+        loading.activation(c.get("hidden_act", "gelu")), c.get("norm_eps", 1e-5), tiles, levels,
+    )  # fmt: skip
+    grids = [list(grid) for grid in eye.grids]
+    loading.refuse(c, num_channels=3, supported_aspect_ratios=grids, vision_output_dim=eye.out_dim)
+    return eye
 
 
 def state_of(state, config):

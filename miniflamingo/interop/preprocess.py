@@ -3,7 +3,9 @@
     resize -> crop the middle -> / 255 -> (x - mean) / std
 
 as transformers' processors of CLIP and IDEFICS do it, in Pillow's bicubic filter unless it says
-otherwise.
+otherwise. For Llama 3.2 Vision a picture becomes a canvas of tiles:
+
+    resize, keeping its shape, into the grid of tiles that fits best -> black behind it -> / 255 ...
 """
 
 import math
@@ -15,6 +17,7 @@ from PIL import Image
 from miniflamingo.interop.files import read_config
 from miniflamingo.pictures import read_picture
 from miniflamingo.tensorfile import shown
+from miniflamingo.tiled_vit import HALF, grids_of
 
 LARGEST = 4096  # pixels of a side
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -61,6 +64,40 @@ class Preprocessor:
         return (x - np.array(self.mean, x.dtype)) / np.array(self.std, x.dtype)
 
 
+@dataclass(frozen=True)
+class TiledPreprocessor(Preprocessor):
+    """A picture -> a canvas of up to `tiles` tiles of `resize` (height, width), which are equal."""
+
+    tiles: int = 4
+
+    def fitted(self, source):
+        """A picture -> RGB of rows x columns tiles, the picture in its upper left corner."""
+        image, side = read_picture(source), self.resize[0]
+        rows, columns = self.grid(*image.size)
+        canvas = columns * side, rows * side
+        image = image.resize(self.within(canvas, image.size), self.filter)
+        return image.crop((0, 0, *canvas))  # black where it has nothing
+
+    def grid(self, width, height):
+        """The grid (rows, columns) in which a picture can be enlarged the least, else shrunk the
+        least; of equals the one with the fewest tiles."""
+
+        def how_bad(grid):
+            rows, columns = grid
+            scale = min(rows * self.resize[0] / height, columns * self.resize[0] / width)
+            return scale < 1, scale if scale >= 1 else -scale, rows * columns
+
+        return min(grids_of(self.tiles), key=how_bad)
+
+    def within(self, canvas, size):  # (width, height), (width, height) -> (width, height)
+        """The size on a canvas of a picture of this size: it keeps its shape, and is enlarged no
+        further than to the side of a tile."""
+        ends = [min(max(n, self.resize[0]), most) for n, most in zip(size, canvas)]
+        scale = min(end / n for end, n in zip(ends, size))
+        return tuple(min(math.floor(n * scale) or 1, end) if end / n > scale else end
+                     for n, end in zip(size, ends))  # fmt: skip
+
+
 def preprocessor_of(folder):
     """The Preprocessor of a folder's preprocessor_config.json; CLIP's where there is none.
 
@@ -70,21 +107,45 @@ def preprocessor_of(folder):
     if not path.is_file():
         return Preprocessor()
     c = read_config(path)
-    if c.get("do_image_splitting") or c.get("max_image_tiles", 1) != 1:
-        raise ValueError(f"{path}: pictures cut into tiles are not read")
+    if c.get("do_image_splitting"):
+        raise ValueError(f"{path}: pictures cut into tiles by do_image_splitting are not read")
+    if "max_image_tiles" in c:
+        return _tiled(path, c)
     side = c.get("image_size")  # IDEFICS
     size = c.get("size", {"height": side, "width": side} if side else 224)
     crop = c.get("crop_size", 224 if "size" in c else None)
-    rescale = _number(path, "rescale_factor", c.get("rescale_factor", 1 / 255))
-    if not rescale > 0:
-        raise ValueError(f"{path}: rescale_factor must be above 0, got {rescale}")
     return Preprocessor(
         _side(path, "size", size) if c.get("do_resize", True) else None,
         _square(path, crop) if c.get("do_center_crop", crop is not None) else None,
         _filter(path, c.get("resample", Image.Resampling.BICUBIC)),
-        rescale if c.get("do_rescale", True) else 1.0,
+        _rescale(path, c),
         *_mean_and_std(path, c),
     )  # fmt: skip
+
+
+def _tiled(path, c):
+    """The TiledPreprocessor of Llama 3.2 Vision's preprocessor_config.json, a dict."""
+    tiles, side = c["max_image_tiles"], _side(path, "size", c.get("size", 224))
+    if not isinstance(tiles, int) or isinstance(tiles, bool) or not 1 <= tiles <= 64:
+        raise ValueError(f"{path}: max_image_tiles must be in 1..64, got {shown(tiles)}")
+    size = side if isinstance(side, tuple) else (side, side)
+    if size[0] != size[1]:
+        raise ValueError(f"{path}: size must be of square tiles, got {shown(c['size'])}")
+    for field in ("do_resize", "do_pad"):
+        if not c.get(field, True):
+            raise ValueError(f"{path}: {field} = {shown(c[field])} is not supported for tiles")
+    return TiledPreprocessor(
+        size, None, _filter(path, c.get("resample", Image.Resampling.BILINEAR)), _rescale(path, c),
+        *_mean_and_std(path, {"image_mean": HALF, "image_std": HALF} | c), tiles,
+    )  # fmt: skip
+
+
+def _rescale(path, c):
+    """rescale_factor, or 1 where nothing is rescaled."""
+    factor = _number(path, "rescale_factor", c.get("rescale_factor", 1 / 255))
+    if not factor > 0:
+        raise ValueError(f"{path}: rescale_factor must be above 0, got {factor}")
+    return factor if c.get("do_rescale", True) else 1.0
 
 
 def _mean_and_std(path, c):

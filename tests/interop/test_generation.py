@@ -224,12 +224,14 @@ class Words:
     """Every letter is its own id; special tokens have ids from 1000."""
 
     name, start = "words", [1]
-    special = ("<image>", "<fake_token_around_image>", "<|endofchunk|>")
+    special = ("<image>", "<fake_token_around_image>", "<|endofchunk|>", "<|image|>")
 
     def encode(self, text):
         return [ord(c) for c in text]
 
     def id_of(self, token):
+        if token == "<|begin_of_text|>":
+            return self.start[0]
         return 1000 + self.special.index(token)
 
 
@@ -240,6 +242,8 @@ class Words:
          [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3]),
         ("open_flamingo", "IaIb", [1, 1000, 97, 1002, 1000, 98], [0, 1, 1, 1, 2, 2]),
         ("open_flamingo", "aIb", [1, 97, 1000, 98], [0, 0, 1, 1]),
+        ("mllama", "IaIb", [1, 1003, 1, 97, 1003, 98], [0, 1, 1, 1, 2, 2]),
+        ("mllama", "aIb", [1, 97, 1003, 98], [0, 0, 1, 1]),
         (None, "ab", [1, 97, 98], [0, 0, 0]),
     ],
 )  # fmt: skip

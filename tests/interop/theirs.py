@@ -36,6 +36,21 @@ def save_mllama(folder, seed=0):
     return _saved(MllamaForCausalLM(config), folder, seed)
 
 
+def save_whole_mllama(folder, seed=0):
+    """A random Llama 3.2 Vision with an eye of up to four tiles of 28 pixels -> its model."""
+    import torch
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    eye = dict(hidden_size=24, num_hidden_layers=3, num_global_layers=2, attention_heads=3,
+               intermediate_size=48, image_size=28, patch_size=14, max_num_tiles=4,
+               intermediate_layers_indices=[0, 2], vision_output_dim=72)  # fmt: skip
+    text = TEXT | dict(num_key_value_heads=2, cross_attention_layers=[1, 4], pad_token_id=0,
+                       bos_token_id=1, eos_token_id=2)  # fmt: skip
+    torch.manual_seed(seed)
+    config = MllamaConfig(vision_config=eye, text_config=text, image_token_index=300)
+    return _saved(MllamaForConditionalGeneration(config), folder, seed)
+
+
 def _saved(model, folder, seed):
     """With every parameter moved from its start."""
     import torch
