@@ -20,26 +20,10 @@ from miniflamingo.worlds.datasets import IGNORED
 BOS, EOC, IMAGE = 0, 2, 5  # <|endoftext|>, <|im_end|>, <file_sep>
 WHAT_KIND = " Question: What kind of thing is this? Answer:"
 WHAT = " Question: What is this? Answer:"
-INVENTED = [
-    "dax",
-    "blicket",
-    "wug",
-    "toma",
-    "fep",
-    "zorp",
-    "glim",
-    "nark",
-    "plim",
-    "quib",
-    "rosk",
-    "tiv",
-    "vost",
-    "yand",
-    "kib",
-    "mof",
-    "sleb",
-]
-TEST_WORDS = ["trun", "gorp", "hiv", "fusk", "lemp", "drav", "snib", "crell"]  # never in training
+INVENTED = tuple(
+    "dax blicket wug toma fep zorp glim nark plim quib rosk tiv vost yand kib mof sleb".split()  # noqa: SIM905
+)
+TEST_WORDS = ("trun", "gorp", "hiv", "fusk", "lemp", "drav", "snib", "crell")  # never in training
 
 
 class Shown(NamedTuple):

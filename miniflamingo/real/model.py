@@ -34,7 +34,8 @@ from miniflamingo.tensorfile import TensorFile
 BRIDGE = FlamingoConfig(
     EfficientNetConfig(), media_dim=192, num_latents=16, resampler_depth=1, resampler_heads=3,
     resampler_head_dim=64, num_frames=4, xattn_every=6, xattn_heads=4, xattn_head_dim=64,
-    skip_without_image=True, eoc_token=EOC, image_token=IMAGE, dialect=Dialect(hidden=224, offset=4),
+    skip_without_image=True, eoc_token=EOC, image_token=IMAGE,
+    dialect=Dialect(hidden=224, offset=4),
 )  # fmt: skip
 SHIPPED = Path(__file__).parents[1] / "weights" / "real"
 BRIDGE_FILE = SHIPPED / "model.safetensors"
@@ -69,10 +70,11 @@ def assemble(folder, config=BRIDGE, seed=0, scale=0.3):
     return model, words.tokenizer
 
 
-def residual_stream(lm, ids):
-    """Yield what comes before each block of a LanguageModel, [1, L, D], reading ids [L]."""
-    tokens, positions = np.asarray(ids)[None], np.arange(len(ids))[None]
-    bias, x = lm.causality(positions, len(ids)), lm.embed(tokens, positions)
+def residual_stream(lm, tokens):
+    """Yield what comes before each block of a LanguageModel, [B, L, D], reading tokens [B, L]."""
+    tokens = np.asarray(tokens)
+    positions = np.arange(tokens.shape[1])[None]
+    bias, x = lm.causality(positions, tokens.shape[1]), lm.embed(tokens, positions)
     for block in lm.blocks:
         yield x
         x = block(x, None, bias, None, positions)
@@ -82,7 +84,7 @@ def scale_branches(model, ids, scale, rng):
     """Multiply the last weights of each inserted layer's branches, so that each adds `scale` times
     the residual stream's standard deviation where its gate is open. The first token is left out:
     there the stream is a hundred times as large."""
-    streams = list(residual_stream(model.lm, [BOS, *ids]))
+    streams = list(residual_stream(model.lm, [[BOS, *ids]]))
     c = model.config
     for layer, i in zip(model.gated_xattn, c.layers()):
         y = streams[i][:, 1:]

@@ -178,7 +178,8 @@ SECTIONS = {
     "alphas": "The gates of a real language model opening: |tanh(alpha)| of the five layers that "
     "were put into SmolLM2-135M. At step 0 the model is its frozen language model.",
     "latents": "Where the resampler's 16 latents look in a picture of a concept never seen.",
-    "artist": "Names of pictures by an artist that no training has seen; in brackets the right one.",
+    "artist": "Pictures by an artist that no training has seen, and their names as written; in "
+    "brackets the right one.",
     "concepts": "Names of concepts that the bridge has never seen, by that artist.",
     "kinds": "What kind of thing is this? Concepts never seen.",
     "photographs": "Photographs. Training has seen drawings alone.",
@@ -210,9 +211,7 @@ def exhibit(model, words, folder, out, alphas, progress=True):
 def _told(answers):
     """The gates shut, the dialogue and the clip, in words."""
     gates, clip = answers["gates"], answers["clip"]
-    equal = (
-        "the language model's own, bit for bit" if gates["equal"] else "NOT the language model's"
-    )
+    equal = f"{'' if gates['equal'] else 'NOT '}the language model's own, bit for bit"
     lines = [f"gates open: {gates['open']}", f"gates shut: {gates['shut']}",
              f"logits of a text without a picture: {equal}",
              f"the clip of {clip['truth']}: {clip['answer']}"]  # fmt: skip

@@ -28,6 +28,8 @@ from miniflamingo.vision import contrastive_loss, l2_normalise
 from miniflamingo.worlds.datasets import IGNORED
 
 Datasets = namedtuple("Datasets", "captions questions kinds binding clips")
+WARM = OptimiserConfig(steps=1500, rate=1e-3, warmup=30)
+REAL = OptimiserConfig(steps=1200, rate=1e-3, warmup=20, alpha_rate=10.0, resampler_rate=0.3)
 TEXT_LAYER = 12  # of SmolLM2's 30 blocks: its stream there stands for what a name means
 
 
@@ -39,18 +41,24 @@ def text_vectors(folder, concepts, lm, words):
     model's block 12 is given for a name and its keywords. Computed once, kept in the folder."""
     path = Path(folder) / "text-vectors.npy"
     if not path.is_file():
-        vectors = np.stack([_vector(concept, lm, words) for concept in concepts.all])
+        vectors = _vectors(concepts, lm, words)
         save(path, (vectors - vectors.mean(0)) / vectors.std(0))
     return np.load(path)
 
 
-def _vector(concept, lm, words):
-    """[D]: half the mean over the name's tokens, half that over all of them."""
-    name = words.encode(f" {concept['name']}")
-    ids = words.encode(f" {concept['name']}: {', '.join(concept['keywords'][:6])}")
-    streams = models.residual_stream(lm, [BOS, *ids])
-    x = next(islice(streams, TEXT_LAYER, None))[0, 1:]
-    return 0.5 * x[: len(name)].mean(0) + 0.5 * x.mean(0)
+def _vectors(concepts, lm, words, rows=64):
+    """[concepts, D]: half the mean over a name's tokens, half that over its keywords' as well."""
+    names = [words.encode(f" {c['name']}") for c in concepts.all]
+    texts = [words.encode(f" {c['name']}: {', '.join(c['keywords'][:6])}") for c in concepts.all]
+    of_length, vectors = {}, np.zeros((len(texts), lm.config.dim), np.float32)
+    for i, ids in enumerate(texts):
+        of_length.setdefault(len(ids), []).append(i)
+    for same in of_length.values():
+        for some in (same[first : first + rows] for first in range(0, len(same), rows)):
+            streams = models.residual_stream(lm, [[BOS, *texts[i]] for i in some])
+            for i, x in zip(some, next(islice(streams, TEXT_LAYER, None))[:, 1:]):
+                vectors[i] = 0.5 * x[: len(names[i])].mean(0) + 0.5 * x.mean(0)
+    return vectors
 
 
 # --- the warm start -------------------------------------------------------------------------------
@@ -61,7 +69,7 @@ class WarmRun:
     """Pictures against names, contrastively; noise is the share of features and of the vectors'
     components that are left out at random."""
 
-    optimiser: OptimiserConfig = OptimiserConfig(steps=1500, rate=1e-3, warmup=30)
+    optimiser: OptimiserConfig = WARM
     batch: int = 128
     feature_noise: float = 0.2
     text_noise: float = 0.1
@@ -142,9 +150,7 @@ class RealRun:
     """The paper's objective over five datasets: weights are lambda_m, rows those of each batch, in
     the order of Datasets' fields. scale: see model.scale_branches."""
 
-    optimiser: OptimiserConfig = OptimiserConfig(
-        steps=1200, rate=1e-3, warmup=20, alpha_rate=10.0, resampler_rate=0.3
-    )
+    optimiser: OptimiserConfig = REAL
     weights: tuple[float, ...] = (1.0, 0.3, 0.15, 0.3, 0.15)
     rows: tuple[int, ...] = (5, 2, 1, 1, 1)
     scale: float = 0.3

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
-from tests.real.made import toy_features, toy_parts  # noqa: E402
+from tests.real.made import toy_features, toy_parts
 
 
 @pytest.fixture(scope="session")

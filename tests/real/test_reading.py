@@ -1,4 +1,4 @@
-"""Documents, likelihoods and answers: batched as alone, cached as not, each text its own picture."""
+"""Documents, likelihoods and answers: batched as alone, each text its own picture."""
 
 import json
 
@@ -38,8 +38,8 @@ def documents(n=7):
 
 def test_a_document_s_tokens_targets_and_phi(reader):
     words = reader.words
-    batch = build([[Shown((0, "noto", 0), " what", "red"), Shown((1, "noto", 0), "", "blue", False)],
-                   [Shown((2, "noto", 0))]], words)  # fmt: skip
+    two = [Shown((0, "noto", 0), " what", "red"), Shown((1, "noto", 0), "", "blue", False)]
+    batch = build([two, [Shown((2, "noto", 0))]], words)
     what, red, blue = (words.encode(x) for x in (" what", " red", " blue"))
     expected = [BOS, IMAGE, *what, *red, EOC, IMAGE, *blue, EOC]
     assert batch.tokens[0].tolist() == expected
@@ -201,5 +201,3 @@ def test_the_nearest_example_is_found_where_it_is_the_same_picture(reader, conce
     asked = measure.Measure(reader, concepts, samples=4)
     support = [(0, (1, "noto", 0)), (1, (2, "noto", 0))]
     assert asked._nearest(support, (2, "noto", 0), 2) == 1
-
-

@@ -112,7 +112,9 @@ def test_the_warm_start_is_taken_up_and_counts_for_the_identity(folder, tmp_path
     training.Run(warm_stage(folder), tmp_path / "warm").train(progress=False)
     warm = tmp_path / "warm" / "model.safetensors"
     cold, warmed = real_stage(folder), real_stage(folder, warm)
-    assert not np.array_equal(cold.model.resampler.latents.data, warmed.model.resampler.latents.data)
+    assert not np.array_equal(
+        cold.model.resampler.latents.data, warmed.model.resampler.latents.data
+    )
     assert cold.identity() != warmed.identity()
 
 
@@ -135,7 +137,7 @@ def test_each_dataset_counts_its_lambda_times_its_mean(folder):
 
 def test_branches_begin_in_proportion_to_the_stream(folder):
     model, words = models.assemble(folder, scale=0.3)
-    streams = list(models.residual_stream(model.lm, [0, *words.encode(models.SENTENCE)]))
+    streams = list(models.residual_stream(model.lm, [[0, *words.encode(models.SENTENCE)]]))
     for layer, i in zip(model.gated_xattn, model.config.layers()):
         y = streams[i][:, 1:]
         assert layer.ffw(y).std() / y.std() == pytest.approx(0.3, rel=1e-3)
