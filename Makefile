@@ -14,7 +14,7 @@ SITE := .venv/installed-site
 PEERS := flamingo-pytorch==0.1.2 open-flamingo==2.0.1 open-clip-torch==3.3.0 einops==0.8.2 \
 	einops-exts==0.0.4 ftfy wcwidth
 
-.PHONY: demo test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu \
+.PHONY: demo real test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu \
 	lint notebooks check-notebooks timings student-release slides site site-test weights lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
@@ -22,6 +22,9 @@ demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside th
 	@echo
 	@if $(RUN) -c "import triton" 2>/dev/null; then $(RUN) -m miniflamingo compare; else echo \
 	"Triton exists for Linux only: the comparison with the kernels is left out here."; fi
+
+real: $(READY)  ## a Flamingo of real parts, fetched (440 MB); ARGS=table: its committed figures
+	@$(RUN) -m miniflamingo real $(ARGS)
 
 test: $(READY)  ## all tests, on two cores; those that need a GPU skip where there is none
 	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -23,6 +23,7 @@ from miniflamingo.flamingo import PRESETS, FlamingoConfig, count_parameters
 from miniflamingo.interop import inspection
 from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import EOC, PAD, build_batch
+from miniflamingo.real import parts as real_parts
 from miniflamingo.worlds.grammar import TOKENIZER
 from miniflamingo.worlds.video import read_clip
 
@@ -211,6 +212,8 @@ def generate(arguments):
         raise ValueError("a prompt needs at least one --text, --image or --video")
     if arguments.weights is not None:
         return _generate_from_weights(arguments)
+    if arguments.real is not None:
+        return _generate_from_parts(arguments)
     for option in ("chat", "stream", "keep", "allow_pickle"):
         if getattr(arguments, option) not in (None, False):
             raise ValueError(f"--{option.replace('_', '-')} is for --weights")
@@ -247,6 +250,16 @@ def _generate_from_weights(arguments):
         arguments.stream, int(1e9 * (arguments.keep or 0)), arguments.allow_pickle,
     ))  # fmt: skip
     return None
+
+
+def _generate_from_parts(arguments):
+    """Answer by the Flamingo of real parts that lies in the folder --real."""
+    from miniflamingo.real.asking import FRAMES, answer_aloud
+
+    prompt = [read_part(*part, FRAMES) for part in arguments.parts]
+    rng = np.random.default_rng(arguments.seed)
+    most = arguments.max_new_tokens
+    answer_aloud(arguments.real, arguments.checkpoint, prompt, most, _chooser(arguments), rng)
 
 
 def _chooser(arguments):
@@ -304,6 +317,8 @@ def _add_generate(command):
     _add_checkpoint(command, default=None)
     text = "another project's checkpoint: a folder, or a safetensors or GGUF file"
     command.add_argument("--weights", type=a_path, help=text)
+    text = "the Flamingo of real parts, fetched into this folder, out/real/parts by default"
+    command.add_argument("--real", type=a_path, nargs="?", const=real_parts.FOLDER, help=text)
     command.add_argument("--chat", action="store_true", help="one --text, as the model's template")
     command.add_argument("--stream", action="store_true", help="read each layer when it works")
     text = "GB of layers that --stream may keep in memory; none by default"
@@ -388,7 +403,7 @@ EXCLUSIVE = {
     "demo": [("--full", "--steps")],
     "generate": [("--beam", "--temperature"), ("--beam", "--top-k"), ("--beam", "--top-p"),
                  ("--top-k", "--top-p"), ("--weights", "--checkpoint"),
-                 ("--weights", "--beam")],
+                 ("--weights", "--beam"), ("--weights", "--real"), ("--real", "--beam")],
 }  # fmt: skip
 
 

@@ -80,14 +80,14 @@ def encode_chunk(folder, artist, first):
 class Aligned(nn.Module):
     """The twin of miniflamingo.real.stages.Aligned."""
 
-    def __init__(self, resampler, text_dim, dim):
+    def __init__(self, resampler, dim):
         super().__init__()
-        self.resampler, self.text_proj = resampler, nn.Linear(text_dim, dim, bias=False)
+        self.resampler, self.dim = resampler, dim
         self.log_inverse_temperature = nn.Parameter(torch.zeros(()))
 
     def forward(self, features, vectors):  # -> the loss, []
-        images = F.normalize(self.resampler(features[:, None, None]).mean(2).squeeze(1), dim=-1)
-        texts = F.normalize(self.text_proj(vectors), dim=-1)
+        media = self.resampler(features[:, None, None]).mean(2).squeeze(1)
+        images, texts = F.normalize(media[:, : self.dim], dim=-1), F.normalize(vectors, dim=-1)
         logits = self.log_inverse_temperature.exp() * images @ texts.T
         own = torch.arange(len(images))
         return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
@@ -95,8 +95,7 @@ class Aligned(nn.Module):
 
 def _aligned(model):
     with torch.device("meta"):
-        resampler = layers.build_resampler(model.bridge)
-        return Aligned(resampler, model.text_proj.weight.shape[1], model.bridge.media_dim)
+        return Aligned(layers.build_resampler(model.bridge), model.dim)
 
 
 def _aligned_loss(stage, twin, batch):

@@ -1,11 +1,15 @@
 """Asking the real Flamingo about anybody's pictures: a prompt of texts, images and clips, and an
 answer, token by token."""
 
+import sys
+
 import numpy as np
 
 from miniflamingo.decoding import DecodingCache, greedy
-from miniflamingo.interop.generation import Clock
+from miniflamingo.interop.generation import Clock, report
 from miniflamingo.prompt import read_frames
+from miniflamingo.real import model as models
+from miniflamingo.real import parts
 from miniflamingo.real.documents import BOS, EOC, IMAGE
 from miniflamingo.real.features import widen
 from miniflamingo.real.pictures import SIZE
@@ -65,6 +69,20 @@ def speak(model, words, parts, most=20, choose=greedy, rng=None, clock=None):
                 positions = np.array([[len(ids) + step]])
                 new = np.array([[token]])
                 logits = model.read(new, None, phi[None, -1:], cache, positions, last=True)[:, 0]
+
+
+def answer_aloud(folder, bridge, prompt, most, choose, rng):
+    """Print an answer piece by piece, and to stderr where the time went; bridge: the shipped one
+    where it is None. ValueError where the parts are not there."""
+    if not parts.ready(folder):
+        raise ValueError(f"{folder} has not all parts: python -m miniflamingo real fetch")
+    clock = Clock()
+    with clock.on("reading"):
+        model, words = models.load_bridge(folder, bridge or models.BRIDGE_FILE)
+    for piece in words.stream(speak(model, words, prompt, most, choose, rng, clock)):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    print(report(clock), file=sys.stderr, flush=True)
 
 
 def answer(model, words, parts, most=20):

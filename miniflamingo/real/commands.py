@@ -17,7 +17,6 @@ from miniflamingo.real import model as models
 from miniflamingo.real.pictures import Concepts
 from miniflamingo.real.reading import Reader
 
-PARTS = Path("out") / "real" / "parts"
 MEASURE = "python -m miniflamingo real measure"
 RESULTS = models.SHIPPED / "figures.json"
 
@@ -26,7 +25,7 @@ def parser():
     """The command line's grammar."""
     top = Parser(prog="python -m miniflamingo real", description=__doc__)
     text = "folder of the parts; out/real/parts by default"
-    top.add_argument("--parts", type=a_path, default=PARTS, help=text)
+    top.add_argument("--parts", type=a_path, default=parts.FOLDER, help=text)
     top.add_argument("--out", type=a_path, default=Path("out") / "real", help="the page's folder")
     _add_bridge(top)
     commands = top.add_subparsers(dest="command")

@@ -20,6 +20,7 @@ from miniflamingo.worlds.datasets import IGNORED
 BOS, EOC, IMAGE = 0, 2, 5  # <|endoftext|>, <|im_end|>, <file_sep>
 WHAT_KIND = " Question: What kind of thing is this? Answer:"
 WHAT = " Question: What is this? Answer:"
+WORDS = " Question: Which words fit? Answer:"
 INVENTED = tuple(
     "dax blicket wug toma fep zorp glim nark plim quib rosk tiv vost yand kib mof sleb".split()  # noqa: SIM905
 )
@@ -86,9 +87,9 @@ def _row(document, words):
 class Mixture:
     """Draws the documents of training, from the seen concepts as the trained artists drew them.
 
-    `captions`: names; `questions`: kind, name, yes or no; `kinds`: the first answers tell that
-    kinds are wanted; `binding`: invented names for concepts or kinds; `clips`: one concept, drawn
-    several times in a row as frames of a clip.
+    `captions`: names; `questions`: kind, name, some of its keywords, yes or no; `kinds`: the first
+    answers tell that kinds are wanted; `binding`: invented names for concepts or kinds; `clips`:
+    one concept, drawn several times in a row as frames of a clip.
     """
 
     def __init__(self, concepts, words):
@@ -127,10 +128,13 @@ class Mixture:
 
     def _question(self, i, rng):
         kind, chance, picture = self.concepts.kind(i), rng.random(), self.picture(i, rng)
-        if chance < 0.5:
+        if chance < 0.35:
             return Shown(picture, WHAT_KIND, kind)
-        if chance < 0.7:
+        if chance < 0.5:
             return Shown(picture, WHAT, self.concepts.name(i))
+        if chance < 0.8 and (keywords := self.concepts.all[i]["keywords"]):
+            some = rng.choice(keywords, min(3, len(keywords)), replace=False)
+            return Shown(picture, WORDS, ", ".join(map(str, some)))
         others = [k for k in self.concepts.kinds if k != kind]
         asked = kind if rng.random() < 0.5 else others[rng.integers(len(others))]
         return Shown(picture, is_it(asked), "yes" if asked == kind else "no")

@@ -54,6 +54,7 @@ PARTS = (
          165, "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
          "MIT (the pictures: Fluent)", "moving pictures by Microsoft"),
 )  # fmt: skip
+FOLDER = Path("out") / "real" / "parts"
 ROOM = 1.2e9  # bytes of disk: the archives, what is unpacked, and the features
 ARTISTS = {  # where each artist's pictures lie in an archive, by a name that `codes` tries
     "noto": ("emoji-datasource-google", "package/img/google/64/", ".png"),

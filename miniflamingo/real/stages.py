@@ -9,14 +9,13 @@ losses, batches and log.
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from miniflamingo import runs
 from miniflamingo.checks import check_at_least, check_lengths, check_range, check_types
-from miniflamingo.functional import Linear, concat, cross_entropy, exp
+from miniflamingo.functional import concat, cross_entropy, exp
 from miniflamingo.module import Module, Parameter, save_tensors
 from miniflamingo.real import model as models
 from miniflamingo.real.documents import BOS, Mixture, build
@@ -28,37 +27,52 @@ from miniflamingo.vision import contrastive_loss, l2_normalise
 from miniflamingo.worlds.datasets import IGNORED
 
 Datasets = namedtuple("Datasets", "captions questions kinds binding clips")
-WARM = OptimiserConfig(steps=1500, rate=1e-3, warmup=30)
+WARM = OptimiserConfig(steps=400, rate=1e-3, warmup=30)
 REAL = OptimiserConfig(steps=1200, rate=1e-3, warmup=20, alpha_rate=10.0, resampler_rate=0.3)
-TEXT_LAYER = 12  # of SmolLM2's 30 blocks: its stream there stands for what a name means
+TEXT_BLOCKS = (8, 24)  # of SmolLM2's 30: its stream before them stands for what a name means
 
 
 # --- text vectors ---------------------------------------------------------------------------------
 
 
-def text_vectors(folder, concepts, lm, words):
-    """float32 [concepts, D], each component of mean 0 and deviation 1: what the frozen language
-    model's block 12 is given for a name and its keywords. Computed once, kept in the folder."""
+def text_vectors(folder, concepts, lm, words, dim):
+    """float32 [concepts, dim]: what the frozen language model makes of names and keywords.
+
+    The mean of the residual stream over the tokens, before two of its blocks, one beside the other;
+    the streams are computed once and kept in the folder. Rotated and scaled by what the seen
+    concepts vary in, so that no direction drowns the others (`whiten`).
+    """
     path = Path(folder) / "text-vectors.npy"
     if not path.is_file():
-        vectors = _vectors(concepts, lm, words)
-        save(path, (vectors - vectors.mean(0)) / vectors.std(0))
-    return np.load(path)
+        save(path, _streams(concepts, lm, words))
+    return whiten(np.load(path), concepts.seen, dim)
 
 
-def _vectors(concepts, lm, words, rows=64):
-    """[concepts, D]: half the mean over a name's tokens, half that over its keywords' as well."""
-    names = [words.encode(f" {c['name']}") for c in concepts.all]
-    texts = [words.encode(f" {c['name']}: {', '.join(c['keywords'][:6])}") for c in concepts.all]
-    of_length, vectors = {}, np.zeros((len(texts), lm.config.dim), np.float32)
+def _streams(concepts, lm, words, rows=64):
+    """[concepts, len(TEXT_BLOCKS) D]; texts of one length are read together."""
+    texts = [words.encode(f" {c['name']}: {', '.join(c['keywords'])}") for c in concepts.all]
+    of_length = {}
     for i, ids in enumerate(texts):
         of_length.setdefault(len(ids), []).append(i)
+    vectors = np.zeros((len(texts), len(TEXT_BLOCKS), lm.config.dim), np.float32)
     for same in of_length.values():
         for some in (same[first : first + rows] for first in range(0, len(same), rows)):
-            streams = models.residual_stream(lm, [[BOS, *texts[i]] for i in some])
-            for i, x in zip(some, next(islice(streams, TEXT_LAYER, None))[:, 1:]):
-                vectors[i] = 0.5 * x[: len(names[i])].mean(0) + 0.5 * x.mean(0)
-    return vectors
+            streams = list(models.residual_stream(lm, [[BOS, *texts[i]] for i in some]))
+            for k, block in enumerate(TEXT_BLOCKS):
+                vectors[some, k] = streams[min(block, len(streams) - 1)][:, 1:].mean(axis=1)
+    return vectors.reshape(len(texts), -1)
+
+
+def whiten(x, rows, dim, ridge=0.3):
+    """x [n, D] -> [n, dim]: the directions in which x[rows] varies most, nearly alike in size.
+
+    A direction is divided by its deviation plus `ridge` times the largest one's.
+    """
+    x = (x - x[rows].mean(axis=0)) / x[rows].std(axis=0)
+    deviations, directions = np.linalg.svd(x[rows], full_matrices=False)[1:]
+    dim = min(dim, len(deviations))
+    scale = deviations[:dim] + ridge * deviations[0]
+    return np.float32(x @ (directions[:dim].T / scale) * np.sqrt(len(rows)))
 
 
 # --- the warm start -------------------------------------------------------------------------------
@@ -71,8 +85,8 @@ class WarmRun:
 
     optimiser: OptimiserConfig = WARM
     batch: int = 128
-    feature_noise: float = 0.2
-    text_noise: float = 0.1
+    feature_noise: float = 0.5
+    text_noise: float = 0.3
     seed: int = 0
 
     def __post_init__(self):
@@ -83,21 +97,22 @@ class WarmRun:
 
 
 class Aligned(Module):
-    """The resampler, whose latents' mean is compared with the projected vectors of names."""
+    """The resampler, whose latents' mean is compared with the vectors of names, which are fixed:
+    trained with it, they would fit the seen concepts and leave the others."""
 
-    def __init__(self, bridge, resampler, text_dim, *, rng):
+    def __init__(self, bridge, resampler, dim):
         self.bridge, self.resampler = bridge, resampler  # a FlamingoConfig, and its resampler
-        self.text_proj = Linear(text_dim, bridge.media_dim, rng=rng)
+        self.dim = dim  # of the vectors, at most the visual tokens'
         self.log_inverse_temperature = Parameter(np.array(2.5, np.float32))
 
     def embed_images(self, features):  # [B, S, D_v] -> [B, D], unit length
         """The mean of the visual tokens."""
         media = self.resampler(features[:, None, None])
-        return l2_normalise(media.mean(axis=2).reshape(len(features), -1))
+        return l2_normalise(media.mean(axis=2).reshape(len(features), -1)[:, : self.dim])
 
-    def embed_texts(self, vectors):  # [B, D_t] -> [B, D], unit length
-        """The names' vectors, projected."""
-        return l2_normalise(self.text_proj(vectors))
+    def embed_texts(self, vectors):  # [B, D] -> [B, D], unit length
+        """The names' vectors."""
+        return l2_normalise(vectors)
 
     def forward(self, features, vectors):  # -> the loss, []
         """Row i of one belongs to row i of the other."""
@@ -114,9 +129,9 @@ class WarmStage(Stage):
         self.config, self.weights = config, {"pictures": 1.0}
         self.concepts, self.features = Concepts(Path(folder)), Features(folder)
         bridge, words = models.assemble(folder, seed=config.seed, scale=0)
-        self.vectors = text_vectors(folder, self.concepts, bridge.lm, words)
-        rng = np.random.default_rng([config.seed, 3])
-        self.model = Aligned(bridge.config, bridge.resampler, self.vectors.shape[1], rng=rng)
+        dim = bridge.config.media_dim
+        self.vectors = text_vectors(folder, self.concepts, bridge.lm, words, dim)
+        self.model = Aligned(bridge.config, bridge.resampler, self.vectors.shape[1])
         self.mixture = Mixture(self.concepts, words)
 
     def draw(self, dataset, rng):
