@@ -19,7 +19,7 @@ from miniflamingo.checks import config_from_json
 from miniflamingo.command import one_line, some
 from miniflamingo.dialects import DIALECTS
 from miniflamingo.flamingo import ShapesOnly
-from miniflamingo.interop import PROJECTS, project_of
+from miniflamingo.interop import PROJECTS, config_of, project_of
 from miniflamingo.interop.files import open_checkpoint
 from miniflamingo.tensorfile import misfits, shown
 
@@ -90,8 +90,8 @@ def misunderstood(checkpoint, project):
             check_size(config, checkpoint)
             faults = misfits(_shapes(STAGES[stage][2](config, rng=ShapesOnly())), checkpoint.shapes)
             return some(faults, "; ")
-        module = PROJECTS[project]
-        module.state_of(checkpoint, module.config_of(checkpoint.config, checkpoint.shapes))
+        config = config_of(project, checkpoint.config, checkpoint.shapes)
+        PROJECTS[project].state_of(checkpoint, config)
     except (ValueError, TypeError) as error:
         return one_line(error)
     return ""
@@ -114,7 +114,7 @@ def dialect_of(checkpoint, project):
         if project == OURS:
             config = _own_config(checkpoint)[1]
         else:
-            config = PROJECTS[project].config_of(checkpoint.config, checkpoint.shapes)
+            config = config_of(project, checkpoint.config, checkpoint.shapes)
     except (ValueError, TypeError):
         return {}
     own, paper = asdict(getattr(config, "dialect", DIALECTS["paper"])), asdict(DIALECTS["paper"])
