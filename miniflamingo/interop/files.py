@@ -144,6 +144,8 @@ def _by_index(path, allow_pickle):
 
 
 def _open_file(path, allow_pickle):
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"GGUF":

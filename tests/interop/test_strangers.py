@@ -196,6 +196,29 @@ def test_a_pickle_of_a_training_on_many_processes(folder, capsys):
     assert main([*ask, "--allow-pickle"]) == 0 and capsys.readouterr().out == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_a_pipe_is_not_waited_for(folder, capsys):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    assert "model.safetensors is no file" in refused(capsys, folder, "--text", "a")
+    said = refused(capsys, folder / "model.safetensors", "--text", "a")
+    assert "model.safetensors is no file" in said
+
+
+def test_gates_that_are_no_numbers_are_shown_as_such(flamingo, tmp_path, capsys):
+    state, _ = load_tensors(flamingo / "model.safetensors")
+    gate = "lang_encoder.gated_cross_attn_layers.1."
+    wrong = {f"{gate}attn_gate": [np.nan], f"{gate}ff_gate": []}
+    state |= {name: np.array(value, np.float32) for name, value in wrong.items()}
+    save_tensors(flamingo / "model.safetensors", state)
+    assert main(["inspect", str(flamingo)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("not a number") == 1 and said.err == ""
+    assert main(["inspect", str(flamingo), "--plot", str(tmp_path / "gates.png")]) == 2
+    said = capsys.readouterr().err
+    assert "the attention gate of layer 1 is not a number" in said and said.count("\n") == 1
+
+
 # --- prompts and pictures -------------------------------------------------------------------------
 
 
