@@ -163,7 +163,7 @@ def test_a_tensor_that_is_missing_and_one_of_another_shape():
         ("llama", {"num_hidden_layers": "two"}, "depth must be int, got 'two'"),
         ("mistral", {"sliding_window": 8}, "sliding_window = 8 is not supported"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported"),
-        ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln = True is not supported"),
+        ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv = 6.0 is not supported"),
     ],
 )
 def test_configs_that_we_cannot_follow(name, wrong, message):
