@@ -182,24 +182,26 @@ class MultiHeadAttention(Module):
     """H attentions side by side, of width K each; self-attention unless a context is given.
 
     The paper's has none of the options: kv_heads keys and values that H / kv_heads heads share each
-    (Ainslie et al., 2023), biases, a norm of each query and key (qk_norm makes it), and a
-    RotaryConfig. ValueError when heads is no multiple of kv_heads.
+    (Ainslie et al., 2023), biases, a norm of each query and key (qk_norm makes it), by head or,
+    with whole_norm, of all heads together, and a RotaryConfig. ValueError when heads is no multiple
+    of kv_heads.
     """
 
     def __init__(
         self, dim, heads, head_dim, context_dim=None, out_scale=1.0,
-        kv_heads=None, bias=False, qk_norm=None, rotary=None, *, rng,
+        kv_heads=None, bias=False, qk_norm=None, rotary=None, whole_norm=False, *, rng,
     ):  # fmt: skip
         context_dim, kv_heads = context_dim or dim, kv_heads or heads
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
         self.heads, self.head_dim, self.groups = heads, head_dim, heads // kv_heads
-        self.rotary = rotary
+        self.rotary, self.whole_norm = rotary, whole_norm
         self.q_proj = Linear(dim, heads * head_dim, bias, rng=rng)
         self.k_proj = Linear(context_dim, kv_heads * head_dim, bias, rng=rng)
         self.v_proj = Linear(context_dim, kv_heads * head_dim, bias, rng=rng)
         self.out_proj = Linear(heads * head_dim, dim, bias, scale=out_scale, rng=rng)
-        self.q_norm, self.k_norm = (qk_norm and qk_norm(head_dim) for _ in range(2))
+        widths = (n * head_dim if whole_norm else head_dim for n in (heads, kv_heads))
+        self.q_norm, self.k_norm = (qk_norm and qk_norm(width) for width in widths)
 
     def project(self, projection, x):  # [B, L, D] -> [B, L, H, K]
         """Apply one of the three projections and split the heads."""
@@ -215,7 +217,8 @@ class MultiHeadAttention(Module):
         return self._place(self.project(self.k_proj, x), self.k_norm, positions)
 
     def _place(self, x, norm, positions):
-        x = x if norm is None else norm(x)
+        if norm is not None:
+            x = norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.whole_norm else norm(x)
         if self.rotary is None:
             return x
         positions = np.arange(x.shape[1])[None] if positions is None else positions
@@ -269,21 +272,23 @@ class FeedForward(Module):
 class TransformerBlock(Module):
     """Self-attention and feed-forward, each with a norm before it and the residual around it.
 
-    head_dim is dim / heads unless given; bias is that of both parts unless ffw_bias is given; the
+    head_dim is dim / heads unless given; bias is that of both parts unless ffw_bias is given;
+    qk_norm gives the queries and the keys, of all heads together, a norm of the same kind; the
     other options as in the two parts. ValueError when dim is no multiple of heads.
     """
 
     def __init__(
         self, dim, heads, hidden, activation="gelu", norm=RMSNorm, out_scale=1.0,
-        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, ffw_bias=None, *, rng,
+        gated=False, bias=False, head_dim=None, kv_heads=None, rotary=None, ffw_bias=None,
+        qk_norm=False, *, rng,
     ):  # fmt: skip
         ffw_bias = bias if ffw_bias is None else ffw_bias
         if head_dim is None and dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
         self.norm = norm(dim)
         self.attention = MultiHeadAttention(
-            dim, heads, head_dim or dim // heads, None, out_scale, kv_heads, bias, None, rotary,
-            rng=rng,
+            dim, heads, head_dim or dim // heads, None, out_scale, kv_heads, bias,
+            norm if qk_norm else None, rotary, whole_norm=True, rng=rng,
         )  # fmt: skip
         self.ffw = FeedForward(dim, hidden, activation, norm, out_scale, gated, ffw_bias, rng=rng)
 

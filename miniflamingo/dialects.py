@@ -8,9 +8,9 @@ size, shared keys) is put in by the project's loader in interop/. `BlockConfig` 
 blocks of the frozen language model, which the paper leaves open.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from miniflamingo.checks import check_above_zero, check_at_least, check_types
+from miniflamingo.checks import LATER, check_above_zero, check_at_least, check_types
 
 ACTIVATION_NAMES = ("relu", "squared_relu", "gelu", "gelu_exact", "quick_gelu", "silu", "relu6")
 NORM_NAMES = ("layer", "rms")
@@ -30,7 +30,8 @@ class BlockConfig:
 
     norm is "rms" or "layer", norm_eps None its usual one; gated is SwiGLU's second projection;
     hidden replaces ffw_mult * dim, head_dim replaces dim / heads; kv_heads (None: all) is the
-    number of keys and values that the heads share. ValueError for a value that cannot work.
+    number of keys and values that the heads share; qk_norm gives the queries and the keys a norm
+    each, of all heads together. ValueError for a value that cannot work.
     """
 
     activation: str = "gelu"
@@ -41,6 +42,7 @@ class BlockConfig:
     bias: bool = False
     head_dim: int | None = None
     kv_heads: int | None = None
+    qk_norm: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)

@@ -26,6 +26,7 @@ LOOKS = {  # how files that get renamed or fetched by mistake begin
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
     b"<": "a web page",
+    b"{": "a JSON file: name the weights, or their folder",
 }
 
 

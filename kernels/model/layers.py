@@ -212,17 +212,18 @@ def fused_image_causal_attention(q, k, v, phi, work=None):
 class MultiHeadAttention(nn.Module):
     def __init__(
         self, dim, heads, head_dim, context_dim=None, kv_heads=None, bias=False, qk_norm=None,
-        rotary=None,
+        rotary=None, whole_norm=False,
     ):  # fmt: skip
         super().__init__()
         context_dim, kv_heads = context_dim or dim, kv_heads or heads
         self.heads, self.head_dim, self.groups = heads, head_dim, heads // kv_heads
-        self.rotary = rotary
+        self.rotary, self.whole_norm = rotary, whole_norm
         self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(heads * head_dim, dim, bias=bias)
-        self.q_norm, self.k_norm = (qk_norm and qk_norm(head_dim) for _ in range(2))
+        widths = (n * head_dim if whole_norm else head_dim for n in (heads, kv_heads))
+        self.q_norm, self.k_norm = (qk_norm and qk_norm(width) for width in widths)
 
     def project(self, projection, x):  # [..., D] -> [..., H, K]
         return projection(x).unflatten(-1, (-1, self.head_dim))
@@ -234,7 +235,8 @@ class MultiHeadAttention(nn.Module):
         return self._place(self.project(self.k_proj, x), self.k_norm, start)
 
     def _place(self, x, norm, start):
-        x = x if norm is None else norm(x)
+        if norm is not None:
+            x = norm(x.flatten(-2)).view_as(x) if self.whole_norm else norm(x)
         return x if self.rotary is None else rotate(x, self.rotary, start)
 
     def forward(self, x, context=None, mask=None, bias=None, cache=None):
@@ -269,13 +271,14 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(
         self, dim, heads, hidden, activation="gelu", norm=RMSNorm, gated=False, bias=False,
-        head_dim=None, kv_heads=None, rotary=None, ffw_bias=None,
+        head_dim=None, kv_heads=None, rotary=None, ffw_bias=None, qk_norm=False,
     ):  # fmt: skip
         super().__init__()
         self.norm, head_dim = norm(dim), head_dim or dim // heads
         self.attention = MultiHeadAttention(
-            dim, heads, head_dim, None, kv_heads, bias, None, rotary
-        )
+            dim, heads, head_dim, None, kv_heads, bias, norm if qk_norm else None, rotary,
+            whole_norm=True,
+        )  # fmt: skip
         ffw_bias = bias if ffw_bias is None else ffw_bias
         self.ffw = FeedForward(dim, hidden, activation, norm, gated, ffw_bias)
 

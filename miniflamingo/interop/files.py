@@ -10,7 +10,6 @@ pickles, which run the code that is in them unless torch's weights_only refuses 
 """
 
 import json
-import pickle
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -27,6 +26,7 @@ from miniflamingo.tensorfile import TensorFile, shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INSIDE = ("state_dict", "model_state_dict", "model")  # where a pickle may keep its tensors
+PARALLEL = "module."  # before all names of what torch's DistributedDataParallel has saved
 
 
 class Checkpoint(Mapping):
@@ -47,6 +47,8 @@ class Checkpoint(Mapping):
                 raise ValueError(f"{path}: {shown(name)} stands twice: in {both}")
             self._files |= dict.fromkeys(file.shapes, file)
             self.metadata |= file.metadata
+        if not self._files:
+            raise ValueError(f"{path} holds no tensors")
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         self.dtypes = {name: file.dtypes[name] for name, file in self._files.items()}
 
@@ -120,12 +122,16 @@ def _only(paths, what):
 def _by_index(path, allow_pickle):
     """The open shards of an index; ValueError unless each tensor lies where it says."""
     places = read_config(path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+    if not isinstance(places, dict):
         raise ValueError(f"{path}: weight_map must be an object of file names, got {shown(places)}")
+    for name, shard in places.items():
+        if not isinstance(shard, str):
+            raise ValueError(f"{path}: weight_map must be an object of file names, but has "
+                             f"{shown(repr(shard))} for {shown(name)}")  # fmt: skip
     for shard in sorted(set(places.values())):
         if shard != Path(shard).name or "\\" in shard or "\0" in shard or not shard.strip("."):
             raise ValueError(f"{path} names {shown(shard)}, which is not in its folder")
-        if not (path.parent / shard).is_file():
+        if len(shard) > 255 or not (path.parent / shard).is_file():
             raise ValueError(f"{path} names {shown(shard)}, which is missing")
     shards = [_open_file(path.parent / s, allow_pickle) for s in sorted(set(places.values()))]
     there = {name: file.path.name for file in shards for name in file.shapes}
@@ -138,6 +144,8 @@ def _by_index(path, allow_pickle):
 
 
 def _open_file(path, allow_pickle):
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"GGUF":
@@ -159,7 +167,7 @@ def read_config(path):
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object, got {shown(config)}")
     if packed := config.get("quantization_config"):
-        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        method = packed.get("quant_method", packed) if isinstance(packed, dict) else packed
         raise ValueError(f"{path}: quantization_config: weights packed by {shown(method)} are not "
                          "read")  # fmt: skip
     return config
@@ -196,7 +204,7 @@ class PickleFile:
         self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
         kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
                  "int64": "I64", "int32": "I32"}  # fmt: skip
-        self.dtypes = {name: str(x.dtype)[6:] for name, x in self._tensors.items()}
+        self.dtypes = {name: _kind(x) for name, x in self._tensors.items()}
         if odd := [f"{shown(n)} is {kind}" for n, kind in self.dtypes.items() if kind not in kinds]:
             raise ValueError(f"{path} holds numbers other than {', '.join(kinds)}: {some(odd)}")
         self.dtypes = {name: kinds[kind] for name, kind in self.dtypes.items()}
@@ -206,15 +214,20 @@ class PickleFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of pickles that are not torch's
                 found = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-            raise ValueError(f"{self.path} is not read: {shown(error, 200)}") from None
-        for key in INSIDE:
-            if isinstance(found, dict) and isinstance(found.get(key), dict):
-                found = found[key]
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the bytes of no pickle bring about
+            size = self.path.stat().st_size
+            raise ValueError(f"{self.path} ({size} bytes) is not read: {_why(error)}") from None
+        while inner := next((found[k] for k in INSIDE if isinstance(found, dict)
+                             and isinstance(found.get(k), dict)), None):  # fmt: skip
+            found = inner
         tensors = found if isinstance(found, dict) else {}
         tensors = {str(n): x for n, x in tensors.items() if isinstance(x, torch.Tensor)}
         if not tensors:
             raise ValueError(f"{self.path} holds no tensors by name")
+        if all(name.startswith(PARALLEL) for name in tensors):
+            return {name.removeprefix(PARALLEL): x for name, x in tensors.items()}
         return tensors
 
     def array(self, name, mapped=False):
@@ -222,3 +235,20 @@ class PickleFile:
         array = self._tensors[name].detach()
         array = array.float() if self.dtypes[name] in ("F16", "BF16") else array
         return np.array(array.numpy(), copy=not mapped)
+
+
+def _kind(tensor):
+    """torch.float32 -> "float32", or what a tensor is that holds no plain array."""
+    if tensor.is_meta:
+        return "without numbers"
+    layout = str(tensor.layout)[6:]
+    return str(tensor.dtype)[6:] if layout == "strided" else layout
+
+
+def _why(error):
+    """What torch.load says, without its advice to load what it has refused all the same."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if said[0].startswith("Weights only load failed"):
+        first = str(error).partition("WeightsUnpickler error: ")[2].strip().splitlines()[:1]
+        return f"weights_only refuses it: {shown((first or said[1:2] or [''])[0], 200)}"
+    return shown(f"{type(error).__name__}: {said[0]}", 200).removesuffix(": ")

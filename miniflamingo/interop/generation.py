@@ -6,9 +6,11 @@
 
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -19,9 +21,10 @@ from miniflamingo.eyes import NoEyeConfig
 from miniflamingo.flamingo import FlamingoConfig
 from miniflamingo.interop.files import open_checkpoint
 from miniflamingo.interop.inspection import name_of
-from miniflamingo.interop.preprocess import TiledPreprocessor, preprocessor_of
-from miniflamingo.interop.streaming import Layers, load
+from miniflamingo.interop.preprocess import Preprocessor, TiledPreprocessor, preprocessor_of
+from miniflamingo.interop.streaming import Layers, load, text_config_of
 from miniflamingo.interop.tokenizer import tokenizer_of
+from miniflamingo.pictures import read_picture
 from miniflamingo.tiled_vit import TiledViTConfig, beside
 from miniflamingo.vit import ViTConfig
 
@@ -149,18 +152,23 @@ def look(model, pixels):
 
 
 def speak(speaker, ids, phi, most, choose=decoding.greedy, rng=None, ends=(), clock=None):
-    """Yield up to `most` ids that follow a prompt; ends before one of `ends`."""
+    """Yield up to `most` ids that follow a prompt; ends before one of `ends`.
+
+    FloatingPointError where the model's numbers are too large for their dtype.
+    """
     clock = clock or Clock()
-    with clock.on("prefill"):
-        logits = speaker.extend(ids, phi)
-    for step in range(most):
+    what = "prefill"
+    for _ in range(most):
+        with clock.on(what), np.errstate(over="ignore", invalid="ignore"):
+            logits = speaker.extend(ids, phi)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the logits are not finite: the model's numbers are too "
+                                     f"large for {logits.dtype}")  # fmt: skip
         token = int(choose(logits, rng)[0])
         if token in ends:
             return
         yield token
-        if step < most - 1:
-            with clock.on("tokens"):
-                logits = speaker.extend([token], phi[-1:])
+        ids, phi, what = [token], phi[-1:], "tokens"
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -192,14 +200,16 @@ def generate(path, request):
     with tqdm(disable=None if request.stream else True, unit="layer", leave=False) as bar:
         layers = Layers(request.keep, bar.update) if request.stream else None
         with clock.on("reading"):
-            checkpoint, words, pictures, model = _opened(path, request, layers)
-        ids, phi = _prompt(request, words, format_of(checkpoint, model))
-        check_room(model, len(ids), request.most)
+            checkpoint, words, pictures, config = _opened(path, request)
+        ids, phi = _prompt(request, words, format_of(checkpoint, config))
+        check_room(config, len(ids), request.most, checkpoint.config)
+        pixels = _seen(request, pictures, config, checkpoint.folder, clock)
+        with clock.on("reading"):
+            model = load(checkpoint, layers, lambda _: config)
         if layers is not None:
             bar.total = request.most * len(layers.layers)
             print(estimate(layers, len(ids), request.most), file=sys.stderr, flush=True)
-        images = [content for kind, content in request.parts if kind == "image"]
-        speaker = Speaker(model, len(ids) + request.most, _pixels(images, pictures, clock), clock)
+        speaker = Speaker(model, len(ids) + request.most, pixels, clock)
         rng, choose = np.random.default_rng(request.seed), request.choose
         steps = speak(speaker, ids, phi, request.most, choose, rng, words.ends, clock)
         for piece in words.stream(steps):
@@ -208,25 +218,32 @@ def generate(path, request):
     print(report(clock, layers), file=sys.stderr, flush=True)
 
 
-def _opened(path, request, layers):
-    """-> checkpoint, its tokenizer, its Preprocessor, the model; ValueError as `generate`."""
+def _opened(path, request):
+    """-> checkpoint, its tokenizer, its Preprocessor, its config; ValueError as `generate`."""
     checkpoint = open_checkpoint(path, request.allow_pickle)
-    words, pictures = tokenizer_of(checkpoint), preprocessor_of(checkpoint.folder)
-    images = any(kind == "image" for kind, _ in request.parts)
-
-    def change(config):
-        if images:
-            check_tiles(config, pictures)
-        return with_pixels(config, pictures)
-
-    model = load(checkpoint, layers, change)
-    words.check(len((model.lm if hasattr(model, "lm") else model).embedding.weight))
-    return checkpoint, words, pictures, model
+    config, words = text_config_of(checkpoint), tokenizer_of(checkpoint)
+    words.check(_lm(config).vocab_size)
+    pictures = Preprocessor()
+    if any(kind == "image" for kind, _ in request.parts):
+        pictures = preprocessor_of(checkpoint.folder, *_side(config))
+        check_tiles(config, pictures)
+    return checkpoint, words, pictures, with_pixels(config, pictures)
 
 
-def format_of(checkpoint, model):
+def _lm(config):
+    """The LanguageConfig of a FlamingoConfig, or the config itself."""
+    return config.lm if isinstance(config, FlamingoConfig) else config
+
+
+def _side(config):
+    """(pixels of a side), of the eye of a FlamingoConfig that sees squares, or ()."""
+    sees = isinstance(config, FlamingoConfig) and isinstance(config.vision, ViTConfig)
+    return (config.vision.image_size,) if sees else ()
+
+
+def format_of(checkpoint, config):
     """The ImageFormat of a checkpoint, None for a model that reads no images."""
-    eye = getattr(model.config, "vision", None)
+    eye = getattr(config, "vision", None)
     return None if isinstance(eye, NoEyeConfig) else FORMATS.get(name_of(checkpoint))
 
 
@@ -239,15 +256,20 @@ def _prompt(request, words, form):
     return np.array(ids), np.zeros(len(ids), int)
 
 
-def check_room(model, prompt, most):
-    """ValueError where a model with learned positions has too few for a prompt and `most` tokens.
+def check_room(config, prompt, most, about):
+    """ValueError where a model with learned positions has too few for a prompt and `most` tokens,
+    and a warning where others were trained with fewer, as `about`, its config.json, says.
 
     The last token is written and not read.
     """
-    lm = model.config.lm if isinstance(model.config, FlamingoConfig) else model.config
+    lm, of = _lm(config), f"a prompt of {prompt} tokens and --max-new-tokens {most}"
     if lm.positions == "learned" and prompt + most - 1 > lm.max_positions:
-        raise ValueError(f"the model has {lm.max_positions} positions: too few for a prompt of "
-                         f"{prompt} tokens and --max-new-tokens {most}")  # fmt: skip
+        raise ValueError(f"the model has {lm.max_positions} positions: too few for {of}")
+    about = about.get("lang_config") or about.get("text_config") or about
+    length = about.get("max_position_embeddings") or about.get("max_seq_len")
+    if lm.positions == "rotary" and length and prompt + most - 1 > length:
+        warnings.warn(f"the model was trained with {length} positions: fewer than {of}; the "
+                      "answer may make no sense", stacklevel=2)  # fmt: skip
 
 
 def check_tiles(config, pictures):
@@ -282,16 +304,40 @@ def _pixels(images, pictures, clock=None):
         return [np.asarray(pictures.fitted(image), np.float32) / 255 for image in images]
 
 
+def _seen(request, pictures, config, folder, clock):
+    """The pixels of a request's images; ValueError that names a picture that cannot be read, or the
+    preprocessor_config.json that does not fit the eye."""
+    images = [Path(content) for kind, content in request.parts if kind == "image"]
+    pixels = _pixels([read_picture(image, still=True) for image in images], pictures, clock)
+    for height, width in (x.shape[:2] for x in pixels if _side(config)):
+        if (height, width) != 2 * _side(config):
+            side = _side(config)[0]
+            raise ValueError(f"{folder}: its preprocessor_config.json makes pictures of {width} x "
+                             f"{height} pixels, its eye sees {side} x {side}")  # fmt: skip
+    return pixels
+
+
 def estimate(layers, prompt, most):
     """The line that says, before it starts, what streaming will take: from one layer, tried."""
     first, each = (layers.measure(rows) * layers.bytes() for rows in (prompt, 1))
     total = first + (most - 1) * each
-    return (f"streaming {layers.bytes() / 1e9:.2f} GB of layers for every token: about {each:.1f} "
-            f"s a token, {_span(total)} for the prompt and {most} tokens")  # fmt: skip
+    return (f"streaming {_amount(layers.bytes())} of layers for every token: {_span(each)} "
+            f"for each token, {_span(total)} for the prompt and {most} tokens")  # fmt: skip
+
+
+def _amount(count):
+    """1270000000 -> 1.3 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _span(seconds):
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    """About how long that is: 0.3 -> under a second, 7.21 -> about 7 s."""
+    if seconds < 1:
+        return "under a second"
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} minutes"
 
 
 def report(clock, layers=None):
@@ -301,5 +347,5 @@ def report(clock, layers=None):
         line += f" for {after} more tokens ({1e3 * clock.spent['tokens'] / after:.0f} ms each)"
     if layers is None:
         return line
-    read = f"{layers.seconds:.2f} s for reading {layers.read_bytes / 1e9:.2f} GB"
+    read = f"{layers.seconds:.2f} s for reading {_amount(layers.read_bytes)}"
     return f"{line}; of all that, {read}"

@@ -72,7 +72,8 @@ def config_of(config, shapes):
     )  # fmt: skip
     sizes = {"resampler": "none"}
     if config.get("use_resampler"):
-        sizes = {ours: resampler[theirs] for ours, theirs in RESAMPLER_SIZES.items()}
+        given = loading.need(resampler, *RESAMPLER_SIZES.values())
+        sizes = dict(zip(RESAMPLER_SIZES, given))
     return FlamingoConfig(
         eye, lm, eye.dim, **sizes, spatial_embeddings=False, xattn_every=every,
         xattn_heads=lm.heads, xattn_head_dim=lm.dim // lm.heads, dialect=dialect,

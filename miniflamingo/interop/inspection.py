@@ -19,7 +19,7 @@ from miniflamingo.checks import config_from_json
 from miniflamingo.command import one_line, some
 from miniflamingo.dialects import DIALECTS
 from miniflamingo.flamingo import ShapesOnly
-from miniflamingo.interop import PROJECTS, project_of
+from miniflamingo.interop import PROJECTS, config_of, project_of
 from miniflamingo.interop.files import open_checkpoint
 from miniflamingo.tensorfile import misfits, shown
 
@@ -90,8 +90,8 @@ def misunderstood(checkpoint, project):
             check_size(config, checkpoint)
             faults = misfits(_shapes(STAGES[stage][2](config, rng=ShapesOnly())), checkpoint.shapes)
             return some(faults, "; ")
-        module = PROJECTS[project]
-        module.state_of(checkpoint, module.config_of(checkpoint.config, checkpoint.shapes))
+        config = config_of(project, checkpoint.config, checkpoint.shapes)
+        PROJECTS[project].state_of(checkpoint, config)
     except (ValueError, TypeError) as error:
         return one_line(error)
     return ""
@@ -114,7 +114,7 @@ def dialect_of(checkpoint, project):
         if project == OURS:
             config = _own_config(checkpoint)[1]
         else:
-            config = PROJECTS[project].config_of(checkpoint.config, checkpoint.shapes)
+            config = config_of(project, checkpoint.config, checkpoint.shapes)
     except (ValueError, TypeError):
         return {}
     own, paper = asdict(getattr(config, "dialect", DIALECTS["paper"])), asdict(DIALECTS["paper"])
@@ -126,7 +126,7 @@ def gates_of(checkpoint):
     found = {kind: {} for kind in GATES}
     for name in checkpoint:
         for kind, pattern in GATES.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", name) and checkpoint.size([name]) < 10**6:
+            if re.fullmatch(rf"(.*\.)?({pattern})", name) and 0 < checkpoint.size([name]) < 10**6:
                 numbers = re.findall(r"\.(\d+)\.", name.replace(".", ".."))
                 alpha = checkpoint[name].astype(float).ravel()
                 found[kind][int(numbers[-1]) if numbers else 0] = abs(np.tanh(alpha))
@@ -199,6 +199,8 @@ def _gate_lines(gates):
 
 
 def _bar(opening):
+    if np.isnan(opening).any():
+        return f"{'':<{BAR}} not a number"
     mean = float(opening.mean())
     about = f"  ({opening.min():.3f} to {opening.max():.3f})" if opening.size > 1 else ""
     return f"{'#' * round(BAR * mean):<{BAR}} {mean:.3f}{about}"
@@ -232,6 +234,10 @@ def _draw(checkpoint, project, gates, plot):
 
     if not any(gates.values()):
         raise ValueError(f"--plot: {checkpoint.path} has no gates to draw")
+    for kind, layers in gates.items():
+        if wrong := [layer for layer, opening in layers.items() if np.isnan(opening).any()]:
+            raise ValueError(f"--plot: {checkpoint.path}: the {kind} gate of layer {wrong[0]} is "
+                             "not a number")  # fmt: skip
     title = f"{TITLES[project]}: how open the gates are"
     file, about = io.BytesIO(), {"made_by": COMMAND, "Software": None}
     plot_openings(gates, title).savefig(file, format="png", dpi=150, metadata=about)

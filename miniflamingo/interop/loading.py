@@ -1,5 +1,6 @@
 """What all loaders share: fields of a foreign config, and a model filled one tensor at a time."""
 
+import math
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from miniflamingo.command import some
 from miniflamingo.flamingo import ShapesOnly
 from miniflamingo.rotary import SCALINGS, RotaryConfig
+from miniflamingo.tensorfile import shown
 
 # the names of activations in transformers -> ours
 ACTIVATIONS = {
@@ -18,6 +20,64 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+
+# --- fields of a config ---------------------------------------------------------------------------
+
+MOST = 2**24  # of what is counted: vocabularies have 262,144 words, contexts ten million tokens
+
+
+def _whole(x, least=1):
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x <= MOST
+
+
+def _above_zero(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
+
+
+# what a field must be -> whether a value is it, and the fields that are read, of all projects
+KINDS = {
+    f"a whole number from 1 to {MOST:,}": (_whole, """
+        hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+        head_dim vocab_size max_position_embeddings original_max_position_embeddings ffn_dim
+        word_embed_proj_dim d_model n_layers n_heads max_seq_len expansion_ratio alibi_bias_max
+        embed_dim image_size patch_size num_channels width layers head_width vision_output_dim
+        cross_layer_interval cross_attn_every_n_layers dim_head
+        resampler_n_latents resampler_depth resampler_n_heads resampler_head_dim"""),
+    f"a whole number from 0 to {MOST:,}": (lambda x: _whole(x, 0), """
+        additional_vocab_size media_token_id eoc_token_id image_token_index"""),
+    "a list of whole numbers": (
+        lambda x: isinstance(x, list) and all(_whole(y, 0) for y in x), "cross_attention_layers"),
+    "a number above 0": (_above_zero, """
+        rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor
+        high_freq_factor beta_fast beta_slow attention_factor mlp_ratio"""),
+    "true or false": (lambda x: isinstance(x, bool), """
+        tie_word_embeddings use_resampler qk_layer_norms qk_layer_norms_perceiver quick_gelu
+        use_sliding_window alibi qk_ln attn_qk_ln"""),
+    "a text": (lambda x: isinstance(x, str), """
+        model_type hidden_act activation_function rope_type type alpha_type attn_type"""),
+    "an object": (lambda x: isinstance(x, dict), """
+        text_config vision_config lang_config perceiver_config attn_config rope_parameters
+        rope_scaling"""),
+}  # fmt: skip
+FIELDS = {name: (expected, fits) for expected, (fits, names) in KINDS.items()
+          for name in names.split()}  # fmt: skip
+
+
+def checked(config, where="the config's "):
+    """A config.json (a dict) without what is null in it, which is what a missing field is.
+
+    ValueError that names a field which is read here, what was expected and what it is.
+    """
+    found = {}
+    for name, value in config.items():
+        expected, fits = FIELDS.get(name, ("", None))
+        if value is None:
+            continue
+        if fits and not fits(value):
+            raise ValueError(f"{where}{name} must be {expected}, got {shown(repr(value))}")
+        inner = expected == "an object"
+        found[name] = checked(value, f"{where}{name}.") if inner else value
+    return found
 
 
 def need(config, *names):
@@ -73,6 +133,9 @@ def rotary_of(config, base=10_000.0):
     return RotaryConfig(base=base, scaling=kind, **values)
 
 
+# --- numbers --------------------------------------------------------------------------------------
+
+
 def shapes_of(state):
     """{name: shape} of a mapping {name: array}; what knows its shapes is not read."""
     known = getattr(state, "shapes", None)
@@ -87,16 +150,18 @@ def fill(module, state, dtype=np.float32, zeros=None):
     unexpected, mis-shaped or not finite.
     """
     own, faults = dict(module.named_parameters()), []
+    called = getattr(state, "source", str)
     missing = [n for n in own if n not in state and not (zeros and re.fullmatch(zeros, n))]
     faults += [f"missing: {n} {list(own[n].shape)}" for n in missing]
     faults += [f"unexpected: {n}" for n in state if n not in own]
     for name in own if not faults else ():
         shape = own[name].shape
-        array = np.asarray(state[name] if name in state else np.zeros(shape), dtype)
+        with np.errstate(over="ignore"):  # it is not finite then
+            array = np.asarray(state[name] if name in state else np.zeros(shape), dtype)
         if array.shape != shape:
-            faults.append(f"wrong shape: {name} {list(shape)}, got {list(array.shape)}")
+            faults.append(f"wrong shape: {called(name)} {list(shape)}, got {list(array.shape)}")
         elif not np.isfinite(array).all():
-            faults.append(f"not finite: {name}")
+            faults.append(f"not finite: {called(name)}")
         own[name].data = array
     if faults:
         raise ValueError(f"the checkpoint does not fit its config ({len(faults)} faults): "

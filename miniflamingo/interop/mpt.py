@@ -1,7 +1,8 @@
 """MPT (MosaicML, 2023) as LanguageModel: the decoder of most OpenFlamingos.
 
 ALiBi as ours, layer norms without a bias (here one of 0), exact GELU, and queries, keys and values
-in one matrix.
+in one matrix. Those of one billion (MosaicGPT, before it was MPT: other names, and no attn_config)
+have a norm of all queries of a token, and of all its keys.
 """
 
 import numpy as np
@@ -11,26 +12,32 @@ from miniflamingo.interop import loading
 from miniflamingo.interop.names import Renamed, below
 from miniflamingo.language import LanguageConfig, LanguageModel
 
+MODEL_TYPES = ("mpt", "mosaic_gpt")
+
 EMBEDDING = "transformer.wte.weight"
 BLOCK = (
-    (r"norm_1\.(weight|bias)", "norm.#"),
-    (r"norm_2\.(weight|bias)", "ffw.norm.#"),
+    (r"(?:norm|ln)_1\.(weight|bias)", "norm.#"),
+    (r"(?:norm|ln)_2\.(weight|bias)", "ffw.norm.#"),
+    (r"attn\.([qk])_ln\.(weight|bias)", "attention.#_norm.#"),
     (r"attn\.Wqkv\.weight", tuple(f"attention.{x}_proj.weight" for x in "qkv")),
     (r"attn\.out_proj\.weight", "attention.out_proj.weight"),
     (r"ffn\.(up|down)_proj\.weight", "ffw.#.weight"),
+    (r"mlp\.mlp_(up|down)\.weight", "ffw.#.weight"),
 )
 NAMES = (
     *below(r"transformer\.blocks\.(\d+)\.", BLOCK, "blocks.#."),
     (r"transformer\.wte\.weight", "embedding.weight"),
-    (r"transformer\.norm_f\.(weight|bias)", "norm.#"),
+    (r"transformer\.(?:norm|ln)_f\.(weight|bias)", "norm.#"),
     (r"lm_head\.weight", None),  # that of the embedding
 )
-ZEROS = r"(.*\.)?norm\.bias"
+ZEROS = r"(.*[._])?norm\.bias"
+# fields of attn_config that MosaicGPT has in its config itself
+FLAT = ("attn_qk_ln", "attn_clip_qkv", "alibi", "alibi_bias_max", "softmax_scale", "prefix_lm")
 
 
 def matches(config, shapes):
     """Whether this is an MPT's checkpoint."""
-    return config.get("model_type") == "mpt" and EMBEDDING in shapes
+    return config.get("model_type") in MODEL_TYPES and EMBEDDING in shapes
 
 
 def slopes_of(heads, largest=8):
@@ -48,13 +55,15 @@ def config_of(config, shapes):
     ValueError for a field that is missing, or says what LanguageModel cannot do.
     """
     dim, depth, heads = loading.need(config, "d_model", "n_layers", "n_heads")
-    attention = config.get("attn_config") or {}
-    loading.refuse(attention, alibi=True, clip_qkv=None, qk_ln=False, prefix_lm=False)
+    flat = {name.removeprefix("attn_"): config[name] for name in FLAT if name in config}
+    attention = config.get("attn_config") or flat
+    loading.refuse(attention, alibi=True, clip_qkv=None, prefix_lm=False)
     loading.refuse(attention, softmax_scale=None, attn_type="multihead_attention")
-    loading.refuse(config, no_bias=True, learned_pos_emb=True, expansion_ratio=4)
+    loading.refuse(config, no_bias=True, learned_pos_emb=True, expansion_ratio=4, mlp_ratio=4)
     block = BlockConfig(
-        "gelu_exact", hidden=4 * dim, norm="layer", norm_eps=config.get("layer_norm_epsilon", 1e-5)
-    )
+        "gelu_exact", hidden=4 * dim, norm="layer", qk_norm=bool(attention.get("qk_ln")),
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+    )  # fmt: skip
     table = shapes.get(EMBEDDING)
     return LanguageConfig(
         table[0] if table else loading.need(config, "vocab_size")[0], dim, depth, heads,

@@ -108,6 +108,14 @@ class Renamed(Mapping):
                 raise ValueError(f"{theirs} {list(array.shape)}: {error}") from None
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+    def source(self, name):
+        """What one of our tensors is called there, where it is one of theirs as it stands; else our
+        name."""
+        sources = self._places.get(name, ())
+        if len(sources) != 1 or sources[0][1] is not None:
+            return name
+        return getattr(self._state, "source", str)(sources[0][0])
+
     def without(self, *names):
         """The same without some of our names."""
         kept = object.__new__(Renamed)

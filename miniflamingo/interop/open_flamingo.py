@@ -29,7 +29,7 @@ from miniflamingo.interop.bridge import (
 )
 from miniflamingo.interop.names import Renamed, below, places
 
-DECODERS = {"mpt": mpt, "opt": opt} | dict.fromkeys(llama.MODEL_TYPES, llama)
+DECODERS = {"mpt": mpt, "mosaic_gpt": mpt, "opt": opt} | dict.fromkeys(llama.MODEL_TYPES, llama)
 # a gated layer, the decoder's block after it, and both inside one, which gives each several names
 CANONICAL = (
     (r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.(.*)", "gated.#.#"),

@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from miniflamingo.interop.files import read_config
-from miniflamingo.pictures import read_picture
+from miniflamingo.pictures import check_size, read_picture
 from miniflamingo.tensorfile import shown
 from miniflamingo.tiled_vit import HALF, grids_of
 
 LARGEST = 4096  # pixels of a side
+MOST = 2**26  # of a picture that was resized by its shorter side
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -40,7 +41,9 @@ class Preprocessor:
         """A picture (as `pictures.read_picture` takes it) -> RGB, resized and cropped."""
         image = read_picture(source)
         if self.resize is not None:
-            image = image.resize(self._size(*image.size), self.filter)
+            size = self._size(*image.size)
+            check_size(size, MOST, f"resized image of {image.width} x {image.height} pixels")
+            image = image.resize(size, self.filter)
         if self.crop is None:
             return image
         height, width = self.crop
@@ -98,22 +101,35 @@ class TiledPreprocessor(Preprocessor):
                      for n, end in zip(size, ends))  # fmt: skip
 
 
-def preprocessor_of(folder):
-    """The Preprocessor of a folder's preprocessor_config.json; CLIP's where there is none.
+def _config(folder):
+    """(path, its fields) of a folder's preprocessor_config.json, or of what newer transformers
+    write, processor_config.json; fields {} where there is none."""
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        return path, read_config(path)
+    path = folder / "processor_config.json"
+    found = read_config(path).get("image_processor") if path.is_file() else None
+    return path, found if isinstance(found, dict) else {}
+
+
+def preprocessor_of(folder, side=224):
+    """The Preprocessor of a folder's preprocessor_config.json; CLIP's where there is none, for
+    pictures of `side` pixels, which is the size where the file has none, too.
 
     ValueError that names the file and the field that cannot be.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return Preprocessor()
-    c = read_config(path)
+    path, c = _config(folder)
+    if not c:
+        return Preprocessor(side, (side, side))
     if c.get("do_image_splitting"):
         raise ValueError(f"{path}: pictures cut into tiles by do_image_splitting are not read")
     if "max_image_tiles" in c:
         return _tiled(path, c)
-    side = c.get("image_size")  # IDEFICS
-    size = c.get("size", {"height": side, "width": side} if side else 224)
-    crop = c.get("crop_size", 224 if "size" in c else None)
+    own = c.get("image_size")  # IDEFICS
+    size = c.get("size", {"height": own, "width": own} if own else side)
+    whole = isinstance(size, dict) and "height" in size  # nothing is left to be cropped
+    cropped = c.get("do_center_crop", "size" in c and not whole)
+    crop = c.get("crop_size", side if cropped else None)
     return Preprocessor(
         _side(path, "size", size) if c.get("do_resize", True) else None,
         _square(path, crop) if c.get("do_center_crop", crop is not None) else None,

@@ -16,7 +16,7 @@ import numpy as np
 from miniflamingo.checkpoints import check_size
 from miniflamingo.command import some
 from miniflamingo.flamingo import Flamingo, FlamingoConfig, ShapesOnly
-from miniflamingo.interop import PROJECTS
+from miniflamingo.interop import PROJECTS, config_of
 from miniflamingo.interop.inspection import OURS, name_of
 from miniflamingo.interop.loading import fill
 from miniflamingo.language import LanguageConfig, LanguageModel
@@ -42,22 +42,34 @@ class _Shapes(Mapping):
         return len(self.shapes)
 
 
+def text_config_of(checkpoint):
+    """The LanguageConfig or FlamingoConfig of a Checkpoint.
+
+    ValueError that names the checkpoint, and the field, for one of this project or without a model
+    that writes text, and for a config that the tensors do not fit.
+    """
+    if (name := name_of(checkpoint)) == OURS:
+        raise ValueError(f"{checkpoint.path} is a checkpoint of this project: --checkpoint")
+    try:
+        config = config_of(name, checkpoint.config, checkpoint.shapes)
+        if type(config) not in MODELS:
+            raise ValueError("these weights are no whole model that writes text; that of an "
+                             "OpenFlamingo has a lang_config in its config.json")  # fmt: skip
+        check_size(config, checkpoint)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    return config
+
+
 def load(checkpoint, layers=None, change=lambda config: config):
     """The model of a Checkpoint: a LanguageModel or a Flamingo, in float32.
 
     layers: Layers, which then read their weights as they work. `change` may change the config
-    before the model is built. ValueError that names the checkpoint, and the field or the tensors,
-    for one without a model of its own, a config that the tensors do not fit, and numbers that are
-    not finite.
+    before the model is built. ValueError that names the checkpoint as `text_config_of`, and the
+    tensors that do not fit it or whose numbers are not finite.
     """
-    if (name := name_of(checkpoint)) == OURS:
-        raise ValueError(f"{checkpoint.path} is a checkpoint of this project: --checkpoint")
-    module = PROJECTS[name]
+    config, module = change(text_config_of(checkpoint)), PROJECTS[name_of(checkpoint)]
     try:
-        config = change(module.config_of(checkpoint.config, checkpoint.shapes))
-        if type(config) not in MODELS:
-            raise ValueError("these weights are no whole model that writes text")
-        check_size(config, checkpoint)
         model, zeros = MODELS[type(config)](config, rng=ShapesOnly()), _zeros(module, checkpoint)
         _check(model, module.state_of(_Shapes(checkpoint.shapes), config), zeros)
         state = module.state_of(checkpoint, config)
@@ -78,7 +90,8 @@ def _check(model, state, zeros):
     """ValueError unless a model's names and shapes are those of a state; but see `fill`."""
     own = {name: parameter.shape for name, parameter in model.named_parameters()}
     own = {n: s for n, s in own.items() if n in state or not (zeros and re.fullmatch(zeros, n))}
-    if faults := misfits(own, {name: state[name].shape for name in state}):
+    own = {state.source(n): shape for n, shape in own.items()}
+    if faults := misfits(own, {state.source(n): state[n].shape for n in state}):
         raise ValueError(f"the checkpoint does not fit its config ({len(faults)} faults): "
                          f"{some(faults, '; ')}")  # fmt: skip
 
@@ -117,9 +130,10 @@ class Layers:
         """A tensor as float32, 0 where the state has none; ValueError if it is not finite."""
         if name not in state:
             return np.zeros(shape, np.float32)
-        found = np.asarray(state[name], np.float32)
+        with np.errstate(over="ignore"):  # it is not finite then
+            found = np.asarray(state[name], np.float32)
         if not np.isfinite(found).all():
-            raise ValueError(f"{self.path}: not finite: {name}")
+            raise ValueError(f"{self.path}: not finite: {state.source(name)}")
         return found
 
     def bytes(self):

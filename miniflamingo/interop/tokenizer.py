@@ -51,7 +51,12 @@ class ForeignTokenizer:
         return self.most
 
     def encode(self, text):
-        """str -> list of ids, without anything before or behind it."""
+        """str -> list of ids, without anything before or behind it; ValueError for half a letter,
+        which is what bytes that are no UTF-8 become."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"a text must be UTF-8, got {shown(ascii(text))}") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -66,6 +71,9 @@ class ForeignTokenizer:
 
     def check(self, rows):
         """ValueError unless each id is a row of a model's embedding."""
+        if wrong := [i for i in self.start if not 0 <= i < rows]:
+            raise ValueError(f"{self.name}: a text begins with the id {wrong[0]}, the model has "
+                             f"{rows} rows of embeddings")  # fmt: skip
         if self.most > rows:
             raise ValueError(f"{self.name}: a tokenizer of {self.most} ids does not belong to a "
                              f"model with {rows} rows of embeddings")  # fmt: skip
@@ -114,8 +122,11 @@ def tokenizer_of(checkpoint):
     folder = checkpoint.folder
     tokenizer = _from_file(folder / "tokenizer.json")
     about, generation = (_beside(folder, f"{n}_config.json") for n in ("tokenizer", "generation"))
-    ends = _ids(generation.get("eos_token_id", checkpoint.config.get("eos_token_id")))
-    ends |= _ids(tokenizer.token_to_id(_token(about.get("eos_token"))))
+    of, where = checkpoint.config, folder / "config.json"
+    if "eos_token_id" in generation:
+        of, where = generation, folder / "generation_config.json"
+    ends = _ids(of.get("eos_token_id"), f"{where}: eos_token_id")
+    ends |= _ids(tokenizer.token_to_id(_token(about.get("eos_token"))), "")
     name, template = str(folder / "tokenizer.json"), about.get("chat_template")
     jinja = folder / "chat_template.jinja"
     if jinja.is_file() and jinja.stat().st_size < 10**6:
@@ -150,10 +161,12 @@ def _token(value):
     return value if isinstance(value, str) else ""
 
 
-def _ids(value):
-    """The ids of a config: one, several or none -> a set."""
-    values = value if isinstance(value, list) else [value]
-    return {x for x in values if isinstance(x, int) and not isinstance(x, bool)}
+def _ids(value, where):
+    """The ids of a config: one, several or none -> a set; ValueError that names `where`."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+        raise ValueError(f"{where} must be an id or a list of ids, got {shown(repr(value))}")
+    return set(values)
 
 
 def _start(tokenizer):
@@ -181,7 +194,7 @@ def _from_tables(checkpoint):
         twice = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
         raise ValueError(f"{name}.tokens: {shown(twice)} stands twice")
     kind = about["tokenizer.ggml.model"]
-    if kind not in BUILD:
+    if not isinstance(kind, str) or kind not in BUILD:
         raise ValueError(f"{name}.model is {shown(kind)}: read are {', '.join(BUILD)}")
     tokenizer = BUILD[kind](vocabulary, about, name)
     added = import_module("tokenizers").AddedToken
@@ -189,9 +202,11 @@ def _from_tables(checkpoint):
         if what in (CONTROL, USERS) and token:
             add = tokenizer.add_special_tokens if what == CONTROL else tokenizer.add_tokens
             add([added(token, normalized=False, special=what == CONTROL)])
-    ids = {n: _ids(about.get(f"tokenizer.ggml.{n}_token_id")) for n in ("bos", "eos", "eot")}
+    ids = {n: _ids(about.get(f"tokenizer.ggml.{n}_token_id"), f"{name}.{n}_token_id")
+           for n in ("bos", "eos", "eot")}  # fmt: skip
     start = ids["bos"] if about.get("tokenizer.ggml.add_bos_token", kind == "llama") else ()
     template = about.get("tokenizer.chat_template")
+    template = template if isinstance(template, str) else None
     ends = ids["eos"] | ids["eot"]
     return ForeignTokenizer(tokenizer, name, start, ends, template)
 
@@ -200,9 +215,11 @@ def _bytes_merged(vocabulary, about, name):
     """The tokenizer of GPT-2's kind: bytes as letters, merged pair by pair."""
     package = import_module("tokenizers")
     cut, merges = about.get("tokenizer.ggml.pre"), about.get("tokenizer.ggml.merges")
-    if cut not in CUTS:
+    if not isinstance(cut, str) or cut not in CUTS:
         raise ValueError(f"{name}.pre is {shown(cut)}: read are {', '.join(CUTS)}")
-    pairs = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else []
+    pairs = [tuple(str(m).split(" ")) for m in merges] if isinstance(merges, list) else [()]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{name}.merges must be a list of pairs of texts, got {shown(merges)}")
     parts = package.pre_tokenizers
     cuts = [parts.Split(package.Regex(pattern), "isolated") for pattern in CUTS[cut]]
     last = parts.ByteLevel(add_prefix_space=False, use_regex=False)

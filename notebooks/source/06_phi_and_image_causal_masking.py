@@ -17,7 +17,7 @@
 # image into the same small number of *visual tokens*. The gate that the result goes through comes
 # next, in module 07.
 #
-# **Time:** about 55 minutes: 12 to read (2,400 words, 200 a minute) and 43 for five exercises.
+# **Time:** about 56 minutes: 13 to read (2,600 words, 200 a minute) and 43 for five exercises.
 # Computing takes about 1 second of one core.
 
 # %% [markdown]

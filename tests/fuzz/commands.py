@@ -161,6 +161,7 @@ def draw_foreign(rng, corpus):
         path.write_bytes(_wound(rng, path.suffix, path.read_bytes()))
     where = "foreign/" + pick(rng, [path.name for path in sorted(Path("foreign").iterdir())])
     ask = ["generate", "--text", "red", "--max-new-tokens", "2", "--weights", where]
+    ask += ["--image", f"{where}/a.png"] if where.endswith("flamingo") else []
     words = pick(rng, [ask, ask, [*ask, "--stream"], [*ask, "--chat"], ["inspect", where]])
     return {"module": "miniflamingo", "words": words, "own": []}
 

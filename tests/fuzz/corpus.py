@@ -129,11 +129,20 @@ def _models():
 
 
 def _foreign():
-    """A Llama in shards with a tokenizer, and as a GGUF, where the packages are here."""
+    """A Llama in shards with a tokenizer, and as a GGUF, and an OpenFlamingo with a picture, where
+    the packages are here."""
     tokenizer = made.trained() if find_spec("tokenizers") else None
     folder = made.save_folder(Path("foreign/llama"), made.LLAMA, made.llama_state(), 2)
     if tokenizer is not None:
         made.save_tokenizer(folder, tokenizer)
+        flamingo = Path("foreign/flamingo")
+        made.save_folder(flamingo, made.OPEN_FLAMINGO, made.open_flamingo_state())
+        eyed = made.trained()
+        eyed.add_special_tokens(["<|endofchunk|>", "<image>"])
+        made.save_tokenizer(flamingo, eyed)
+        about = '{"size": {"shortest_edge": 28}, "crop_size": 28}'
+        (flamingo / "preprocessor_config.json").write_text(about, "utf-8")
+        picture(np.random.default_rng(2)).save(flamingo / "a.png")
     if tokenizer is not None and find_spec("gguf"):
         metadata, tensors = made.gguf_llama(kind="Q8_0")
         made.save_gguf(Path("foreign/llama.gguf"), metadata | made.tables(tokenizer), tensors)

@@ -72,7 +72,8 @@ def test_the_command_streams_its_answer_and_says_where_the_time_went(folder, cap
     assert code == 0 and out == answer(folder, *ask, capsys=capsys)[1] and out.endswith("\n")
     assert "reading " in err and "prefill " in err and "for 4 more tokens" in err
     if words:
-        assert "GB of layers for every token: about " in err and "for reading 0." in err
+        assert "KB of layers for every token: under a second for each token" in err
+        assert "s for reading " in err and "0.0" not in err.split("for reading ")[1]
 
 
 def test_sampling_options_work_and_a_seed_repeats(folder, capsys):
@@ -349,7 +350,7 @@ DAMAGES = {
     "hidden size": (configured(hidden_size=48), "fit"),
     "absurd": (configured(hidden_size=10**12), "10"),
     "depth": (configured(num_hidden_layers=10**9), "layers"),
-    "one layer less": (configured(num_hidden_layers=2), "unexpected: blocks.2."),
+    "one layer less": (configured(num_hidden_layers=2), "unexpected: model.layers.2."),
     "one layer more": (configured(num_hidden_layers=4), "missing: blocks.3."),
     "heads": (configured(num_attention_heads=5), "heads"),
     "no heads": (configured(num_attention_heads=0), "heads"),
@@ -437,8 +438,11 @@ def test_the_estimate_is_of_the_right_size(folder):
     layers = Layers()
     load(open_checkpoint(folder), layers)
     line = generation.estimate(layers, 10, 100)
-    assert line.startswith("streaming 0.00 GB of layers for every token: about 0.")
-    assert generation._span(30) == "30 s" and generation._span(600) == "10 minutes"
+    assert line.startswith("streaming 111.4 KB of layers for every token: under a second for each")
+    spans = {0.0: "under a second", 30: "about 30 s", 600: "about 10 minutes"}
+    assert {seconds: generation._span(seconds) for seconds in spans} == spans
+    amounts = {0: "0 bytes", 999: "999 bytes", 2.5e6: "2.5 MB", 1.27e9: "1.3 GB"}
+    assert {count: generation._amount(count) for count in amounts} == amounts
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -216,7 +216,7 @@ def test_phi_of_a_mask_is_one_image_or_refused():
     [
         ({"additional_vocab_size": 7}, "the config has 47 words, the embeddings have 42"),
         ({"cross_layer_interval": None}, "the config lacks cross_layer_interval"),
-        ({"intermediate_size": 35}, r"wrong shape: gated_xattn.0.ffw.gate.weight \[35, 24\]"),
+        ({"intermediate_size": 35}, r"layers.0.mlp.gate_proj.weight \[35, 24\]"),
     ],
 )
 def test_configs_that_do_not_fit(wrong, message):

@@ -200,7 +200,7 @@ def cases():
         ({"cross_attn_every_n_layers": 3}, r"= 3, but gated layers stand at \[1, 3\]"),
         (
             {"lang_config": {"model_type": "gpt_neox"}},
-            "a decoder 'gpt_neox' is none of mpt, opt, ll",
+            "a decoder 'gpt_neox' is none of mpt, mosaic_gpt, opt, ll",
         ),
         ({"vision_config": None}, "the config lacks vision_config"),
         ({"dim_head": 7}, "queries of 8 are no heads of dim_head = 7 each"),

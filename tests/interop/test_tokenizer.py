@@ -86,9 +86,15 @@ def test_a_tokenizer_that_does_not_belong(folder):
 
 
 def test_several_ends_are_known(folder):
-    about = {"eos_token_id": [2, 4, True, None]}
-    (folder / "generation_config.json").write_text(json.dumps(about), "utf-8")
+    path = folder / "generation_config.json"
+    path.write_text('{"eos_token_id": [2, 4]}', "utf-8")
     assert words_of(folder).ends == {2, 4}
+    path.write_text('{"eos_token_id": null}', "utf-8")
+    assert words_of(folder).ends == {2}  # that of tokenizer_config.json
+    for value in ([2, None], "2", 2.0, True, {"id": 2}, [[2]]):
+        path.write_text(json.dumps({"eos_token_id": value}), "utf-8")
+        with pytest.raises(ValueError, match=r"n_config\.json: eos_token_id must be an id"):
+            words_of(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": "1.0", "model": 1}'])
