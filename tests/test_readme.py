@@ -75,6 +75,18 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo inspect idefics-9b --plot gates.png": "tests/interop/"
     "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
+    "python -m miniflamingo real": "tests/real/test_page.py, with small parts",
+    "python -m miniflamingo real features": "tests/real/test_reading.py, with small parts",
+    "python -m miniflamingo real fetch": "tests/real/test_parts.py, with small parts",
+    "python -m miniflamingo real table": "tests/real/test_page.py",
+    "python -m miniflamingo real train --run runs/real/0 --seed 0": "tests/real/test_page.py, "
+    "with small parts",
+    "python -m miniflamingo real measure runs/real/0 --json runs/real/figures.json": "tests/real/"
+    "test_page.py, with small parts",
+    "python -m miniflamingo real ship runs/real/0 runs/real/figures.json": "tests/real/"
+    "test_page.py, with small parts",
+    'python -m miniflamingo generate --real --image photo.jpg --text "What is this?"': "tests/real/"
+    "test_page.py, with small parts",
     "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",

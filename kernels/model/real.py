@@ -9,7 +9,6 @@ backward are torch's.
 
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,12 +107,14 @@ def _flamingo(model):
 
 
 def _flamingo_loss(stage, twin, batch):
-    tokens, targets, phi, shares, places = (torch.from_numpy(np.asarray(x)) for x in batch[:5])
-    media = see(twin, places, batch.stills, batch.clips)
-    learned = targets != IGNORED
-    logits = twin.read(tokens, media, phi, check=False, keep=learned)
-    nats = F.cross_entropy(logits, targets[learned], reduction="none")
-    return (nats * shares[learned]).sum()
+    media, loss = see(twin, batch.places, batch.stills, batch.clips), 0.0
+    for rows, L in batch.groups():
+        tokens, targets, phi, shares = (torch.from_numpy(x[rows, :L]) for x in batch[:4])
+        learned = targets != IGNORED
+        logits = twin.read(tokens, media[rows], phi, check=False, keep=learned)
+        nats = F.cross_entropy(logits, targets[learned], reduction="none")
+        loss = loss + (nats * shares[learned]).sum()
+    return loss
 
 
 def see(twin, places, stills, clips):

@@ -10,5 +10,5 @@ photographs, pictures that four artists drew, and a bridge trained here.
     measure     every figure, as data
     page        what there is to look at
 
-    python -m miniflamingo real        all of it, with the bridge that is shipped
+    python -m miniflamingo real
 """

@@ -1,4 +1,4 @@
-"""`python -m miniflamingo real ...`: the parts, the bridge's training, its figures, the page.
+"""`python -m miniflamingo real`: the parts, the bridge's training, its figures, the page.
 
 Without a further word: the parts are fetched where they are missing, and the page is drawn with
 the bridge that is shipped.
@@ -12,7 +12,7 @@ from pathlib import Path
 from miniflamingo import outputs, training
 from miniflamingo.command import Parser, a_path, require, whole
 from miniflamingo.demo import read_alphas
-from miniflamingo.real import features, measure, page, parts, stages
+from miniflamingo.real import card, features, measure, page, parts, stages
 from miniflamingo.real import model as models
 from miniflamingo.real.pictures import Concepts
 from miniflamingo.real.reading import Reader
@@ -44,6 +44,10 @@ def parser():
     command.add_argument("--samples", type=whole(2, 2000), default=256)
     command.add_argument("--json", type=a_path, help="write the figures to this file")
     commands.add_parser("table", help="the committed figures")
+    command = commands.add_parser("ship", help="what the package carries, from a finished run")
+    command.add_argument("run", type=a_path, help="a folder of `train`")
+    command.add_argument("figures", type=a_path, help="a file of `measure`, of this run and others")
+    command.add_argument("--to", type=a_path, default=models.SHIPPED, help="the package's own")
     return top
 
 
@@ -58,16 +62,17 @@ def run(argv):
     if arguments.command == "table":
         print("\n".join(measure.table(json.loads(RESULTS.read_text("utf-8")))))
         return 0
+    if arguments.command == "ship":
+        card.ship(arguments.run, arguments.figures, arguments.to)
+        return 0
     require("gguf", "tokenizers")
     outputs.check_folder(arguments.out)
     parts.fetch(arguments.parts)
     if arguments.command is None:
         return show(arguments)
     if arguments.command != "fetch":
-        work = (
-            features.encode_chunk if getattr(arguments, "numpy", False) else _torch().encode_chunk
-        )
-        features.compute(arguments.parts, work=work)
+        encoder = features if getattr(arguments, "numpy", False) else _torch()
+        features.compute(arguments.parts, work=encoder.encode_chunk)
     if arguments.command == "train":
         return 0 if train(arguments) else 130  # as after Ctrl-C
     if arguments.command == "measure":
@@ -83,12 +88,19 @@ def _torch():
 def show(arguments):
     """The page."""
     model, words = models.load_bridge(arguments.parts, arguments.bridge)
-    beside = Path(arguments.bridge).with_name("log.jsonl")
-    alphas = read_alphas(beside) if beside.is_file() else json.loads(
-        (models.SHIPPED / "alphas.json").read_text("utf-8"))  # fmt: skip
-    page.exhibit(model, words, arguments.parts, arguments.out, alphas)
+    page.exhibit(model, words, arguments.parts, arguments.out, gates_of(arguments.bridge))
     print(f"\nWhat there is to look at: {arguments.out / 'index.html'}")
     return 0
+
+
+def gates_of(bridge):
+    """How the gates of a bridge opened, as demo.read_alphas: from what lies beside its file."""
+    folder = Path(bridge).parent
+    if (folder / "log.jsonl").is_file():
+        return read_alphas(folder / "log.jsonl")
+    if (folder / "alphas.json").is_file():
+        return json.loads((folder / "alphas.json").read_text("utf-8"))
+    raise ValueError(f"{folder} has neither log.jsonl nor alphas.json, which say how gates opened")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -131,10 +143,20 @@ def ask(arguments):
         path = Path(run) / "bridge" / "model.safetensors"
         model, words = models.load_bridge(arguments.parts, path)
         reader = Reader(model, words, features.Features(arguments.parts, model.vision_encoder))
-        found[str(run)] = measure.everything(measure.Measure(reader, concepts, arguments.samples))
-    document = (
-        {"made_by": MEASURE, "samples": arguments.samples} | measure.about() | {"runs": found}
-    )
+        asked = measure.Measure(reader, concepts, arguments.samples)
+        found[Path(run).name] = measure.everything(asked)
+    document = {
+        "made_by": MEASURE, "samples": arguments.samples, **measure.about(),
+        "training": trained(Path(arguments.runs[0]), concepts), "runs": found,
+    }  # fmt: skip
     print("\n".join(measure.table(document)))
     if arguments.json:
         outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), MEASURE)
+
+
+def trained(run, concepts):
+    """How long the first run's stages were, and what it was not shown."""
+    steps = {name: len((run / folder / "log.jsonl").read_text("utf-8").splitlines())
+             for name, folder in (("warm", "warm"), ("steps", "bridge"))
+             if (run / folder / "log.jsonl").is_file()}  # fmt: skip
+    return {"warm": 0} | steps | {"held": len(concepts.held), "concepts": len(concepts)}

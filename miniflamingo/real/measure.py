@@ -1,8 +1,8 @@
 """Every figure of a bridge between real parts, as data: on pictures by an artist never seen, on
 concepts never seen, and what a guess, another's picture and the eye alone would reach.
 
-    python -m miniflamingo real measure BRIDGE ... --json FILE    ask each, and keep the figures
-    python -m miniflamingo real table                             print what is committed
+    python -m miniflamingo real measure runs/real/0 --json runs/real/figures.json
+    python -m miniflamingo real table
 """
 
 import platform

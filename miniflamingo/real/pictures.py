@@ -129,7 +129,11 @@ class Concepts:
 
     def picture(self, i, artist):
         """An RGBA image; KeyError if this artist has not drawn it."""
-        return read_rgba(self.folder / artist / self.all[i]["pictures"][artist])
+        return read_rgba(self.path(i, artist))
+
+    def path(self, i, artist):
+        """Where an artist's picture of concept i lies; KeyError if there is none."""
+        return self.folder / artist / self.all[i]["pictures"][artist]
 
     def drawn_by(self, artist, indices):
         """Those of the concepts that an artist has drawn."""

@@ -28,7 +28,7 @@ from miniflamingo.worlds.datasets import IGNORED
 
 Datasets = namedtuple("Datasets", "captions questions kinds binding clips")
 WARM = OptimiserConfig(steps=400, rate=1e-3, warmup=30)
-REAL = OptimiserConfig(steps=1200, rate=1e-3, warmup=20, alpha_rate=10.0, resampler_rate=0.3)
+REAL = OptimiserConfig(steps=1000, rate=3e-3, warmup=20, alpha_rate=6.0, resampler_rate=0.03)
 TEXT_BLOCKS = (8, 24)  # of SmolLM2's 30: its stream before them stands for what a name means
 
 
@@ -136,7 +136,8 @@ class WarmStage(Stage):
 
     def draw(self, dataset, rng):
         c = self.config
-        chosen = rng.choice(self.mixture.seen, c.batch, replace=False)
+        seen = self.mixture.seen
+        chosen = rng.choice(seen, min(c.batch, len(seen)), replace=False)
         features = self.features.get([self.mixture.picture(i, rng) for i in chosen])
         return (_without(features, c.feature_noise, rng),
                 _without(self.vectors[chosen], c.text_noise, rng))  # fmt: skip
@@ -166,7 +167,7 @@ class RealRun:
     the order of Datasets' fields. scale: see model.scale_branches."""
 
     optimiser: OptimiserConfig = REAL
-    weights: tuple[float, ...] = (1.0, 0.3, 0.15, 0.3, 0.15)
+    weights: tuple[float, ...] = (1.0, 0.5, 0.15, 0.3, 0.15)
     rows: tuple[int, ...] = (5, 2, 1, 1, 1)
     scale: float = 0.3
     seed: int = 0
@@ -179,10 +180,19 @@ class RealRun:
         check_weights(Datasets(*self.weights)._asdict())
 
 
-class RealBatch(namedtuple("RealBatch", "tokens targets phi shares places stills clips")):
+class RealBatch(namedtuple("RealBatch", "tokens targets phi shares lengths places stills clips")):
     """Documents of all datasets in one: tokens, targets, phi int[B, L], shares [B, L] (what each
-    target counts: lambda_m over the targets of its dataset), stills float16 [P, 1, 49, 320] and
-    clips float16 [Q, T, 49, 320], and places int[B, N] of a document's among these P + Q."""
+    target counts: lambda_m over the targets of its dataset), lengths int[B], stills float16
+    [P, 1, 49, 320], clips float16 [Q, T, 49, 320], and places int[B, N] among these P + Q."""
+
+    def groups(self):
+        """Yield (rows, L), the shorter documents and the longer ones, so that least is padded."""
+        order, B = np.argsort(self.lengths, kind="stable"), len(self.lengths)
+        lengths = self.lengths[order]
+        short = min(range(1, B + 1), key=lambda k: k * lengths[k - 1] + (B - k) * lengths[-1])
+        for rows in (order[:short], order[short:]):
+            if len(rows):
+                yield rows, int(self.lengths[rows].max())
 
 
 def see(model, places, stills, clips):
@@ -244,19 +254,22 @@ class RealStage(Stage):
         learned = batch.targets != IGNORED
         shares = np.where(learned, np.array(lambdas, np.float32)[:, None], np.float32(0))
         pictures = self.features.stacked(batch.pictures)
-        return RealBatch(batch.tokens, batch.targets, batch.phi, shares, *pictures)
+        return RealBatch(batch.tokens, batch.targets, batch.phi, shares, batch.lengths, *pictures)
 
     def count(self, batch):
         return 1
 
     def loss(self, batch):
-        learned, loss = batch.targets != IGNORED, 0.0
-        media = see(self.model, batch.places, batch.stills, batch.clips)
-        logits = self.model.read(batch.tokens, media, batch.phi, keep=learned)
-        targets, shares = batch.targets[learned], batch.shares[learned]
-        for share in np.unique(shares):  # a dataset's
-            of = np.flatnonzero(shares == share)
-            loss = loss + cross_entropy(logits[of], targets[of]) * (share * np.float32(len(of)))
+        media, loss = see(self.model, batch.places, batch.stills, batch.clips), 0.0
+        for rows, L in batch.groups():
+            tokens, targets, phi, shares = (x[rows, :L] for x in batch[:4])
+            learned = targets != IGNORED
+            logits = self.model.read(tokens, media[rows], phi, keep=learned)
+            targets, shares = targets[learned], shares[learned]
+            for share in np.unique(shares):  # a dataset's
+                of = np.flatnonzero(shares == share)
+                mean = cross_entropy(logits[of], targets[of])
+                loss = loss + mean * (share * np.float32(len(of)))
         return loss
 
     def save(self, path):

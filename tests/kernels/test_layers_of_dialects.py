@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from miniflamingo.autograd import Tape, Tensor  # noqa: E402
 from miniflamingo.dialects import DIALECTS, BlockConfig  # noqa: E402
-from miniflamingo.efficientnet import EfficientNetConfig  # noqa: E402
+from miniflamingo.efficientnet import EfficientNetConfig, EfficientNetLite  # noqa: E402
 from miniflamingo.eyes import NoEyeConfig  # noqa: E402
 from miniflamingo.flamingo import Flamingo, FlamingoConfig  # noqa: E402
 from miniflamingo.kernels.model import layers  # noqa: E402
@@ -156,9 +156,21 @@ def test_there_and_back_with_gates_of_vectors():
     assert all(np.array_equal(back[name], x) for name, x in model.state_dict().items())
 
 
-def test_an_eye_without_a_twin():
-    with pytest.raises(ValueError, match="the torch twin has no EfficientNetConfig"):
-        layers.Flamingo(FlamingoConfig(EfficientNetConfig(32)))
+@pytest.mark.parametrize("size", (32, 96))
+def test_efficientnet_s_twin(size):
+    config, rng = EfficientNetConfig(size), np.random.default_rng(0)
+    ours = EfficientNetLite(config, rng=rng).astype(np.float64)
+    theirs = layers.EfficientNetLite(config)
+    state = {name: torch.from_numpy(x) for name, x in ours.state_dict().items()}
+    theirs.double().load_state_dict(state)
+    pixels = rng.random((2, size, size, 3))
+    expected, found = ours(pixels), theirs(torch.from_numpy(pixels)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    grid = theirs.grid(torch.from_numpy(pixels)).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(theirs.widen(grid).detach().numpy(), expected, atol=1e-10)
+
+
+def test_no_eye_has_no_pixels():
     twin = layers.Flamingo(FlamingoConfig(NoEyeConfig(4), lm=LLAMA))
     with pytest.raises(ValueError, match="this Flamingo has no eye"):
         twin.encode(torch.zeros(1, 1, 1, 4, 4, 3))

@@ -29,8 +29,13 @@ def toy_parts(folder):
         code = f"{i:04X}"
         concepts.append(dict(
             name=f"{NAMES[i % 4]} {i}", kind=kind, keywords=[kind, "thing"], code=code,
-            pictures={artist: f"{code}.png" for artist in ARTISTS},
+            pictures={artist: f"{code}.png" for artist in (*ARTISTS, "moving")},
         ))  # fmt: skip
+    (folder / "emoji" / "moving").mkdir(parents=True)
+    for i, concept in enumerate(concepts):
+        first, *others = (draw(i, artist) for artist in ARTISTS)
+        path = folder / "emoji" / "moving" / concept["pictures"]["moving"]
+        first.save(path, save_all=True, append_images=others)
     for artist in ARTISTS:
         (folder / "emoji" / artist).mkdir(parents=True)
         for i, concept in enumerate(concepts):
