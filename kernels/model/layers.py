@@ -109,12 +109,16 @@ def norm_named(name, eps=None):
     return functools.partial(NORMS[name], eps=eps) if name and eps else NORMS.get(name)
 
 
-def rotate(x, config, start=0):
-    """[B, L, H, K] at positions start, start + 1, ..., as miniflamingo.rotary.rotate turns it."""
-    turns = torch.from_numpy(frequencies(config, x.shape[-1]).copy()).to(x.device)
+def turns(config, width, start, x):
+    """cos, sin [L, 1, K/2] of heads of this width at the L positions of x from `start` on."""
+    each = torch.from_numpy(frequencies(config, width).copy()).to(x.device)
     places = torch.arange(start, start + x.shape[1], device=x.device)
-    angle = places[:, None, None] * turns  # [L, 1, K/2]
-    cos, sin = (config.scale * angle.cos()).to(x), (config.scale * angle.sin()).to(x)
+    angle = places[:, None, None] * each
+    return (config.scale * angle.cos()).to(x), (config.scale * angle.sin()).to(x)
+
+
+def rotate(x, cos, sin):
+    """[B, L, H, K], turned as miniflamingo.rotary.rotate does it."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -228,23 +232,25 @@ class MultiHeadAttention(nn.Module):
     def project(self, projection, x):  # [..., D] -> [..., H, K]
         return projection(x).unflatten(-1, (-1, self.head_dim))
 
-    def queries(self, x, start=0):  # [..., D] -> [..., H, K]
-        return self._place(self.project(self.q_proj, x), self.q_norm, start)
+    def queries(self, x, turned=None):  # [..., D] -> [..., H, K]
+        return self._place(self.project(self.q_proj, x), self.q_norm, turned)
 
-    def keys(self, x, start=0):  # [..., D] -> [..., H / groups, K]
-        return self._place(self.project(self.k_proj, x), self.k_norm, start)
+    def keys(self, x, turned=None):  # [..., D] -> [..., H / groups, K]
+        return self._place(self.project(self.k_proj, x), self.k_norm, turned)
 
-    def _place(self, x, norm, start):
+    def _place(self, x, norm, turned):
         if norm is not None:
             x = norm(x.flatten(-2)).view_as(x) if self.whole_norm else norm(x)
-        return x if self.rotary is None else rotate(x, self.rotary, start)
+        return x if turned is None else rotate(x, *turned)
 
-    def forward(self, x, context=None, mask=None, bias=None, cache=None):
-        context, start = x if context is None else context, 0 if cache is None else cache.length
-        k, v = self.keys(context, start), self.project(self.v_proj, context)
+    def forward(self, x, context=None, mask=None, bias=None, cache=None, turned=None):
+        context = x if context is None else context
+        if turned is None and self.rotary is not None:
+            turned = turns(self.rotary, self.head_dim, cache.length if cache else 0, x)
+        k, v = self.keys(context, turned), self.project(self.v_proj, context)
         k, v = (k, v) if cache is None else cache.update(k, v)
         k, v = (y.repeat_interleave(self.groups, dim=2) if self.groups > 1 else y for y in (k, v))
-        return self.out_proj(attend(self.queries(x, start), k, v, mask, bias).flatten(-2))
+        return self.out_proj(attend(self.queries(x, turned), k, v, mask, bias).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -282,8 +288,8 @@ class TransformerBlock(nn.Module):
         ffw_bias = bias if ffw_bias is None else ffw_bias
         self.ffw = FeedForward(dim, hidden, activation, norm, gated, ffw_bias)
 
-    def forward(self, x, mask=None, bias=None, cache=None):
-        x = x + self.attention(self.norm(x), None, mask, bias, cache)
+    def forward(self, x, mask=None, bias=None, cache=None, turned=None):
+        x = x + self.attention(self.norm(x), None, mask, bias, cache, turned)
         return x + self.ffw(x)
 
 
@@ -875,6 +881,11 @@ class LanguageModel(nn.Module):
         distance = distance.to(slopes.device)
         return torch.where(distance >= 0, -slopes * distance, -torch.inf)[None]
 
+    def turned(self, x, start=0):
+        """What all blocks share where positions are rotary: `turns`; else None."""
+        rotary, K = self.blocks[0].attention.rotary, self.blocks[0].attention.head_dim
+        return None if rotary is None else turns(rotary, K, start, x)
+
     def embed(self, tokens, table, start=0):
         x = F.embedding(tokens, table)
         return x if self.positions is None else x + self.positions[start:][: tokens.shape[1]]
@@ -884,9 +895,9 @@ class LanguageModel(nn.Module):
         cache = cache or [None] * len(self.blocks)
         start = cache[0].length if cache[0] else 0
         x = self.embed(tokens, self.embedding.weight, start)
-        bias = self.causality(tokens.shape[1], start)
+        bias, turned = self.causality(tokens.shape[1], start), self.turned(x, start)
         for block, kept in zip(self.blocks, cache):
-            x = block(x, None, bias, kept)
+            x = block(x, None, bias, kept, turned)
         return F.linear(self.norm(x[:, -1:] if last else x), (self.head or self.embedding).weight)
 
 
@@ -1075,14 +1086,14 @@ class Flamingo(nn.Module):
             head = table if self.lm.head is None else self._with_eoc(head, self.eoc_head)
         check_phi(phi, *tokens.shape, media.shape[1], tokens.device, check)
         x = self.lm.embed(tokens, table, start)
-        bias = self.lm.causality(tokens.shape[1], start)
+        bias, turned = self.lm.causality(tokens.shape[1], start), self.lm.turned(x, start)
         groups = self.gated_xattn[0].attention.groups if len(self.gated_xattn) else 1
         work = share_work(phi, media.shape[1], self.config.xattn_heads, backend, groups)
         for i, block in enumerate(self.lm.blocks):
             j, between = divmod(i - self.config.dialect.offset, self.config.xattn_every)
             if not between:
                 x = self.gated_xattn[j](x, media, phi, backend, work, kept.media[j], check=False)
-            x = block(x, None, bias, kept.tokens[i])
+            x = block(x, None, bias, kept.tokens[i], turned)
         x = x[:, -1:] if last else x if keep is None else x[keep]
         return F.linear(self.lm.norm(x), head)
 
