@@ -79,6 +79,7 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo real features": "tests/real/test_reading.py, with small parts",
     "python -m miniflamingo real fetch": "tests/real/test_parts.py, with small parts",
     "python -m miniflamingo real table": "tests/real/test_page.py",
+    "python -m miniflamingo real table --write": "tests/real/test_page.py compares the README",
     "python -m miniflamingo real train --run runs/real/0 --seed 0": "tests/real/test_page.py, "
     "with small parts",
     "python -m miniflamingo real measure runs/real/0 --json runs/real/figures.json": "tests/real/"

@@ -19,6 +19,11 @@ from miniflamingo.real.reading import Reader
 
 MEASURE = "python -m miniflamingo real measure"
 RESULTS = models.SHIPPED / "figures.json"
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = (
+    "<!-- real: made by `python -m miniflamingo real table --write` -->\n",
+    "<!-- end of real -->",
+)
 
 
 def parser():
@@ -43,7 +48,8 @@ def parser():
     command.add_argument("runs", nargs="+", type=a_path, help="folders of `train`, one a seed")
     command.add_argument("--samples", type=whole(2, 2000), default=256)
     command.add_argument("--json", type=a_path, help="write the figures to this file")
-    commands.add_parser("table", help="the committed figures")
+    command = commands.add_parser("table", help="the committed figures")
+    command.add_argument("--write", action="store_true", help="put them into the README, too")
     command = commands.add_parser("ship", help="what the package carries, from a finished run")
     command.add_argument("run", type=a_path, help="a folder of `train`")
     command.add_argument("figures", type=a_path, help="a file of `measure`, of this run and others")
@@ -60,8 +66,7 @@ def run(argv):
     """Parse and run a command; returns the exit code."""
     arguments = parser().parse_args(argv)
     if arguments.command == "table":
-        print("\n".join(measure.table(json.loads(RESULTS.read_text("utf-8")))))
-        return 0
+        return table(arguments.write)
     if arguments.command == "ship":
         card.ship(arguments.run, arguments.figures, arguments.to)
         return 0
@@ -101,6 +106,17 @@ def gates_of(bridge):
     if (folder / "alphas.json").is_file():
         return json.loads((folder / "alphas.json").read_text("utf-8"))
     raise ValueError(f"{folder} has neither log.jsonl nor alphas.json, which say how gates opened")
+
+
+def table(write=False):
+    """Print the committed figures, and put them into the README where that is asked for."""
+    lines = list(measure.table(json.loads(RESULTS.read_text("utf-8"))))
+    print("\n".join(lines))
+    if write:
+        head, rest = README.read_text("utf-8").split(MARKERS[0])
+        text = head + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + rest.split(MARKERS[1])[1]
+        README.write_text(text, "utf-8")
+    return 0
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ unpacked once.
     folder/emoji/ARTIST/CODE.png    pictures (Fluent's are webp, OpenMoji's svg)
     folder/parts.json               what they are, from which archive, under which licence
 
-Wheels are fetched by `pip download`, the others by `npm pack`. An archive that lies in the folder
+Wheels are fetched by pip, the other packages by npm. An archive that lies in the folder
 already is taken instead, so that it works offline; nothing is fetched twice.
 """
 

@@ -143,5 +143,8 @@ def test_the_shipped_bridge_says_what_its_card_and_figures_say():
     figures = json.loads((models.SHIPPED / "figures.json").read_text("utf-8"))
     card = (models.SHIPPED / "card.md").read_text("utf-8")
     assert "\n".join(measure.table(figures)) in card
+    readme = commands.README.read_text("utf-8")
+    assert "\n".join(measure.table(figures)) == readme.split(commands.MARKERS[0])[1].split(
+        commands.MARKERS[1])[0].strip()  # fmt: skip
     alphas = json.loads((models.SHIPPED / "alphas.json").read_text("utf-8"))
     assert np.allclose(alphas["alpha_xattn"][0], 0, atol=0.05)
