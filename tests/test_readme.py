@@ -76,7 +76,6 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
     "python -m miniflamingo real": "tests/real/test_page.py, with small parts",
-    "python -m miniflamingo real features": "tests/real/test_reading.py, with small parts",
     "python -m miniflamingo real fetch": "tests/real/test_parts.py, with small parts",
     "python -m miniflamingo real table": "tests/real/test_page.py",
     "python -m miniflamingo real table --write": "tests/real/test_page.py compares the README",

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from miniflamingo import outputs, training
-from miniflamingo.command import Parser, a_path, require, whole
+from miniflamingo.command import Failed, Parser, a_path, real, require, whole
 from miniflamingo.demo import read_alphas
 from miniflamingo.real import card, features, measure, page, parts, stages
 from miniflamingo.real import model as models
@@ -18,6 +18,7 @@ from miniflamingo.real.pictures import Concepts
 from miniflamingo.real.reading import Reader
 
 MEASURE = "python -m miniflamingo real measure"
+MEMORY = {None: 1.5, "features": 1.5, "train": 3.5, "measure": 3.0}  # GB, by command
 RESULTS = models.SHIPPED / "figures.json"
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = (
@@ -42,6 +43,9 @@ def parser():
     for stage, config in (("warm", stages.WarmRun()), ("real", stages.RealRun())):
         steps, name = config.optimiser.steps, {"warm": "--warm-steps", "real": "--steps"}[stage]
         command.add_argument(name, type=whole(0, 10**6), default=steps)
+    text = "of the branches at the start, in units of the residual stream; 0: as they are drawn"
+    scale = stages.RealRun().scale
+    command.add_argument("--scale", type=real(0, 10), default=scale, help=text)
     command.add_argument("--threads", type=whole(1, 256), default=2)
     command.add_argument("--numpy", action="store_true", help="without torch, several times slower")
     command = commands.add_parser("measure", help="ask bridges everything")
@@ -73,6 +77,7 @@ def run(argv):
     require("gguf", "tokenizers")
     outputs.check_folder(arguments.out)
     parts.fetch(arguments.parts)
+    check_memory(MEMORY.get(arguments.command, 0.5))
     if arguments.command is None:
         return show(arguments)
     if arguments.command != "fetch":
@@ -83,6 +88,20 @@ def run(argv):
     if arguments.command == "measure":
         ask(arguments)
     return 0
+
+
+def check_memory(gigabytes):
+    """Failed where less than that is free, before any work; nothing where that is not known."""
+    if (free := available_memory()) is not None and free < gigabytes:
+        raise Failed(f"this needs {gigabytes:.1f} GB of memory, {free:.1f} GB are free")
+
+
+def available_memory():
+    """GB of memory that a process can get, None where the system does not say."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) / 1e6 if found else None
 
 
 def _torch():
@@ -131,7 +150,7 @@ def train(arguments):
         config = _with_steps(stages.WarmRun(seed=seed), arguments.warm_steps)
         if not _train(stages.WarmStage(config, arguments.parts), out / "warm", arguments):
             return False
-    config = _with_steps(stages.RealRun(seed=seed), arguments.steps)
+    config = _with_steps(stages.RealRun(scale=arguments.scale, seed=seed), arguments.steps)
     stage = stages.RealStage(config, arguments.parts, warm if arguments.warm_steps else None)
     if (out / "bridge" / "model.safetensors").is_file():
         raise ValueError(f"{out / 'bridge'} holds a finished run: choose another --run")

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from miniflamingo.real.documents import TEST_WORDS, WHAT_KIND, Shown, is_it
+from miniflamingo.real.features import VERSIONS
 from miniflamingo.real.pictures import LAST, TRAINED, UNSEEN
 
 # split -> which concepts, whose pictures
@@ -73,9 +74,11 @@ class Measure:
             others = rng.choice(others, min(CANDIDATES - 1, len(others)), replace=False)
             documents += [self.named(j, (i, artist, 0)) for j in (i, *map(int, others))]
         nats, counts = (x.reshape(len(chosen), -1) for x in self.reader.nats(documents))
-        right = (nats.argmin(axis=1) == 0).astype(float)
-        a_token = float(((nats / counts).argmin(axis=1) == 0).mean())
-        return interval(right, None, rng) | {"a_token": a_token, "chance": 1 / nats.shape[1]}
+        a_token = float(first_is_least(nats / counts).mean())
+        return interval(first_is_least(nats), None, rng) | {
+            "a_token": a_token,
+            "chance": 1 / nats.shape[1],
+        }
 
     def open_ended(self, split):
         """The exact name, written greedily; shuffled: judged against another's name."""
@@ -135,37 +138,27 @@ class Measure:
 
     def bound(self, split, shots, way=2):
         """Invented names that no training has used, for `way` concepts of the split, so many
-        examples of each; the question is another version of one of them. Chance 1 / way.
+        examples of each by the trained artists; asked is a picture by the split's. Chance 1 / way.
 
-        nearest: the example whose mean feature is nearest by cosine, without any language model."""
+        nearest: the class whose examples' mean feature is nearest, by cosine, without any bridge.
+        """
         chosen, artist, rng = self.pick(split)
+        examples = [(a, v) for v in range(1, VERSIONS[TRAINED[0]]) for a in TRAINED][:shots]
         documents, nearest = [], []
         for n in range(self.samples):
-            classes = rng.choice(chosen, way, replace=False)
-            names, right = rng.choice(TEST_WORDS, way, replace=False), n % way
-            order = rng.permutation(np.repeat(np.arange(way), shots))
-            versions = self._versions(artist, shots)
-            counts = [iter(versions) for _ in range(way)]
-            support = [(j, (int(classes[j]), artist, next(counts[j]))) for j in order]
-            asked = (int(classes[right]), artist, 0)
-            shown = [Shown(picture, "", str(names[j]), False) for j, picture in support]
-            documents += [
-                [*shown, Shown(asked, "", str(names[j]))] for j in self._first(right, way)
-            ]
+            classes, right = [int(i) for i in rng.choice(chosen, way, replace=False)], n % way
+            names = [str(name) for name in rng.choice(TEST_WORDS, way, replace=False)]
+            support = [(j, (classes[j], *example)) for example in examples for j in range(way)]
+            support = [support[k] for k in rng.permutation(len(support))]
+            asked = (classes[right], artist, 0)
+            shown = [Shown(picture, "", names[j], False) for j, picture in support]
+            order = [right, *(j for j in range(way) if j != right)]
+            documents += [[*shown, Shown(asked, "", names[j])] for j in order]
             nearest.append(self._nearest(support, asked, way) == right)
         nats = self.reader.nats(documents)[0].reshape(-1, way)
-        correct = (nats.argmin(axis=1) == 0).astype(float)
-        return interval(correct, None, rng) | {
-            "chance": 1 / way, "nearest": float(np.mean(nearest)), "blind": 1 / way,
+        return interval(first_is_least(nats), None, rng) | {
+            "chance": 1 / way, "nearest": float(np.mean(nearest)),
         }  # fmt: skip
-
-    def _versions(self, artist, shots):
-        there = self.reader.features.grids(artist).shape[1]
-        return [1 + n % (there - 1) for n in range(shots)]
-
-    @staticmethod
-    def _first(right, way):
-        return [right, *(j for j in range(way) if j != right)]
 
     def _nearest(self, support, asked, way):
         """The class whose examples' mean feature is nearest to that of the question."""
@@ -190,6 +183,11 @@ class Measure:
         kinds = np.array([self.concepts.kind(b) == self.concepts.kind(i)
                           for b, i in zip(best, chosen)], float)  # fmt: skip
         return {"name": interval(names, None, rng), "kind": interval(kinds, None, rng)}
+
+
+def first_is_least(nats):  # [n, candidates] -> float [n]
+    """1 where the first candidate, the right one, is likelier than every other; a tie is none."""
+    return (nats[:, 0] < nats[:, 1:].min(axis=1)).astype(float)
 
 
 def cosine(a, b):
@@ -287,11 +285,14 @@ def table(document):
         yield f"| the nearest picture's {what}, by the eye alone | " + " | ".join(cells) + " |"
 
 
+BESIDE = ("a_token", "blind", "ceiling", "nearest", "chance")
+
+
 def _cell(found):
     if not found:
         return ""
     value = np.median([f["value"] for f in found])
-    extra = [f"{key} {np.median([f[key] for f in found]):.2f}"
-             for key in ("blind", "ceiling", "nearest", "chance") if key in found[0]]  # fmt: skip
+    beside = [key for key in BESIDE if key in found[0]]
+    extra = [f"{key} {np.median([f[key] for f in found]):.2f}" for key in beside]
     span = f"{min(f['low'] for f in found):.2f} to {max(f['high'] for f in found):.2f}"
     return f"{value:.2f} ({'; '.join([span, *extra])})"

@@ -129,6 +129,13 @@ def test_a_bridge_is_named_that_is_none(folder, tmp_path, capsys):
     assert "holds no bridge" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_said_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "available_memory", lambda: 0.4)
+    assert main(["real", "--parts", str(folder), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "miniflamingo: error: this needs 1.5 GB of memory, 0.4 GB are free\n")  # fmt: skip
+
+
 def test_features_that_are_there_are_kept(folder, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in folder.glob("features-*.npy")}
     assert main(["real", "--parts", str(folder), "--out", str(tmp_path), "features"]) == 0

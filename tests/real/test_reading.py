@@ -191,6 +191,25 @@ def test_a_model_that_knows_the_answer_scores_one(reader, concepts, monkeypatch)
     assert gain["nats_right"] == 0 and gain["value"] == pytest.approx(gain["nats_another"])
 
 
+def test_a_model_that_does_not_look_scores_nothing(reader, concepts, monkeypatch):
+    asked = measure.Measure(reader, concepts, samples=8)
+    equal = lambda documents: (np.ones(len(documents)), np.ones(len(documents), int))  # noqa: E731
+    monkeypatch.setattr(reader, "nats", equal)
+    assert asked.ranked("seen")["value"] == asked.ranked("seen")["a_token"] == 0
+    assert asked.bound("artist never seen", 2)["value"] == 0
+
+
+def test_the_examples_of_a_name_are_different_pictures(reader, concepts, monkeypatch):
+    asked, seen = measure.Measure(reader, concepts, samples=4), []
+    nats = reader.nats
+    monkeypatch.setattr(reader, "nats", lambda documents: seen.extend(documents) or nats(documents))
+    asked.bound("both never seen", 8)
+    for document in seen:
+        pictures = [shown.picture for shown in document]
+        assert len(set(pictures)) == len(pictures) == 17
+        assert document[-1].picture[1] == UNSEEN and not document[0].learned
+
+
 def test_the_eye_alone_finds_its_own_pictures(reader, concepts):
     asked = measure.Measure(reader, concepts, samples=8)
     assert asked.eye_alone("seen")["name"]["value"] == 1
