@@ -8,10 +8,14 @@ concepts never seen, and what a guess, another's picture and the eye alone would
 import platform
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+from matplotlib import cbook
 from tqdm import tqdm
 
+from miniflamingo.real.asking import answer
 from miniflamingo.real.documents import TEST_WORDS, WHAT_KIND, Shown, is_it
 from miniflamingo.real.features import VERSIONS
 from miniflamingo.real.pictures import LAST, TRAINED, UNSEEN
@@ -230,6 +234,51 @@ def interval(values, weights, rng, resamples=1000):
     return {"value": value, "low": float(low), "high": float(high), "n": len(values)}
 
 
+# --- photographs ----------------------------------------------------------------------------------
+
+
+def photographs():
+    """{file name: (picture, words any of which names it)} of what the installed packages bring."""
+    found = {"grace_hopper.jpg": (Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)),
+                                  "woman person officer soldier face captain")}  # fmt: skip
+    for package, folder, names in PHOTOGRAPHS:
+        if (spec := find_spec(package)) is None:
+            continue
+        base = Path(spec.origin).parent / folder
+        found |= {name: (base / name, words) for name, words in names.items()
+                  if (base / name).is_file()}  # fmt: skip
+    return found
+
+
+# package -> where in it, and words any of which names what is there
+PHOTOGRAPHS = (
+    ("sklearn", "datasets/images", {
+        "china.jpg": "temple building castle palace pagoda shrine house",
+        "flower.jpg": "flower blossom rose tulip hibiscus plant",
+    }),
+    ("skimage", "data", {
+        "astronaut.png": "astronaut woman person", "chelsea.png": "cat", "coffee.png":
+        "coffee hot beverage cup drink", "rocket.jpg": "rocket", "camera.png":
+        "camera person photographer", "coins.png": "coin money", "motorcycle_left.png":
+        "motorcycle", "clock_motion.png": "clock watch", "moon.png": "moon",
+    }),
+)  # fmt: skip
+
+
+def is_named(answer, words):
+    """Whether one of these words stands in an answer."""
+    return bool(content(answer) & content(words))
+
+
+def of_photographs(reader):
+    """{file: {"answer", "right"}}: what is written of each photograph that is installed here."""
+    found = {}
+    for name, (path, words) in photographs().items():
+        said = answer(reader.model, reader.words, [path], 12)
+        found[name] = {"answer": said, "right": is_named(said, words)}
+    return found
+
+
 # --- all of it ------------------------------------------------------------------------------------
 
 
@@ -249,7 +298,7 @@ def everything(measure, progress=True):
     found = {}
     for (name, split), ask in tqdm(work.items(), "figures", disable=not progress):
         found.setdefault(name, {})[split] = ask()
-    return found
+    return found | {"photographs": of_photographs(m.reader)}
 
 
 def about():
@@ -283,6 +332,10 @@ def table(document):
     for what in ("name", "kind"):
         cells = [_cell([run["eye_alone"][split][what] for run in runs[:1]]) for split in SPLITS]
         yield f"| the nearest picture's {what}, by the eye alone | " + " | ".join(cells) + " |"
+    photos = [run["photographs"].values() for run in runs if run.get("photographs")]
+    if photos:
+        right = ", ".join(f"{sum(p['right'] for p in some)} of {len(some)}" for some in photos)
+        yield f"\nPhotographs whose answer has a word of what is there, by seed: {right}."
 
 
 BESIDE = ("a_token", "blind", "ceiling", "nearest", "chance")

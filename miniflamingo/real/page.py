@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from matplotlib import cbook
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,39 +13,12 @@ from miniflamingo.demo import as_figure, as_page
 from miniflamingo.real.asking import answer, read_prompt, visual_tokens
 from miniflamingo.real.documents import WHAT, WHAT_KIND
 from miniflamingo.real.features import picture
+from miniflamingo.real.measure import is_named, photographs
 from miniflamingo.real.model import SENTENCE
 from miniflamingo.real.pictures import UNSEEN, Concepts, compose
 
 MADE = ("index.html", "answers.json")
 FRAMES = 8
-
-
-def photographs():
-    """{file name: (picture, words any of which names it)} of what the installed packages bring."""
-    found = {"grace_hopper.jpg": (Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)),
-                                  "woman person officer soldier face captain")}  # fmt: skip
-    for package, folder, names in PHOTOGRAPHS:
-        try:
-            base = Path(__import__(package).__file__).parent / folder
-        except ImportError:
-            continue
-        found |= {name: (base / name, words) for name, words in names.items()
-                  if (base / name).is_file()}  # fmt: skip
-    return found
-
-
-PHOTOGRAPHS = (
-    ("sklearn", "datasets/images", {
-        "china.jpg": "temple building castle palace pagoda shrine house",
-        "flower.jpg": "flower blossom rose tulip hibiscus plant",
-    }),
-    ("skimage", "data", {
-        "astronaut.png": "astronaut woman person", "chelsea.png": "cat", "coffee.png":
-        "coffee hot beverage cup drink", "rocket.jpg": "rocket", "camera.png":
-        "camera person photographer", "coins.png": "coin money", "motorcycle_left.png":
-        "motorcycle", "clock_motion.png": "clock watch", "moon.png": "moon",
-    }),
-)  # fmt: skip
 
 
 class Exhibition:
@@ -92,10 +64,10 @@ class Exhibition:
 
     def photographs(self):
         """Photographs, of which training saw none."""
-        files = {name: (path, words.split()) for name, (path, words) in photographs().items()}
+        files = photographs()
         frames = [read_prompt([path], self.words)[2][0][0] for path, _ in files.values()]
         said = [self.ask(path) for path, _ in files.values()]
-        right = [any(w in s.lower() for w in words) for s, (_, words) in zip(said, files.values())]
+        right = [is_named(s, words) for s, (_, words) in zip(said, files.values())]
         self.answers["photographs"] = [{"file": f, "answer": s} for f, s in zip(files, said)]
         if files:
             sheet = plots.plot_answers(frames, said, right)

@@ -161,15 +161,18 @@ def test_missing_features_name_the_command(tmp_path):
 def test_every_figure_has_its_interval_and_chance(reader, concepts):
     found = measure.everything(measure.Measure(reader, concepts, samples=6), progress=False)
     for name, splits in found.items():
-        if name == "eye_alone":
+        if name in ("eye_alone", "photographs"):
             continue
         for split, figures in splits.items():
             assert figures["low"] <= figures["value"] <= figures["high"], (name, split)
     document = {"runs": {"0": found, "1": found}} | measure.about()
     json.dumps(document)
     lines = list(measure.table(document))
-    assert len(lines) == 2 + len(measure.ROWS) + 2
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert len(lines) == 2 + len(measure.ROWS) + 2 + 1
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:-1])
+    named, total = found["photographs"].values(), len(measure.photographs())
+    right = sum(photograph["right"] for photograph in named)
+    assert lines[-1].endswith(f"by seed: {right} of {total}, {right} of {total}.")
 
 
 def test_a_model_that_knows_the_answer_scores_one(reader, concepts, monkeypatch):
