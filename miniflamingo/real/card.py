@@ -23,9 +23,10 @@ this folder and are fetched as the packages that their makers publish. `python -
 
 {sources}
 
-Trained on the pictures of Noto and Fluent alone; those of Twemoji were looked at while recipes were
-compared, those of OpenMoji once, at the end. {held} of {concepts} concepts, a tenth of each kind,
-are in no training. Names and keywords are Unicode's (CLDR).
+Trained on the pictures of Noto and Fluent alone. {held} of {concepts} concepts, a tenth of each
+kind, are in no training. Names and keywords are Unicode's (CLDR). Recipes were compared with an eye
+on Twemoji's pictures and on the concepts never seen, those of the warm start with an eye on
+OpenMoji's, too: none of these is a test that nobody has looked at.
 
 ## Training
 
@@ -35,7 +36,7 @@ Seed {seed}. Gates at the end, |tanh(alpha)|: attention {xattn}; feed-forward {d
 
 ## Figures
 
-Medians over seeds, and in brackets the widest 95 % interval over pictures.
+Medians over seeds (this is the first), in brackets the widest 95 % interval over pictures.
 
 {table}
 
@@ -43,9 +44,10 @@ Medians over seeds, and in brackets the widest 95 % interval over pictures.
 
 It names drawings in the manner of emoji, and was never trained on a photograph: see the page for
 what it says of some. Its names are a list: it describes no scene, counts nothing, and answers with
-a likely name where it does not know the thing. The warm start's vectors and its noise were chosen
-while looking at the concepts never seen (names among 10 by the eye alone), so that those figures
-are a little better than on concepts that nobody had looked at.
+a likely name where it does not know the thing. "Is this a ...?" it answers no better than a coin.
+Of things never seen it often knows the kind and seldom the name; it is below the eye alone where
+that can answer (the last two rows). The nearest example's name, without any bridge, is right more
+often than its own answer for invented names.
 """
 
 

@@ -314,8 +314,8 @@ ROWS = {
     "kinds": "kind, open-ended",
     "yes_no": "is this a ...? (chance .50)",
 }
-ROWS |= {f"kinds, {k} shots": f"kind, asked by {k} examples alone" for k in SHOTS}
-ROWS |= {f"invented names, {k} shots": f"invented names, 2-way, {k} of each (chance .50)"
+ROWS |= {f"kinds, {k} shots": f"kind, no question, examples: {k}" for k in SHOTS}
+ROWS |= {f"invented names, {k} shots": f"invented names, 2-way, examples of each: {k}"
          for k in SHOTS[1:]}  # fmt: skip
 
 
@@ -323,7 +323,8 @@ def table(document):
     """Yield the lines of a Markdown table: the median of the runs, and the lowest and highest of
     all their 95 % intervals."""
     runs = list(document["runs"].values())
-    yield f"| figure ({len(runs)} seeds) | " + " | ".join(SPLITS) + " |"
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    yield f"| figure ({seeds}) | " + " | ".join(SPLITS) + " |"
     yield "|---" * (1 + len(SPLITS)) + "|"
     for name, text in ROWS.items():
         cells = [_cell([run[name][split] for run in runs if split in run.get(name, {})])

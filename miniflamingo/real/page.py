@@ -75,10 +75,10 @@ class Exhibition:
 
     def clip(self):
         """A moving picture: its frames, and which of them the latents read."""
-        moving = self.concepts.drawn_by("moving", self.concepts.seen)
+        moving = [i for i in self.concepts.drawn_by("moving", self.concepts.seen)
+                  if count_frames(self.concepts.path(i, "moving")) > 1]  # fmt: skip
         i = moving[len(moving) // 3]
-        path = self.concepts.path(i, "moving")
-        frames = moving_frames(path)
+        frames = moving_frames(self.concepts.path(i, "moving"))
         features = self.model.encode(frames[None, None])
         maps = self.model.resampler.attention_maps(features)[-1, 0, 0].mean(axis=0)
         S = features.shape[3]
@@ -136,6 +136,12 @@ class Exhibition:
 
 
 NAMES = {0: "<BOS>", 2: "<EOC>", 5: "<image>"}
+
+
+def count_frames(path):
+    """How many pictures a file has: some of the moving ones stand still."""
+    with Image.open(path) as image:
+        return getattr(image, "n_frames", 1)
 
 
 def moving_frames(path, most=FRAMES):

@@ -50,7 +50,7 @@ PARTS = (
          "MIT (the pictures: Fluent)", "pictures by Microsoft"),
     Part("openmoji", "17.0.0", "npm", "openmoji-17.0.0.tgz", 4,
          "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
-         "CC BY-SA 4.0", "pictures by OpenMoji, for the last test alone"),
+         "CC BY-SA 4.0", "pictures by OpenMoji, to test with alone"),
     Part("@lobehub/fluent-emoji-anim-1", "1.0.0", "npm", "lobehub-fluent-emoji-anim-1-1.0.0.tgz",
          165, "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
          "MIT (the pictures: Fluent)", "moving pictures by Microsoft"),
