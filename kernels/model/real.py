@@ -23,23 +23,23 @@ def in_torch(stage, threads=None):
     """A stage of miniflamingo.real whose gradients torch computes; threads: None leaves torch's."""
     if threads:
         torch.set_num_threads(threads)
-    kind = type(stage).__name__
-    torch_stage = type(f"Torch{kind}", (_InTorch, type(stage)), {})
-    stage.__class__, stage.twin, stage.shared = torch_stage, None, None
-    stage.twin_of, stage.twin_loss = TWINS[stage.name]
+    stage.backward = Gradients(stage.model, *TWINS[stage.name])
     return stage
 
 
-class _InTorch:
-    """Computes the gradients of a Stage by its twin."""
+class Gradients:
+    """Stands in for Stage.backward, by the twin of a model."""
 
-    def backward(self, batch, weight):
+    def __init__(self, model, build, loss):
+        self.model, self.build, self.loss, self.twin, self.shared = model, build, loss, None, None
+
+    def __call__(self, batch, weight):
         """As Stage.backward."""
         if self.twin is None:  # by now the optimiser has put the parameters where they stay
-            self.twin = share(self.twin_of(self.model), self.model)
+            self.twin = share(self.build(self.model), self.model)
             own = dict(self.model.named_parameters())
             self.shared = [(own[n], p) for n, p in self.twin.named_parameters() if p.requires_grad]
-        loss = self.twin_loss(self, self.twin, batch)
+        loss = self.loss(self.twin, batch)
         (weight * loss).backward()
         for ours, theirs in self.shared:
             if theirs.grad is not None:
@@ -97,7 +97,7 @@ def _aligned(model):
         return Aligned(layers.build_resampler(model.bridge), model.dim)
 
 
-def _aligned_loss(stage, twin, batch):
+def _aligned_loss(twin, batch):
     return twin(*(torch.from_numpy(x) for x in batch))
 
 
@@ -106,7 +106,7 @@ def _flamingo(model):
         return layers.Flamingo(model.config)
 
 
-def _flamingo_loss(stage, twin, batch):
+def _flamingo_loss(twin, batch):
     media, loss = see(twin, batch.places, batch.stills, batch.clips), 0.0
     for rows, L in batch.groups():
         tokens, targets, phi, shares = (torch.from_numpy(x[rows, :L]) for x in batch[:4])

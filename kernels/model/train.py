@@ -178,16 +178,20 @@ def build_optimiser(module, config):
     groups = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_gate = name.endswith(("alpha_xattn", "alpha_dense"))
-            decays = parameter.ndim > 1 and not name.startswith("model.resampler.")
-            groups.setdefault((is_gate, decays), []).append(parameter)
+            in_resampler = name.startswith("model.resampler.")
+            decays, scale = parameter.ndim > 1 and not in_resampler, 1.0
+            if name.endswith(("alpha_xattn", "alpha_dense")):
+                scale = config.alpha_rate
+            elif in_resampler:
+                scale = config.resampler_rate
+            groups.setdefault((scale, decays), []).append(parameter)
     groups = [
         {
             "params": parameters,
-            "scale": config.alpha_rate if is_gate else 1.0,
+            "scale": scale,
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (is_gate, decays), parameters in groups.items()
+        for (scale, decays), parameters in groups.items()
     ]
     return torch.optim.AdamW(groups, config.rate, (config.beta1, config.beta2))
 

@@ -36,7 +36,7 @@ Seed {seed}. Gates at the end, |tanh(alpha)|: attention {xattn}; feed-forward {d
 
 ## Figures
 
-Medians over seeds (this is the first), in brackets the widest 95 % interval over pictures.
+Medians over seeds, in brackets the widest 95 % interval over pictures.
 
 {table}
 

@@ -47,7 +47,7 @@ def parser():
     scale = stages.RealRun().scale
     command.add_argument("--scale", type=real(0, 10), default=scale, help=text)
     command.add_argument("--threads", type=whole(1, 256), default=2)
-    command.add_argument("--numpy", action="store_true", help="without torch, several times slower")
+    command.add_argument("--numpy", action="store_true", help="gradients without torch, slower")
     command = commands.add_parser("measure", help="ask bridges everything")
     command.add_argument("runs", nargs="+", type=a_path, help="folders of `train`, one a seed")
     command.add_argument("--samples", type=whole(2, 2000), default=256)

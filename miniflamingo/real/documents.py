@@ -99,10 +99,6 @@ class Mixture:
                         for k in concepts.kinds}  # fmt: skip
         self.with_kind = np.concatenate(list(self.of_kind.values()))
 
-    def draw(self, dataset, rows, rng):
-        """A Batch of `rows` documents of one dataset."""
-        return build([getattr(self, dataset)(rng) for _ in range(rows)], self.words)
-
     def picture(self, i, rng):
         """A picture of concept i."""
         artist = TRAINED[rng.integers(len(TRAINED))]

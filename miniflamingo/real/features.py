@@ -6,6 +6,7 @@ others are composed at random. Two versions of the artists that are tested, five
 """
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def encode_with(see, folder, artist, first):
 def compute(folder, artists=tuple(VERSIONS), work=encode_chunk, processes=None, progress=True):
     """Write folder/features-ARTIST.npy, those that are not there.
 
-    work: encode_chunk, or the same in torch (kernels/model/real.py), in half the time. What is
+    work: encode_chunk, or the same in torch (kernels/model/real.py), which is faster. What is
     there is kept; what is stopped leaves whole artists alone.
     """
     folder = Path(folder)
@@ -83,8 +84,6 @@ def compute(folder, artists=tuple(VERSIONS), work=encode_chunk, processes=None, 
 
 def save(path, array):
     """Write an .npy file, whole or not at all."""
-    from io import BytesIO
-
     data = BytesIO()
     np.save(data, array)
     write_atomically(path, data.getbuffer())

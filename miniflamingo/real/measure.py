@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import cbook
 from tqdm import tqdm
 
+from miniflamingo.evaluation import wilson
 from miniflamingo.real.asking import answer
 from miniflamingo.real.documents import TEST_WORDS, WHAT_KIND, Shown, is_it
 from miniflamingo.real.features import VERSIONS
@@ -36,8 +37,8 @@ CANDIDATES = 10
 class Measure:
     """Asks one bridge; `samples` pictures a figure, or all held-out concepts where they are fewer.
 
-    Each method gives {split: {"value", "low", "high", "n", ...}}; low and high are a 95 % interval
-    over pictures, from 1,000 resamples.
+    Each method gives {"value", "low", "high", "n", ...} of a split; low and high are a 95 %
+    interval over pictures: Wilson's for shares, and for nats from 1,000 resamples.
     """
 
     reader: object
@@ -65,7 +66,7 @@ class Measure:
         for what, shown in (("right", chosen), ("another", others)):
             documents = [self.named(i, (j, artist, 0)) for i, j in zip(chosen, shown)]
             found[what], counts = self.reader.nats(documents)
-        gain = interval((found["another"] - found["right"]), counts, rng)
+        gain = resampled(found["another"] - found["right"], counts, rng)
         each = {f"nats_{what}": float(x.sum() / counts.sum()) for what, x in found.items()}
         return gain | each
 
@@ -79,32 +80,32 @@ class Measure:
             documents += [self.named(j, (i, artist, 0)) for j in (i, *map(int, others))]
         nats, counts = (x.reshape(len(chosen), -1) for x in self.reader.nats(documents))
         a_token = float(first_is_least(nats / counts).mean())
-        return interval(first_is_least(nats), None, rng) | {
+        return share(first_is_least(nats)) | {
             "a_token": a_token,
             "chance": 1 / nats.shape[1],
         }
 
     def open_ended(self, split):
         """The exact name, written greedily; shuffled: judged against another's name."""
-        chosen, artist, rng = self.pick(split)
+        chosen, artist, _ = self.pick(split)
         answers = self.reader.answers([[Shown((i, artist, 0))] for i in chosen])
         names = [self.concepts.name(i).lower() for i in chosen]
         right = np.array([a.lower() == n for a, n in zip(answers, names)], float)
         word = [bool(content(a) & content(n)) for a, n in zip(answers, names)]
         wrong = [bool(content(a) & content(n)) for a, n in zip(answers, np.roll(names, 1))]
-        return interval(right, None, rng) | {
+        return share(right) | {
             "shares_a_word": float(np.mean(word)), "shuffled": float(np.mean(wrong)),
             "answers": list(zip(names, answers)),
         }  # fmt: skip
 
     def kinds(self, split):
         """The kind, written greedily; chance: the split's most frequent kind, always."""
-        chosen, artist, rng = self.pick(split, with_kind=True)
+        chosen, artist, _ = self.pick(split, with_kind=True)
         answers = self.reader.answers([[Shown((i, artist, 0), WHAT_KIND)] for i in chosen], 6)
         kinds = [self.concepts.kind(i) for i in chosen]
         right = np.array([a == k for a, k in zip(answers, kinds)], float)
         most = max(np.mean([k == other for k in kinds]) for other in self.concepts.kinds)
-        return interval(right, None, rng) | {"chance": float(most)}
+        return share(right) | {"chance": float(most)}
 
     def yes_no(self, split):
         """Is this a ...? half of the time it is; the likelier of yes and no; chance 0.5."""
@@ -116,7 +117,7 @@ class Measure:
             documents += [[Shown((i, artist, 0), is_it(asked), a)] for a in ("yes", "no")]
         nats = self.reader.nats(documents)[0].reshape(-1, 2)
         right = ((nats[:, 0] < nats[:, 1]) == (np.arange(len(chosen)) % 2 == 1)).astype(float)
-        return interval(right, None, rng) | {"chance": 0.5}
+        return share(right) | {"chance": 0.5}
 
     def shots_of_kinds(self, split, shots):
         """The kind without a question, behind so many examples of the trained artists' pictures.
@@ -134,7 +135,7 @@ class Measure:
         answers, kinds = self.reader.answers(documents, 6), [self.concepts.kind(i) for i in chosen]
         right = np.array([a == k for a, k in zip(answers, kinds)], float)
         blind = [np.mean([g == k for g in some]) if some else 0 for some, k in zip(given, kinds)]
-        return interval(right, None, rng) | {
+        return share(right) | {
             "blind": float(np.mean(blind)),
             "ceiling": float(np.mean([k in some for some, k in zip(given, kinds)])),
             "is_a_kind": float(np.mean([a in self.concepts.kinds for a in answers])),
@@ -160,7 +161,7 @@ class Measure:
             documents += [[*shown, Shown(asked, "", names[j])] for j in order]
             nearest.append(self._nearest(support, asked, way) == right)
         nats = self.reader.nats(documents)[0].reshape(-1, way)
-        return interval(first_is_least(nats), None, rng) | {
+        return share(first_is_least(nats)) | {
             "chance": 1 / way, "nearest": float(np.mean(nearest)),
         }  # fmt: skip
 
@@ -174,7 +175,7 @@ class Measure:
         """What the features have without bridge or language model: the nearest concept's name and
         kind, by cosine of mean features to the trained artists' pictures. Names of held-out
         concepts are not among them."""
-        chosen, artist, rng = self.pick(split, with_kind=True)
+        chosen, artist, _ = self.pick(split, with_kind=True)
         seen, features = self.concepts.seen, self.reader.features
         pooled = lambda i, a, v: features.get([(i, a, v)])[0].mean(axis=0)  # noqa: E731
         known = np.stack([np.mean([pooled(i, a, v) for a in TRAINED for v in (0, 1)], axis=0)
@@ -186,7 +187,7 @@ class Measure:
         names = np.array([b == i for b, i in zip(best, chosen)], float)
         kinds = np.array([self.concepts.kind(b) == self.concepts.kind(i)
                           for b, i in zip(best, chosen)], float)  # fmt: skip
-        return {"name": interval(names, None, rng), "kind": interval(kinds, None, rng)}
+        return {"name": share(names), "kind": share(kinds)}
 
 
 def first_is_least(nats):  # [n, candidates] -> float [n]
@@ -199,39 +200,27 @@ def cosine(a, b):
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-EMPTY = set(
-    [
-        "a",
-        "an",
-        "the",
-        "with",
-        "of",
-        "and",
-        "in",
-        "on",
-        "face",
-        "symbol",
-        "button",
-        "person",
-        "sign",
-    ]
-)
+EMPTY = "a an the with of and in on face symbol button person sign"  # what names nothing
 
 
 def content(text):
     """The words of a name that say something, without a plural's s."""
-    return {word.rstrip("s") for word in text.lower().split()} - EMPTY
+    return {word.rstrip("s") for word in text.lower().split()} - {*EMPTY.split()}
 
 
-def interval(values, weights, rng, resamples=1000):
-    """{"value", "low", "high", "n"}: a mean (of sums over `weights`, where given), and a 95 %
-    interval from resampling."""
-    weights = np.ones(len(values)) if weights is None else weights
-    rows = rng.integers(0, len(values), (resamples, len(values)))
-    drawn = values[rows].sum(axis=1) / weights[rows].sum(axis=1)
+def share(right):  # float [n] of 0 and 1
+    """{"value", "low", "high", "n"} of what is right."""
+    low, high = wilson(int(right.sum()), len(right))
+    return {"value": float(right.mean()), "low": low, "high": high, "n": len(right)}
+
+
+def resampled(sums, counts, rng, resamples=1000):
+    """The same of sums [n] over counts [n], its interval from resampling the n."""
+    rows = rng.integers(0, len(sums), (resamples, len(sums)))
+    drawn = sums[rows].sum(axis=1) / counts[rows].sum(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    value = float(values.sum() / weights.sum())
-    return {"value": value, "low": float(low), "high": float(high), "n": len(values)}
+    value = float(sums.sum() / counts.sum())
+    return {"value": value, "low": float(low), "high": float(high), "n": len(sums)}
 
 
 # --- photographs ----------------------------------------------------------------------------------

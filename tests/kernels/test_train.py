@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -406,3 +407,13 @@ def test_other_commands_still_refuse_what_they_do_not_know(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["compile", "--fast"])
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_gates_and_resampler_have_rates_of_their_own():
+    names = ("model.resampler.latents", "model.gated_xattn.0.alpha_xattn", "model.lm.norm.weight")
+    parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in names}
+    module = SimpleNamespace(named_parameters=parameters.items)
+    config = training.OptimiserConfig(alpha_rate=6.0, resampler_rate=0.03)
+    groups = train.build_optimiser(module, config).param_groups
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    assert [scales[id(p)] for p in parameters.values()] == [0.03, 6.0, 1.0]
