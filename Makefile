@@ -14,8 +14,9 @@ SITE := .venv/installed-site
 PEERS := flamingo-pytorch==0.1.2 open-flamingo==2.0.1 open-clip-torch==3.3.0 einops==0.8.2 \
 	einops-exts==0.0.4 ftfy wcwidth
 
-.PHONY: demo real test test-peers agreement peers test-machines fuzz compare check-compiled bench gpu \
-	lint notebooks check-notebooks timings student-release slides site site-test weights lab clean
+.PHONY: demo real test test-peers agreement peers scaling test-machines fuzz compare check-compiled \
+	bench gpu lint notebooks check-notebooks timings student-release quiz slides site site-test weights \
+	lab clean
 
 demo: $(READY)  ## the mini Flamingo on a photograph, then the kernels beside the reference
 	@$(RUN) -m miniflamingo demo $(ARGS)
@@ -34,6 +35,9 @@ test-peers: peers  ## tests against other projects' own code, installed beside, 
 
 agreement: peers  ## by how much ours and theirs differ, as a table; ARGS="--json FILE"
 	@PYTHONPATH=out/peers $(RUN) -m tests.interop $(ARGS)
+
+scaling: peers  ## time and memory against length, images, shots, beside public blocks; ARGS=--full
+	@PYTHONPATH=out/peers $(RUN) -m miniflamingo scaling $(ARGS)
 
 peers: $(READY)
 	@$(RUN) -m pip install -q --upgrade --no-deps --target out/peers $(PEERS)
@@ -67,6 +71,9 @@ check-notebooks: $(READY)  ## execute the course and compare with the committed 
 
 timings: $(READY)  ## measure the course's computing time; then `make notebooks`
 	@$(RUN) -m miniflamingo.course.timings $(ARGS)
+
+quiz: $(READY)  ## the quiz questions of all modules, with answers, in out/quiz.md
+	@$(RUN) -m miniflamingo.course.quiz $(ARGS)
 
 student-release: $(READY)  ## what to hand out, without solutions; ARGS=--nbgrader: its tree, too
 	@$(RUN) -m miniflamingo.course.release $(ARGS)

@@ -61,7 +61,7 @@ def _add_generate(command):
     command.add_argument("--larger", action="store_true", help="an IDEFICS 1024 wide, too")
     text = "write the figures to this file"
     command.add_argument("--json", metavar="FILE", type=a_path, dest="file", help=text)
-    text = "put the committed figures into the README, and measure nothing"
+    text = "put the committed figures into miniflamingo/interop/README.md, and measure nothing"
     command.add_argument("--table", action="store_true", help=text)
 
 

@@ -1,5 +1,6 @@
 """The command line:
-`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect`,
+`python -m miniflamingo demo | train | evaluate | generate | ship | sizes | plan | scaling |
+inspect`,
 and the kernels': `compare | compile | predict | step | bench | bench-generate | gpu | train-torch`.
 
 Errors are one line and exit code 2; a training that broke down ends with exit code 1.
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from miniflamingo import cards, decoding, outputs, runs, training
+from miniflamingo import cards, decoding, limits, outputs, runs, training
 from miniflamingo.command import Parser, a_path, exclude, real, run_command, whole
 from miniflamingo.demo import demo, describe
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation, table
@@ -24,7 +25,8 @@ from miniflamingo.interop import inspection
 from miniflamingo.pictures import BadRecord, read_picture
 from miniflamingo.prompt import EOC, PAD, build_batch
 from miniflamingo.real import parts as real_parts
-from miniflamingo.worlds.grammar import TOKENIZER
+from miniflamingo.worlds import glyph_texts
+from miniflamingo.worlds.glyph_texts import tokenizer_of
 from miniflamingo.worlds.video import read_clip
 
 # --- sizes --------------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ CONFIGS = {
 
 # the fields of a run's config that options set, and those of its .optimiser and its .model; an
 # option that names files (--lm) is none of them: a run is identified by what its files hold
-RUN_FIELDS = ("seed", "batch", "weights", "strategy", "p_next", "caption_noise")
+RUN_FIELDS = ("seed", "batch", "weights", "strategy", "p_next", "caption_noise", "glyph_weights",
+              "glyph_batch", "classes", "bursts")  # fmt: skip
 OPTIMISER_FIELDS = ("steps", "rate", "warmup", "schedule", "weight_decay", "clip", "alpha_rate")
 MODEL_FIELDS = ("resampler", "xattn_every", "skip_without_image")
 
@@ -113,6 +116,8 @@ def configured(config, arguments):
 
     optimiser = replace(config.optimiser, **given(OPTIMISER_FIELDS))
     model = replace(config.model, **given(MODEL_FIELDS))
+    if arguments.stage == "lm" and arguments.weights and arguments.weights[1] > 0:
+        model = replace(model, vocab_size=len(glyph_texts.TOKENIZER))
     return replace(config, optimiser=optimiser, model=model, **given(RUN_FIELDS))
 
 
@@ -158,18 +163,20 @@ def checkpoint_file(path):
 
 
 def load_speaker(path):
-    """A Flamingo of the small world; ValueError unless it has exactly the world's words."""
+    """A Flamingo of the small world, perhaps of glyphs, too, and its tokenizer; ValueError unless
+    it has exactly the words of either."""
     model = training.load_flamingo(path)
-    if (words := model.config.lm.vocab_size) != len(TOKENIZER):
-        raise ValueError(f"{path}: expected a model of {len(TOKENIZER)} words, got one of {words}")
-    return model
+    try:
+        return model, tokenizer_of(model.config.lm.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def evaluate(arguments):
     """Ask a checkpoint everything, print the table, write the JSON where that is asked for."""
     outputs.check_file(arguments.json, EVALUATE)
     checkpoint = checkpoint_file(arguments.checkpoint)
-    model = load_speaker(checkpoint)
+    model, _ = load_speaker(checkpoint)
     seed = VALIDATION_SEED if arguments.validation else TEST_SEED
     bar = lambda work: tqdm(work, desc="pictures")  # noqa: E731
     metrics = Evaluation(model, arguments.samples, seed, progress=bar).run()
@@ -206,6 +213,20 @@ def read_part(option, value, num_frames):
         raise
 
 
+def measure_limits(arguments):
+    """Ask a checkpoint where it is wrong, print the tables, write the JSON where asked for."""
+    if arguments.table:
+        print("\n".join(limits.table(json.loads(limits.RESULTS.read_text("utf-8")))))
+        return
+    outputs.check_file(arguments.json, limits.COMMAND)
+    model, _ = load_speaker(checkpoint_file(arguments.checkpoint))
+    bar = lambda work: tqdm(work, desc="pictures")  # noqa: E731
+    document = limits.measure(model, arguments.samples, Path(arguments.checkpoint).name, bar)
+    print("\n".join(limits.table(document)))
+    if arguments.json:
+        limits.write(document, arguments.json)
+
+
 def generate(arguments):
     """Answer an interleaved prompt, printing token by token (beam search: all at the end)."""
     if not arguments.parts:
@@ -217,18 +238,19 @@ def generate(arguments):
     for option in ("chat", "stream", "keep", "allow_pickle"):
         if getattr(arguments, option) not in (None, False):
             raise ValueError(f"--{option.replace('_', '-')} is for --weights")
-    model = load_speaker(checkpoint_file(arguments.checkpoint or training.WEIGHTS / "flamingo"))
+    path = checkpoint_file(arguments.checkpoint or training.WEIGHTS / "flamingo")
+    model, tokenizer = load_speaker(path)
     size, most = model.config.vision.image_size, arguments.max_new_tokens
     prompt = [read_part(*part, model.config.num_frames) for part in arguments.parts]
-    batch = build_batch([prompt], TOKENIZER, size, close=False)
+    batch = build_batch([prompt], tokenizer, size, close=False)
     if arguments.beam is not None:
         ids, score = decoding.beam_search(model, batch, most, arguments.beam)[0]
-        print(f"{TOKENIZER.decode(ids)}   (log-likelihood {score:.2f})")
+        print(f"{tokenizer.decode(ids)}   (log-likelihood {score:.2f})")
         return
     rng = np.random.default_rng(arguments.seed)
     for step in decoding.stream(model, batch, most, _chooser(arguments), rng=rng):
         if step[0] not in (EOC, PAD):
-            print(TOKENIZER.words[step[0]], end=" ", flush=True)
+            print(tokenizer.words[step[0]], end=" ", flush=True)
     print()
 
 
@@ -295,11 +317,14 @@ def parser():
     command.add_argument("--samples", type=SAMPLES, default=1000, help="episodes a figure")
     command.add_argument("--validation", action="store_true", help="the seed to tune on")
     command.add_argument("--json", type=a_path, help="write the metrics to this file")
+    command = commands.add_parser("limits", help="where it is wrong, and how sure it is then")
+    _add_checkpoint(command, default=training.WEIGHTS / "flamingo")
+    command.add_argument("--samples", type=SAMPLES, default=1000, help="questions a figure")
+    command.add_argument("--json", type=a_path, help="write the figures to this file")
+    command.add_argument("--table", action="store_true", help="the committed figures")
     _add_generate(commands.add_parser("generate", help="answer texts, images and videos"))
     _add_others(commands)
-    text = "a Flamingo of real parts: fetch, features, train, measure, table, or a page of it"
-    commands.add_parser("real", add_help=False, help=text)
-    for name, text in KERNELS.items():
+    for name, text in {**{name: text for name, (*_, text) in ROOMS.items()}, **KERNELS}.items():
         commands.add_parser(name, add_help=False, help=text)
     return top
 
@@ -367,6 +392,13 @@ def add_training(command, stage):
         _add_bridge(command)
     else:
         command.add_argument("--batch", type=whole(4, 4096))
+        text = "how much shapes and glyphs count; 1 0 by default, 0 leaves out"
+        command.add_argument("--weights", type=real(0, 1e6), nargs=2, metavar="LAMBDA", help=text)
+    if stage == "vision":
+        command.add_argument("--glyph-batch", type=whole(2, 4096), help="classes, twice each")
+    if stage != "lm":
+        text = "of glyphs, that are learned; all by default"
+        command.add_argument("--classes", type=whole(2, 10**5), help=text)
 
 
 def _add_bridge(command):
@@ -376,6 +408,10 @@ def _add_bridge(command):
                              help=text)  # fmt: skip
     names = ", ".join(training.Lambda._fields)
     command.add_argument("--weights", type=real(0, 1e6), nargs=4, metavar="LAMBDA", help=names)
+    text = "the same of glyphs' documents and captions; 0 0 by default"
+    command.add_argument("--glyph-weights", type=real(0, 1e6), nargs=2, metavar="LAMBDA", help=text)
+    text = "share of the glyphs' documents that show a class again"
+    command.add_argument("--bursts", type=real(0, 1), help=text)
     command.add_argument("--no-skip-without-image", dest="skip_without_image",
                          action="store_false", default=None,
                          help="gate text alone too, as in the paper")  # fmt: skip
@@ -412,7 +448,22 @@ def inspect(arguments):
     inspection.inspect(arguments.path, arguments.plot, arguments.allow_pickle)
 
 
-ALONE = {"evaluate": evaluate, "generate": generate, "inspect": inspect}
+# commands with a grammar of their own: whose room, which function, and what they do
+ROOMS = {
+    "real": ("real", "run",
+             "a Flamingo of real parts: fetch, features, train, measure, table, or a page of it"),
+    "ablate": ("ablations", "run",
+               "the paper's ablations at this size: train, ask, and what can be told"),
+    "fewshot": ("fewshot", "run",
+                "names of glyphs never seen: train, measure, experiment, table, plot"),
+    "plan": ("cost", "run_plan",
+             "what training takes on many devices: bytes, flops, communication, days"),
+    "scaling": ("cost", "run_scaling",
+                "time and memory against length, images, frames and shots, measured here"),
+}  # fmt: skip
+ALONE = {
+    "evaluate": evaluate, "limits": measure_limits, "generate": generate, "inspect": inspect,
+}  # fmt: skip
 
 
 def main(argv=None):
@@ -424,8 +475,9 @@ def run(argv):
     """Parse and run a command; returns the exit code."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    if arguments.command == "real":  # imported late, as few need it
-        return import_module("miniflamingo.real.commands").run(rest)
+    if arguments.command in ROOMS:  # imported late, as few need them
+        module, function, _ = ROOMS[arguments.command]
+        return getattr(import_module(f"miniflamingo.{module}.commands"), function)(rest)
     if arguments.command in KERNELS:  # imported late: it brings torch
         return import_module("miniflamingo.kernels.commands").run([arguments.command, *rest])
     if rest:

@@ -36,6 +36,8 @@ EXTRAS = {
     **dict.fromkeys(("gguf", "tokenizers"), "interop"),
     "av": "video",
     "ipywidgets": "widgets",
+    "resvg_py": "real",
+    "scipy": "statistics",
 }  # fmt: skip
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -49,8 +51,11 @@ def run_command(name, work):
     """Call work() as the command `name` -> its exit code; what stops it is one line on stderr, and
     so is a warning.
 
-    An exception that is nobody's bad input stays a traceback: it is a mistake in the code.
+    An exception that is nobody's bad input stays a traceback: it is a mistake in the code. What a
+    terminal's encoding lacks is printed as Python writes it in a string, \\xe4.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _Interruptible(), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _say(name, f"warning: {message}", 0)
         try:

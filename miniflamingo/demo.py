@@ -161,7 +161,8 @@ def examine(model, alphas, out, samples):
         CURVES[n]: {k: coverage(TASKS[n].ways, int(k)) for k in few_shot[n]} for n in few_shot
     }
     named = {CURVES[name]: curve for name, curve in few_shot.items()}
-    plots.plot_few_shot(named, ceilings).savefig(out / "few_shot.png", dpi=150)
+    blind = {CURVES[name]: 1 / TASKS[name].ways for name in few_shot}
+    plots.plot_few_shot(named, ceilings, blind).savefig(out / "few_shot.png", dpi=150)
     figure = plots.plot_alphas(alphas["steps"], alphas["alpha_xattn"], alphas["alpha_dense"])
     figure.savefig(out / "alphas.png", dpi=150)
     correct = {}

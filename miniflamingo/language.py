@@ -133,16 +133,18 @@ class LanguageModel(Module):
             return linear(x, self.embedding.weight if table is None else table)
         return linear(x, self.head.weight if head is None else head)
 
-    def forward(self, tokens, positions=None, cache=None, last=False):
+    def forward(self, tokens, positions=None, cache=None, last=False, noise=None):
         """tokens int[B, L] -> logits [B, L, V], or with `last` those of the last token, [B, 1, V].
 
         With a cache (one KeyValueCache a block), tokens stand at `positions` int[B, L]; without
-        one, positions are 0..L-1. Rows of different lengths are padded at the END.
+        one, positions are 0..L-1. Rows of different lengths are padded at the END. noise [B, L, D]
+        is added to the embedded tokens.
         """
         positions = np.arange(tokens.shape[1])[None] if positions is None else positions
         num_keys = tokens.shape[1] if cache is None else positions.max() + 1
         bias = self.causality(positions, num_keys)
         x = self.embed(tokens, positions)
+        x = x if noise is None else x + noise
         for i, block in enumerate(self.blocks):
             x = block(x, None, bias, None if cache is None else cache[i], positions)
         return self.predict(x[:, -1:] if last else x)

@@ -9,11 +9,14 @@ where anything else is in the way. A single file says by whom it was made (`chec
 import contextlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from miniflamingo.command import some
@@ -205,6 +208,29 @@ def write_file(file, data, command, option="--json"):
     """Write bytes to a file that has passed `check_file`, and still does."""
     check_file(file, command, option)
     write_atomically(file, data)
+
+
+def put_between(page, markers, text):
+    """Replace what stands in a page between two markers, a line each."""
+    start, end = markers
+    head, rest = page.read_text("utf-8").split(start)
+    page.write_text(head + start + text + end + rest.split(end)[1], "utf-8")
+
+
+def about():
+    """When, where and with what something is measured, for its data file."""
+    return {
+        "date": date.today().isoformat(), "machine": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "numpy": np.__version__,
+    }  # fmt: skip
+
+
+def processor():
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _made_by(file):

@@ -52,7 +52,8 @@ def give_way(name):
     Where there is none, leave an empty module. Without a file, and of version 0, it is what
     libraries that look for the other package take for its absence.
     """
-    seen, folder = sys.path[:], HERE.parent / name
+    # the caller's folder, which may be that of another checkout on the path
+    seen, folder = sys.path[:], Path(sys.modules[name].__file__).resolve().parent
     sys.path[:] = [entry for entry in seen if Path(entry, name).resolve() != folder]
     del sys.modules[name]
     try:

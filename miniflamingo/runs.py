@@ -170,7 +170,8 @@ def _fault(line, step):
 
 def check_identity(folder, theirs, ours):
     """ValueError that lists the differences of a run's config from the one to be resumed."""
-    if different := list(differences(theirs, json.loads(json.dumps(ours)))):
+    theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, ours))  # tuples as lists
+    if different := list(differences(theirs, ours)):
         different = some(different, "\n  ")
         raise ValueError(f"the run in {folder} has another config:\n  {different}")
 

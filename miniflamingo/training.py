@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -46,7 +47,7 @@ from miniflamingo.module import load_tensors, save_tensors  # noqa: F401 (load_t
 from miniflamingo.prompt import IMAGE, PAD
 from miniflamingo.tensorfile import TensorFile, misfits
 from miniflamingo.vision import ContrastiveModel, NormalizerFreeResNet, TextEncoder, VisionConfig
-from miniflamingo.worlds import datasets, grammar, shapes
+from miniflamingo.worlds import datasets, glyph_documents, glyph_texts, glyphs, grammar, shapes
 from miniflamingo.worlds.datasets import IGNORED
 from miniflamingo.xattn import compute_phi
 
@@ -171,6 +172,11 @@ def check_weights(weights):
     return weights
 
 
+def learned(weights):
+    """{dataset: lambda} without the datasets of weight 0, which are left out."""
+    return {name: weight for name, weight in weights.items() if weight != 0}
+
+
 def step_weights(strategy, weights, step, counts):
     """What each dataset's mean loss counts in update `step`: {dataset: weight}, without zeros.
 
@@ -242,7 +248,7 @@ class Run:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
         self.threads = threads  # of BLAS: so small products gain little from more
-        self.weights = check_weights({n: w for n, w in stage.weights.items() if w != 0})
+        self.weights = check_weights(learned(stage.weights))
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
         self.rng = np.random.default_rng([stage.config.seed, 1])
         self.last_gradient = None
@@ -446,6 +452,7 @@ def asked_to_stop():
 
 
 MINI_LM = replace(PRESETS["mini"].lm, vocab_size=len(grammar.TOKENIZER))
+WORLDS = namedtuple("Worlds", "shapes glyphs")  # what a stage learns of each counts so much
 MINI_VISION = PRESETS["mini"].vision
 
 
@@ -453,7 +460,10 @@ MINI_VISION = PRESETS["mini"].vision
 class LanguageRun:
     """Texts of the small world; one batch in five holds long binding episodes.
 
-    any_keys: the share of binding whose keys are any words (see grammar.any_binding).
+    any_keys: the share of binding whose keys are any words (see grammar.any_binding). weights is
+    lambda_m of the texts of shapes and of those of glyphs (see glyph_texts). noise: so much of the
+    embeddings' own size is added to each in training, Gaussian noise, so that what a visual token
+    only resembles is understood, too (after NEFTune, Jain et al., 2023, whose noise is uniform).
     """
 
     optimiser: OptimiserConfig = OptimiserConfig(steps=2000)
@@ -463,19 +473,37 @@ class LanguageRun:
     long_share: float = 0.2
     any_keys: float = 0.33
     seed: int = 0
+    weights: tuple[float, ...] = field(default=(1.0, 0.0), metadata=LATER)
+    noise: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)
+        check_worlds(self)
         check_range(self, 0, 1, "long_share", "any_keys")
-        check_at_least(self, 0, "seed")
+        check_at_least(self, 0, "seed", "noise")
         check_at_least(self, 4 if self.long_share else 1, "batch")  # a long batch has a quarter
         check_at_least(self, 5, "length")  # the shortest text that asks for a word
 
 
-def check_vocabulary(config):
-    """ValueError unless a LanguageConfig has a row for each word of the small world."""
-    if config.vocab_size < (words := len(grammar.TOKENIZER)):
+def check_worlds(config):
+    """ValueError unless a config's weights are lambda_m of the two worlds."""
+    check_lengths(config, len(WORLDS._fields), "weights")
+    check_weights(WORLDS(*config.weights)._asdict())
+
+
+def check_vocabulary(config, of_glyphs=False):
+    """ValueError unless a LanguageConfig has a row for each word of the small world, and for each
+    word about glyphs where these are learned."""
+    words = len((glyph_texts if of_glyphs else grammar).TOKENIZER)
+    if config.vocab_size < words:
         raise ValueError(f"vocab_size must be at least {words} words, got {config.vocab_size}")
+
+
+class Texts(NamedTuple):
+    """tokens int[B, L]; noise [B, L - 1, D] for all but the last of each, or None."""
+
+    tokens: np.ndarray
+    noise: np.ndarray | None
 
 
 class LanguageStage(Stage):
@@ -484,22 +512,36 @@ class LanguageStage(Stage):
     name = "lm"
 
     def __init__(self, config):
-        check_vocabulary(config.model)
-        self.config, self.weights = config, {"text": 1.0}
+        weights = WORLDS(*config.weights)
+        check_vocabulary(config.model, weights.glyphs > 0)
+        self.config = config
+        self.weights = learned({"text": weights.shapes, "glyphs": weights.glyphs})
         self.model = LanguageModel(config.model, rng=np.random.default_rng([config.seed, 0]))
 
     def draw(self, dataset, rng):
-        c = self.config
-        if rng.random() < c.long_share:
+        tokens, noise = self._tokens(dataset, rng), None
+        if self.config.noise:
+            embeddings, (B, L) = self.model.embedding.weight.data, tokens.shape
+            size = self.config.noise * np.sqrt((embeddings**2).mean())
+            noise = size * rng.standard_normal((B, L - 1, embeddings.shape[1]), np.float32)
+        return Texts(tokens, noise)
+
+    def _tokens(self, dataset, rng):
+        c, is_long = self.config, rng.random() < self.config.long_share
+        if dataset == "glyphs":
+            if is_long:
+                return glyph_texts.long_text_batch(c.batch // 4, rng)
+            return glyph_texts.text_batch(c.batch, rng, c.length)
+        if is_long:
             return grammar.long_text_batch(c.batch // 4, rng, c.any_keys)
         return grammar.text_batch(c.batch, rng, c.length, c.any_keys)
 
     def count(self, batch):
-        return int((batch[:, 1:] != PAD).sum())
+        return int((batch.tokens[:, 1:] != PAD).sum())
 
     def loss(self, batch):
-        targets = np.where(batch == PAD, IGNORED, batch)[:, 1:]
-        return cross_entropy(self.model(batch[:, :-1]), targets)
+        targets = np.where(batch.tokens == PAD, IGNORED, batch.tokens)[:, 1:]
+        return cross_entropy(self.model(batch.tokens[:, :-1], noise=batch.noise), targets)
 
     def save(self, path):
         self.model.save(path, {"lm": json.dumps(asdict(self.config.model))})
@@ -510,7 +552,12 @@ class LanguageStage(Stage):
 
 @dataclass(frozen=True)
 class VisionRun:
-    """Pictures and captions, contrastively, with a text encoder that is thrown away afterwards."""
+    """Pictures and captions, contrastively, with a text encoder that is thrown away afterwards.
+
+    weights is lambda_m of shapes and of glyphs. These have no captions here: of each of glyph_batch
+    classes (of `classes` in all, None: every one) two pictures are found among all. clutter: see
+    shapes.background.
+    """
 
     optimiser: OptimiserConfig = OptimiserConfig(
         steps=2000, warmup=50, weight_decay=1e-3, beta2=0.999
@@ -521,10 +568,17 @@ class VisionRun:
     joint_dim: int = 64
     label_smoothing: float = 0.0
     seed: int = 0
+    weights: tuple[float, ...] = field(default=(1.0, 0.0), metadata=LATER)
+    glyph_batch: int = field(default=96, metadata=LATER)
+    classes: int | None = field(default=None, metadata=LATER)
+    clutter: int = field(default=0, metadata=LATER)
 
     def __post_init__(self):
         check_types(self)
-        check_at_least(self, 2, "batch")  # a picture is told from the others
+        check_worlds(self)
+        check_at_least(self, 0, "clutter")
+        check_at_least(self, 2, "batch", "glyph_batch")  # a picture is told from the others
+        check_at_least(self, 2, "classes")
         check_at_least(self, 1, "text_dim", "joint_dim")
         check_range(self, 0, 1, "label_smoothing", below=1)
         check_at_least(self, 0, "seed")
@@ -545,14 +599,19 @@ class VisionStage(Stage):
     name = "vision"
 
     def __init__(self, config):
-        self.config, self.weights = config, {"pictures": 1.0}
+        weights = WORLDS(*config.weights)
+        self.config = config
+        self.weights = learned({"pictures": weights.shapes, "glyphs": weights.glyphs})
+        self.classes = glyphs.classes("train", config.classes) if weights.glyphs else None
         rng = np.random.default_rng([config.seed, 0])
         encoder = NormalizerFreeResNet(config.model, rng=rng)
         text = TextEncoder(len(grammar.TOKENIZER), config.text_dim, rng=rng)
         self.model = ContrastiveModel(encoder, text, config.text_dim, config.joint_dim, rng=rng)
 
     def draw(self, dataset, rng):
-        return datasets.contrastive_batch(self.config.batch, rng)
+        if dataset == "glyphs":
+            return glyph_documents.contrastive_batch(self.config.glyph_batch, self.classes, rng)
+        return datasets.contrastive_batch(self.config.batch, rng, self.config.clutter)
 
     def count(self, batch):
         return len(batch[0])
@@ -567,6 +626,7 @@ class VisionStage(Stage):
 # --- stage 3: the bridge --------------------------------------------------------------------------
 
 Lambda = namedtuple("Lambda", "documents captions pairs clips")
+GLYPHS = ("glyphs", "glyph_captions")
 MINI_BRIDGE = replace(PRESETS["mini"], skip_without_image=True)
 
 
@@ -576,8 +636,12 @@ class BridgeRun:
 
     weights is lambda_m and batches the number of rows, in the order of Lambda's fields. p_next: the
     share of documents in which the text stands before its picture and tokens get the NEXT picture.
-    caption_noise: see caption_documents; wordless: see interleaved_documents. pool_...: how many
-    pictures are drawn and encoded, once.
+    caption_noise: see caption_documents; wordless: see interleaved_documents; clutter: see
+    shapes.background. pool_...: how many pictures are drawn and encoded, once.
+
+    glyph_weights and glyph_batches are the same of binding documents and of captions of glyphs, of
+    `classes` classes (None: every one); ways, bursts: see glyph_documents. A dataset of weight 0 is
+    left out, and so are its pictures.
     """
 
     optimiser: OptimiserConfig = OptimiserConfig(steps=1800, rate=3e-3, alpha_rate=10.0)
@@ -594,6 +658,13 @@ class BridgeRun:
     pool_pairs: int = 4000
     pool_clips: int = 1200
     seed: int = 0
+    glyph_weights: tuple[float, ...] = field(default=(0.0, 0.0), metadata=LATER)
+    glyph_batches: tuple[int, ...] = field(default=(48, 64), metadata=LATER)
+    ways: tuple[int, ...] = field(default=(2, 3, 4, 4), metadata=LATER)
+    bursts: float = field(default=1.0, metadata=LATER)
+    classes: int | None = field(default=None, metadata=LATER)
+    pool_glyphs: int = field(default=60_000, metadata=LATER)
+    clutter: int = field(default=0, metadata=LATER)
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
@@ -603,8 +674,16 @@ class BridgeRun:
         check_at_least(self, 1, "batches", "pictures", "pool_per_class", "pool_pairs", "pool_clips")
         check_at_least(self, int(self.wordless > 0), "pool_per_turned")
         check_range(self, 0, 1, "p_next", "caption_noise", "wordless")
-        check_at_least(self, 0, "seed")
-        check_weights(Lambda(*self.weights)._asdict())
+        check_at_least(self, 0, "seed", "clutter")
+        check_lengths(self, len(GLYPHS), "glyph_weights", "glyph_batches")
+        check_weights(self.mixture())
+        check_at_least(self, 1, "glyph_batches", "classes", "pool_glyphs")
+        check_at_least(self, 1, "ways")
+        check_range(self, 0, 1, "bursts")
+
+    def mixture(self):
+        """{dataset: lambda_m}."""
+        return dict(zip((*Lambda._fields, *GLYPHS), (*self.weights, *self.glyph_weights)))
 
 
 class BridgeStage(Stage):
@@ -620,19 +699,38 @@ class BridgeStage(Stage):
         self.config, self.strategy = config, config.strategy
         self.model = assemble(config.model, paths["lm"], paths["vision"], config.seed)
         self.frozen = {n: runs.file_digest(p) for n, p in paths.items()}
-        self.weights = Lambda(*config.weights)._asdict()
-        self.batches = Lambda(*config.batches)._asdict()
+        self.weights = learned(config.mixture())
+        self.batches = dict(zip(config.mixture(), (*config.batches, *config.glyph_batches)))
+        check_vocabulary(self.model.config.lm, any(config.glyph_weights))
         self.progress = progress
+
+    def bar(self, work):
+        """Show how the drawing goes on."""
+        return tqdm(work, desc="pictures") if self.progress else work
 
     @cached_property
     def pool(self):
         """Pictures of the training split and their features; drawn when first asked for."""
-        bar = (lambda work: tqdm(work, desc="pictures")) if self.progress else (lambda work: work)
         c = self.config
         return datasets.Pool.draw(
             self.model.vision_encoder, [c.seed, 2], "train", c.pool_per_class, c.pool_pairs,
-            c.pool_clips, datasets.SEEN, c.pool_per_turned, bar, distinct=False,
+            c.pool_clips, datasets.SEEN, c.pool_per_turned, self.bar, distinct=False,
+            clutter=c.clutter,
         )  # fmt: skip
+
+    @cached_property
+    def glyph_pool(self):
+        """The same of glyphs."""
+        c, classes = self.config, glyphs.classes("train", self.config.classes)
+        return glyph_documents.GlyphPool.draw(
+            self.model.vision_encoder, [c.seed, 3], classes, max(1, c.pool_glyphs // len(classes)),
+            self.bar, distinct=False,
+        )  # fmt: skip
+
+    def features(self, batch):
+        """What the frozen encoder saw in a batch's pictures, [B, N, T, S, D_v]."""
+        pool = self.glyph_pool if batch.source == "glyphs" else self.pool
+        return getattr(pool, batch.source)[batch.pictures]
 
     def identity(self):
         return super().identity() | {"frozen": self.frozen}
@@ -642,6 +740,12 @@ class BridgeStage(Stage):
 
     def draw(self, dataset, rng):
         c, B = self.config, self.batches[dataset]
+        if dataset == "glyphs":
+            return glyph_documents.glyph_documents(
+                self.glyph_pool, B, rng, c.pictures, c.ways, c.bursts
+            )
+        if dataset == "glyph_captions":
+            return glyph_documents.glyph_captions(self.glyph_pool, B, rng)
         if dataset == "captions":
             return datasets.caption_documents(self.pool, B, 1, rng, noise=c.caption_noise)
         if dataset == "pairs":
@@ -657,11 +761,11 @@ class BridgeStage(Stage):
         return int((batch.targets[:, 1:] != IGNORED).sum())
 
     def loss(self, batch):
-        features = getattr(self.pool, batch.source)[batch.pictures]
+        features = self.features(batch)
         phi = compute_phi(batch.tokens, IMAGE, batch.use_next)
         media = self.model.resampler(features)
         loss, count = 0.0, self.count(batch)
-        for rows, L in _by_length(batch.tokens):
+        for rows, L in by_length(batch.tokens):
             tokens, targets = batch.tokens[rows, : L - 1], batch.targets[rows, 1:L]
             logits = self.model.read(tokens, media[rows], phi[rows, : L - 1])
             share = np.asarray((targets != IGNORED).sum() / count, features.dtype)
@@ -672,7 +776,7 @@ class BridgeStage(Stage):
         save_flamingo(path, self.model)
 
 
-def _by_length(tokens):
+def by_length(tokens):
     """Neighbouring rows of one length: yield (slice, length). Reading them apart, without the
     padding that longer rows bring, saves a tenth of a step."""
     lengths = (tokens != PAD).sum(axis=1)

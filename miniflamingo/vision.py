@@ -407,8 +407,12 @@ class ContrastiveModel(Module):
         """The mean of the words, projected."""
         return l2_normalise(self.text_proj(self.text_encoder(tokens)))
 
-    def forward(self, pixels, tokens, label_smoothing=0.0):  # -> the loss, []
-        """pixels [B, height, width, 3], tokens int[B, L]; row i of one belongs to row i of both."""
+    def forward(self, pixels, others, label_smoothing=0.0):  # -> the loss, []
+        """pixels [B, height, width, 3], others: tokens int[B, L], or other pictures of the same
+        things, [B, height, width, 3]; row i of one belongs to row i of both."""
         inverse_temperature = exp(self.log_inverse_temperature)
-        images, texts = self.embed_images(pixels), self.embed_texts(tokens)
-        return contrastive_loss(images, texts, inverse_temperature, label_smoothing=label_smoothing)
+        images, embed = self.embed_images(pixels), self.embed_texts
+        if np.ndim(others) == 4:
+            embed = self.embed_images
+        smoothing = dict(label_smoothing=label_smoothing)
+        return contrastive_loss(images, embed(others), inverse_temperature, **smoothing)

@@ -1,6 +1,7 @@
 """The course. `source/` holds the modules, `student/` and `teacher/` their two renderings.
 
-A notebook starts with `from miniflamingo.course import check, show, source`: no set-up code.
+A notebook starts with `from miniflamingo.course import check, guess, show, source, told`: no set-up
+code.
 """
 
 from miniflamingo import command, rooms
@@ -12,5 +13,6 @@ if __name__ == "notebooks":  # seen from the repository's root, where it is no p
 else:
     from .checks import check
     from .display import show, source
+    from .guesses import guess, told
 
-__all__ = ["check", "show", "source"]
+__all__ = ["check", "guess", "show", "source", "told"]

@@ -1,4 +1,4 @@
-"""Module 10's experiment: six small bridges that differ in one choice each.
+"""Module 11's experiment: six small bridges that differ in one choice each.
 
     python -m miniflamingo.course.ablations      all rows, three seeds -> data/ablations.json
     python -m miniflamingo.course.ablations --seeds 1 --steps 100 --out runs/ablations.json

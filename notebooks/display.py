@@ -42,11 +42,16 @@ def _small_png(figure):
 
 
 def source(thing):
-    """Show the library's own source of a function or class, with the file it stands in."""
+    """Show the library's own source of a function or class, folded, under the file it stands in.
+
+    Folded, because it is the answer to many an exercise.
+    """
     thing = inspect.unwrap(thing)
     code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-    path = path_of(thing.__module__) + ".py"
-    _markdown(f"`{path}`\n```python\n{code}\n```", code)
+    lines, path = code.count("\n") + 1, path_of(thing.__module__) + ".py"
+    name = f"<code>{thing.__qualname__}</code> in <code>{path}</code>, {lines} lines"
+    folded = f"<details><summary>{name}</summary>\n\n```python\n{code}\n```\n\n</details>"
+    _markdown(folded, f"{path}\n{code}")
 
 
 def _markdown(text, plain):

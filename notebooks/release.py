@@ -10,13 +10,19 @@ which cannot do without right answers. `leaks` says what that guarantees.
 In nbgrader's tree each module is an assignment. A stub's cell is a `solution` cell; a check's cell
 is an autograded `grade` cell, locked, worth a point for each star of its exercise. What makes it
 fail is a hidden test, so that the student's "Run all" does not stop there.
+
+Answer and check share a process there: checks/untouched.py says what a cell can do about that.
 """
 
 import ast
+import io
 import re
 import shutil
 import sys
+import textwrap
+import tokenize
 import zipfile
+from difflib import SequenceMatcher
 
 import nbformat
 
@@ -27,13 +33,15 @@ from . import render, timings
 
 ROOT = render.HERE.parent
 OUT = ROOT / "out"
-HELPERS = ("__init__.py", "ablations.py", "display.py", "triton_cpu.py", "widgets.py")
+HELPERS = ("__init__.py", "ablations.py", "display.py", "guesses.py", "imitation.py",
+           "triton_cpu.py", "widgets.py")  # fmt: skip
 COPIED = ("miniflamingo", "kernels", "LICENSE", "requirements.txt", "pyproject.toml",
           *(f"notebooks/{name}" for name in (*HELPERS, "checks", "data", "student")))  # fmt: skip
 KNOWS_ANSWERS = ("miniflamingo/", "kernels/", "notebooks/checks/")  # the library and its judges
 EXERCISE = re.compile(r"^### Exercise (\d+\.\d+): .+\n\n([★☆]{3}) ", re.MULTILINE)
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = "...  # your code"
+LIKE, RUN, SHORT = 0.5, 4, 30  # a share of tokens, tokens in a row, tokens
 STUB_LINE = re.compile(r"^([ \t]+)\.\.\.[^\n]*", re.MULTILINE)
 CONFIG = f"""c = get_config()  # noqa: F821  nbgrader defines it
 c.CourseDirectory.course_id = "miniflamingo"
@@ -57,14 +65,17 @@ def write_release(folder):
             shutil.copy(ROOT / name, target)
     readme = (render.HERE / "README_students.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(readme.replace("{modules}\n", _modules()), encoding="utf-8")
-    if found := list(leaks(folder)):
+    found = list(leaks(folder))
+    for path in timings.sources():
+        found += [f"{path.stem}: {line}" for line in (*shown_early(path), *unfolded(path))]
+    if found:
         raise Failed(f"solutions in the release: {some(found, '; ')}")
 
 
 def _modules():
     for_all = map(timings.describe, timings.sources())
     return "".join(
-        f"| [{m.title}](notebooks/student/{m.path.stem}.ipynb) | {m.minutes} | "
+        f"| [{m.title}](notebooks/student/{m.path.stem}.ipynb) | {m.minutes} | {m.more or '–'} | "
         f"{', '.join(m.needs) or '–'} |\n" for m in for_all
     )  # fmt: skip
 
@@ -97,6 +108,48 @@ def leaks(folder):
             found = (set().union(*wanted.values()) - public) & lines
             found |= wanted.get(path.stem, set()) & cells
             yield from (f"{name}: {line}" for line in sorted(found))
+
+
+def shown_early(path):
+    """Yield a line for each exercise whose answer the library's source shows before its check."""
+    cells = render.read_source(path).cells
+    shown, number, origins = {}, None, {}
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            number = next(iter(re.findall(r"^### Exercise (\d+\.\d+)", cell.source, re.M)), number)
+        elif "solution" in render.tags(cell):
+            for name, code in shown.items():
+                if (share := likeness(cell.source, code)) >= LIKE:
+                    yield f"source({name}) stands before exercise {number} and is {share:.0%} of it"
+        else:
+            shown |= timings.shown_source(cell.source, origins)
+
+
+def likeness(answer, code):
+    """The share of an answer's tokens that stand in other code, in runs of RUN and more.
+
+    0 for an answer of fewer than SHORT tokens: any code has them.
+    """
+    a, b = _tokens(answer), _tokens(code)
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return sum(m.size for m in blocks if m.size >= RUN) / len(a) if len(a) >= SHORT else 0.0
+
+
+def _tokens(code):
+    """The tokens of Python code that do something: no comment, no text, no layout."""
+    found = tokenize.generate_tokens(io.StringIO(textwrap.dedent(code)).readline)
+    kept = tokenize.NAME, tokenize.OP, tokenize.NUMBER
+    return [token.string for token in found if token.type in kept]
+
+
+def unfolded(path):
+    """Yield a line for each cell of a student's notebook that shows Python code unfolded."""
+    notebook = nbformat.read(render.HERE / "student" / f"{path.stem}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            text = output.get("data", {}).get("text/markdown", "")
+            if "```python" in re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL):
+                yield f"cell {cell.id} shows the library's source unfolded"
 
 
 def _cells(path):
@@ -174,7 +227,7 @@ def _defined(cell):
 
 
 def _check_call(code):
-    """The call `check("6.1", f)` that a cell makes as a statement, or None."""
+    """The call `check("7.1", f)` that a cell makes as a statement, or None."""
     for node in ast.parse(code).body:
         call = getattr(node, "value", None)
         is_call = isinstance(node, ast.Expr) and isinstance(call, ast.Call)

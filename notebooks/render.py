@@ -12,8 +12,13 @@ source/NN_name.py is py:percent. Tags of a cell decide where it goes:
     volatile   its output may differ from run to run (times): the check only wants it to have run,
                and rendering again keeps the committed output while the cell is the same (--fresh
                runs it anew)
+    reveal     what a guess is compared with: it runs in both, and the student's rendering has none
+               of its output, which comes with the reader's own run
+    notes      for whoever teaches: only in teacher/
+    quiz       questions and their answers: only in teacher/, and in one file with the others
 
-A cell must not write to stderr (no warning reaches a reader) and must not print a memory address.
+After the header both get a cell that says what to install (alone.py). A cell must not write to
+stderr (no warning reaches a reader) and must not print a memory address.
 """
 
 import base64
@@ -37,8 +42,11 @@ from PIL import Image
 from miniflamingo.command import Parser, exclude, in_processes, run_command, whole
 
 HERE = Path(__file__).resolve().parent
-LEFT_OUT = {"teacher": "exercise", "student": "solution"}  # rendering -> the tag it leaves out
-TAGS = {"exercise", "solution", "target", "volatile"}
+LEFT_OUT = {  # rendering -> the tags that it leaves out
+    "teacher": {"exercise"},
+    "student": {"solution", "notes", "quiz"},
+}
+TAGS = {"exercise", "solution", "target", "volatile", "reveal", "notes", "quiz"}
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -54,6 +62,8 @@ ENVIRONMENT = {
         os.environ.get("NOTEBOOK_THREADS", "1"),
     ),
 }
+ALONE = (HERE / "alone.py").read_text("utf-8").split('"""\n', 1)[1].strip()
+FOLDED = {"jupyter": {"source_hidden": True}}
 SECONDS = 300  # most for one cell that a student wrote
 PATIENCE = 1800  # for one of ours: the slowest takes 30 s of a processor that others may share
 PIXEL, SHARE = 48, 0.005  # a pixel differs by more than 48 of 255; more than 0.5 % of them do
@@ -98,13 +108,24 @@ def render(path):
             student.cells[i], name, png = _target(cell, outputs[cell.id])
             pictures[name] = png
     execute(student, HERE / "student")
+    for cell in student.cells:
+        if "reveal" in tags(cell):
+            cell.outputs = []
     return {"teacher": teacher, "student": student}, pictures
 
 
 def _rendering(path, kind):
     notebook = read_source(path)
-    notebook.cells = [cell for cell in notebook.cells if LEFT_OUT[kind] not in tags(cell)]
+    notebook.cells = cells_of(notebook, kind)
     return notebook
+
+
+def cells_of(notebook, kind):
+    """The cells of a source that a rendering has; behind the header, what alone.py says."""
+    cells = [cell for cell in notebook.cells if not LEFT_OUT[kind] & tags(cell)]
+    number = cells[0].id.split("-")[0]
+    return [cells[0], nbformat.v4.new_code_cell(ALONE, id=f"{number}-alone", metadata=FOLDED),
+            *cells[1:]]  # fmt: skip
 
 
 def _target(cell, outputs):

@@ -1,8 +1,13 @@
-"""Measure the modules of the course, and say in the README and in their headers what was measured.
+"""How long the modules of the course take, in the README and in their headers.
 
     python -m miniflamingo.course.timings            all modules
     python -m miniflamingo.course.timings 06         one of them
-    python -m miniflamingo.course.timings --table    write the README's table, measure nothing
+    python -m miniflamingo.course.timings --table    measure nothing, write what is counted
+
+The reader's minutes are counted from the source: words, lines of code and of the library, figures,
+guesses, and what the exercises say of themselves (`RATES`). Headings that end with (optional), and
+what stands below them, are no part of the core path. `--table` writes the minutes into the headers
+and the README's table.
 
 Measuring runs every code cell of both renderings, one thread, and adds up the processor time of the
 kernel and its children. It writes timings.json, the sentence "Computing takes about N seconds of
@@ -16,6 +21,8 @@ import os
 import platform
 import re
 import sys
+import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,8 +45,21 @@ MARKERS = (
     "<!-- modules: made by `python -m miniflamingo.course.timings --table` -->\n",
     "<!-- end -->",
 )
-HEAD = """| module | asks | needs | computing | minutes | explains |
-|---|---|---|---|---|---|
+TIME = re.compile(
+    r"(?<=\*\*Time:\*\* )about (\d+) minutes(?:.*?, and (\d+) for .*?)?(?=\.)", re.DOTALL
+)
+RATES = {  # a minute of reading: so many words, ...; assumed, not measured
+    "words": 200,
+    "code": 10,  # lines of a notebook's code that are no exercise
+    "library": 20,  # lines of what source() shows
+    "figures": 2,
+    "guesses": 1,
+}
+STEP = 5  # minutes that a header is rounded to
+HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
+EXERCISE = re.compile(r"[★☆]{3} · (\d+) minutes")
+HEAD = """| module | asks | needs | computing | minutes | more | explains |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -64,7 +84,7 @@ def chosen(numbers=()):
 def measure(path, kind):
     """Run a rendering's code cells: {"processor_seconds", "wall_seconds"}; kind as in render."""
     notebook = render.read_source(path)
-    left_out = {render.LEFT_OUT[kind]} | ({"target"} if kind == "student" else set())
+    left_out = render.LEFT_OUT[kind] | ({"target"} if kind == "student" else set())
     cells = [cell for cell in notebook.cells
              if cell.cell_type == "code" and not left_out & render.tags(cell)]  # fmt: skip
     probes = [nbformat.v4.new_code_cell(PROBE, id=name) for name in ("before", "after")]
@@ -130,6 +150,95 @@ def with_claim(text, measured):
     return SENTENCE.sub(lambda found: f"{found[1]}{seconds}{found[3]}{noun}", text, count=1)
 
 
+# --- the reader's minutes -------------------------------------------------------------------------
+
+
+def amounts(path):
+    """{False: of the core path, True: of what is optional}, each {"words", "code", ...: how many}.
+
+    "exercises" is the sum of the minutes that they state.
+    """
+    found = {part: Counter() for part in (False, True)}
+    cells, origins, headings = render.read_source(path).cells, {}, {}
+    for cell in cells:
+        if not {"solution", "notes", "quiz"} & render.tags(cell):
+            for text in _sections(cell):
+                if cell.cell_type == "markdown" and (heading := HEADING.match(text)):
+                    level = len(heading[1])
+                    headings = {n: title for n, title in headings.items() if n < level}
+                    headings[level] = heading[2]
+                optional = any(title.endswith("(optional)") for title in headings.values())
+                found[optional].update(_amounts(cell, text, origins))
+    return found
+
+
+def _sections(cell):
+    """A Markdown cell's text, cut before its headings; any other cell's as a whole."""
+    if cell.cell_type != "markdown":
+        return [cell.source]
+    return [text for text in re.split(r"^(?=#+ )", cell.source, flags=re.MULTILINE) if text]
+
+
+def _amounts(cell, text, origins):
+    if cell.cell_type == "markdown":
+        return {"words": len(text.split()), "exercises": sum(map(int, EXERCISE.findall(text)))}
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    names = [getattr(call.func, "id", "") for call in calls]
+    sources = shown_source(text, origins).values()
+    counted = Counter(
+        figures=names.count("show"),
+        guesses=names.count("guess"),
+        library=sum(code.count("\n") + 1 for code in sources),
+    )
+    if not {"check", "guess", "source"} & set(names) and "exercise" not in render.tags(cell):
+        counted["code"] = len([line for line in text.splitlines() if line.strip()])
+    return counted
+
+
+def shown_source(code, origins):
+    """{dotted name: source} of what a cell shows by source(); origins gains what it imports."""
+    tree, shown = ast.parse(code), {}
+    for node in ast.walk(tree):
+        origins |= _imported(node)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "source":
+            name = _dotted(node.args[0], origins)
+            shown[name] = _definition(name)
+    return shown
+
+
+def _definition(name):
+    """The source of the function or class of a dotted name; "" for one that is not in our files."""
+    text = (ROOT / file).read_text(encoding="utf-8") if (file := _file(name)) else ""
+    body, found = ast.parse(text).body, ""
+    for part in name.removesuffix(".fn").split("."):
+        for node in body:
+            if getattr(node, "name", None) == part:
+                body, found = node.body, ast.get_source_segment(text, node, padded=True)
+    return found
+
+
+def minutes(amount):
+    """The reader's minutes of amounts, not rounded."""
+    return sum(amount[what] / rate for what, rate in RATES.items()) + amount["exercises"]
+
+
+def with_minutes(path):
+    """A source's text, its header's minutes counted anew."""
+    core, more = (STEP * round(minutes(amount) / STEP) for amount in amounts(path).values())
+    said = f"about {core} minutes"
+    said += f" for the core path, and {more} for what is marked optional" if more else ""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"\*\*Time:\*\* (about.*?\.)[\s#]+(Computing[^.]*\.)", text, re.DOTALL)
+    if not found:
+        raise ValueError(f"{path.name}: its header has no `**Time:** about N minutes. Computing`")
+    lines = textwrap.fill(
+        f"**Time:** {said}. {' '.join(found[2].replace('#', ' ').split())}", 100,
+        initial_indent="# ", subsequent_indent="# ",
+    ).removeprefix("# ")  # fmt: skip
+    return text[: found.start()] + lines + text[found.end() :]
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 
@@ -142,7 +251,8 @@ class Module:
     question: str
     objectives: str  # what a reader can do afterwards, parted by semicolons
     needs: tuple  # numbers of earlier modules
-    minutes: int
+    minutes: int  # of the core path
+    more: int  # of what is optional
     files: tuple  # paths of the library, from the repository's root, in the order of appearance
 
     @property
@@ -163,19 +273,22 @@ def describe(path):
         return " ".join(found[1].split())
 
     number = path.stem.split("_")[0]
+    part("time", TIME.pattern)
+    minutes, more = TIME.search(text).groups()
     return Module(
         path,
         part("title", r"\A# (\d\d [^\n]+)"),
         part("question", r"\*\*The question: (.+?)\*\*"),
         part("objectives", r"After this module you can\n\n- (.+?)\n\n").replace("; - ", "; "),
         _numbers(part("prerequisites", r"\*\*You need:\*\* (.+?)(?:\n\n|\Z)"), number),
-        int(part("time", r"\*\*Time:\*\* about (\d+) minutes")),
+        int(minutes),
+        int(more or 0),
         tuple(_files(cells)),
     )
 
 
 def _numbers(text, own):
-    """The modules before `own` that a text names, as in "module 01", "modules 02 and 04 to 06"."""
+    """The modules before `own` that a text names, as in "module 01", "modules 03 and 05 to 07"."""
     numbers = set()
     for phrase in re.findall(r"modules? (\d\d(?:(?:, | and |, and | to )\d\d)*)", text):
         for first, last in re.findall(r"(\d\d)(?: to (\d\d))?", phrase):
@@ -211,10 +324,15 @@ def _imported(node):
 
 def _shown(expression, origins):
     """The file of what is shown, of an expression such as `xattn.compute_phi`; none if unknown."""
-    first, *rest = ast.unparse(expression).split(".")
-    name = ".".join([origins.get(first, first), *rest])
+    name = _dotted(expression, origins)
     if name.startswith("miniflamingo."):
         yield from filter(None, [_file(name)])
+
+
+def _dotted(expression, origins):
+    """The dotted name of an expression such as `xattn.compute_phi`, from where it is defined."""
+    first, *rest = ast.unparse(expression).split(".")
+    return ".".join([origins.get(first, first), *rest])
 
 
 def _file(name):
@@ -247,6 +365,7 @@ def row(module, timings):
         ", ".join(module.needs) or "–",
         seconds,
         str(module.minutes),
+        str(module.more) if module.more else "–",
         ", ".join(map(link, module.files)) or "–",
     ]
     return f"| {' | '.join(cells)} |\n"
@@ -291,7 +410,7 @@ def parser():
     """The command line's grammar."""
     top = Parser(prog="python -m miniflamingo.course.timings", description=__doc__)
     top.add_argument("modules", nargs="*", help="numbers or names, such as 06; all by default")
-    top.add_argument("--table", action="store_true", help="write the table, measure nothing")
+    top.add_argument("--table", action="store_true", help="measure nothing, write what is counted")
     return top
 
 
@@ -308,6 +427,9 @@ def run(arguments):
     paths, timings = chosen(arguments.modules), read()
     for path in () if arguments.table else paths:
         print(update(path, timings), flush=True)
+    for path in paths:
+        if (new := with_minutes(path)) != path.read_text(encoding="utf-8"):
+            write_atomically(path, new.encode())
     write_atomically(README, with_table(README.read_text(encoding="utf-8")).encode())
     return 0
 

@@ -1,7 +1,8 @@
-"""Triton for modules 11 to 13: interpreted, on CPU tensors, also where there is a GPU.
+"""Triton for modules 12 to 14: interpreted, on CPU tensors, also where there is a GPU.
 
 Import it before anything of `kernels`: TRITON_INTERPRET counts only if it is set before Triton is
-first imported. `Watch` sees every address that a kernel touches, which no GPU shows.
+first imported. Where Triton does not exist, `imitation` takes its place. `Watch` sees every address
+that a kernel touches, which no GPU shows.
 """
 
 import inspect
@@ -10,6 +11,10 @@ import os
 
 from miniflamingo.kernels import unavailable
 
+from . import imitation
+
+if imitation.missing():
+    imitation.install()
 if unavailable():
     raise ImportError(f"this module runs Triton kernels, and {unavailable()}")
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,8 +29,9 @@ if not INTERPRET.value:
 
 from triton.runtime.interpreter import InterpreterError, interpreter_builder
 
-__all__ = ["Watch", "altered", "fenced", "tl", "torch", "triton"]
+__all__ = ["IMITATED", "Watch", "altered", "fenced", "tl", "torch", "triton"]
 FENCE = 1024  # elements on either side
+IMITATED = triton.__version__ == imitation.VERSION  # whether this is no Triton
 
 
 def fenced(array):
@@ -65,11 +71,16 @@ class Watch:
     no element of any of the tensors, in words, or None. Where it lies in a tensor's fence it is
     let through, as a GPU might; anywhere else it ends the run (`ended`), and the `with` block ends
     quietly.
+
+    What a load's mask leaves out is undefined unless `other=` says what it is. The interpreter
+    takes 0; with `watch.undefined = {name: number}` it takes that for loads from these tensors.
+    fills: {name: what `other=` was there}.
     """
 
     def __init__(self, **tensors):
         self.tensors = {name: _Extent(tensor) for name, tensor in tensors.items()}
         self.loads, self.stores, self.fault, self.ended = [], [], None, False
+        self.undefined, self.fills = {}, {}
 
     def __enter__(self):
         load, store = (
@@ -77,9 +88,11 @@ class Watch:
             interpreter_builder.create_masked_store,
         )
 
-        def watched_load(pointers, mask, *rest):
+        def watched_load(pointers, mask, other, *rest):
             self._see(self.loads, "reads", pointers, mask)
-            return load(pointers, mask, *rest)
+            loaded = load(pointers, mask, other, *rest)
+            self._fill(loaded, pointers, mask, other)
+            return loaded
 
         def watched_store(pointers, value, mask, *rest):
             self._see(self.stores, "writes", pointers, mask)
@@ -97,6 +110,16 @@ class Watch:
     def count(self, accesses, *names):
         """How many elements of the named tensors stand in loads or stores, each time counted."""
         return sum(len(offsets) for _, name, offsets in accesses if name in names)
+
+    def _fill(self, loaded, pointers, mask, other):
+        """Note what fills the lanes that a load's mask leaves out, or fill them."""
+        at, mask = np.broadcast_arrays(pointers.data, mask.data)
+        places = at[mask] if mask.any() else at.ravel()
+        name = next((n for n, t in self.tensors.items() if t.holds(places[0])), None)
+        if other is not None:
+            self.fills[name] = other.data.flat[0]
+        elif name in self.undefined:
+            loaded.data = np.where(mask, loaded.data, loaded.data.dtype.type(self.undefined[name]))
 
     def _see(self, accesses, verb, pointers, mask):
         program = interpreter_builder.grid_idx[0]

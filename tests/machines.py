@@ -2,8 +2,9 @@
 
     python -m tests.machines                    every setting
     python -m tests.machines nehalem strange    these alone
-    python -m tests.machines --turn 2/4         the second quarter; --turn commit/4: another quarter
-                                                with every commit, the first where there is no git
+    python -m tests.machines --turn 2/4         the second quarter, and where this processor can run
+                                                nothing of it the next that it can; --turn commit/4:
+                                                another with every commit, the first without git
     python -m tests.machines --list             what each setting changes; runs nothing
 
 A setting is an environment and the jobs that run in it. Before that, a small program multiplies
@@ -101,7 +102,7 @@ JOBS = {
         *without(*(f"kernels/{name}" for name in KERNELS_SYSTEM)),
     ),
     "compare": Job(("-m", "miniflamingo", "compare"), count_comparisons, r"^ *(.*FAILED)"),
-    "torch's notebooks": notebooks("11", "12", "13", "14"),
+    "torch's notebooks": notebooks("12", "13", "14", "15"),
 }  # fmt: skip
 
 
@@ -301,8 +302,9 @@ def place(setting):
 WIDTHS = "{:<16} {:<18} {:>6} {:>6} {:>7} {:>7}  {}"
 
 
-def table(settings):
-    """Run the settings and print a row for each job; the exit code."""
+def table(settings, others=()):
+    """Run the settings and print a row for each job; the exit code. Where the processor can run
+    none of them, the first of the others that it can."""
     plain, reason = ask({})
     if reason:
         raise SystemExit(f"test-machines: error: {reason}")
@@ -312,6 +314,8 @@ def table(settings):
         WIDTHS.format("setting", "what", "passed", "failed", "skipped", "seconds", "first failure")
     )
     results = [result for setting in settings for result in rows(setting, plain)]
+    for setting in others:
+        results = results or rows(setting, plain)  # until one runs
     for setting, job, result in results:
         if result.failure:
             print(f"\n--- {setting}, {job}\n{result.output}")
@@ -383,7 +387,7 @@ def main(argv=None):
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return table(chosen)
+        return table(chosen, () if turns == 1 else SETTINGS[which:] + SETTINGS[: which - 1])
     except KeyboardInterrupt:
         print("test-machines: stopped", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ODD = os.fsdecode("späces and ä".encode())  # a folder's name, also where names are ASCII
 SECONDS = 180  # most that a test waits for anything, on a machine that is busy
 
 

@@ -169,7 +169,7 @@ def test_a_summary_is_the_median_and_the_range_over_the_seeds():
 
 def test_the_readme_quotes_the_shipped_seeds():
     seeds = json.loads((training.WEIGHTS / "flamingo" / "seeds.json").read_text("utf-8"))
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parent.parent / "miniflamingo" / "README.md").read_text("utf-8")
     for row in cards.summary(seeds):
         assert row in readme
 

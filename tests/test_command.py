@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from miniflamingo import command
 from miniflamingo.__main__ import KERNELS
 from tests.processes import (
+    ODD,
     ROOT,
     Command,
     assert_interrupted,
@@ -26,11 +28,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 
 def needs(words):
-    """Skips where a command's packages are not installed."""
+    """Skips where a command's packages are not installed, or Triton cannot work."""
     module, command = f"{words} -".split()[:2]
     package = "triton" if command in KERNELS else "nbclient" if "course" in module else "numpy"
     if not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")
+    if command == "compile" and str(ROOT) != str(ROOT).encode("utf-8", "replace").decode():
+        pytest.skip("Triton takes no folder whose name is not text in this environment")
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -67,6 +71,32 @@ def test_a_long_list_shows_ten_names():
     lines = command.one_line("30 faults:\n" + "\n".join(f"  {i}" for i in range(30)))
     assert lines == "30 faults: 0; 1; 2; 3; 4; 5; 6; 7; 8; 9, ... and 20 more"
     assert command.some(range(3)) == "0, 1, 2"
+
+
+def test_what_the_terminal_cannot_show_is_no_error():
+    code = "import sys; from miniflamingo import command;"
+    code += "sys.exit(command.run_command('x', lambda: print('\\ufffd \\xe4 \\udcff')))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for encoding in ("", "ascii", "cp1252", "ascii:strict"):
+        environment = {**os.environ, **plain, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True
+        )
+        shown = b"\\ufffd \xe4" if encoding == "cp1252" else b"\\ufffd \\xe4"
+        assert done.returncode == 0 and done.stderr == b""
+        assert done.stdout.strip() == shown + b" \\udcff"
+
+
+def test_a_folder_that_triton_cannot_name_is_said(tmp_path):
+    needs("miniflamingo compile")
+    names = ("miniflamingo", "kernels", "notebooks")
+    copy = tmp_path / ODD
+    for name in names:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(copy)}
+    started = Command("miniflamingo", "compile", cwd=tmp_path, **plain)
+    code, out, err = started.end()
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "start Python with -X utf8" in err
 
 
 def test_a_reader_that_leaves_is_no_error():

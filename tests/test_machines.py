@@ -82,6 +82,23 @@ def test_the_turn_goes_on_with_every_commit_and_needs_no_history_and_no_git():
     assert m.turn("3/4") == (3, 4) and m.turn("commit/4")[1] == 4
 
 
+def test_a_turn_that_this_processor_cannot_run_goes_to_the_next(monkeypatch, capsys):
+    ran = []
+
+    def rows(setting, plain):
+        ran.append(setting.name)
+        if setting.needs == "AVX512F":
+            return []
+        return [(setting.name, "rooms", m.Result((1, 0, 0), 1.0, "", ""))]
+
+    monkeypatch.setattr(m, "rows", rows)
+    monkeypatch.setattr(m, "ask", lambda variables: (PLAIN, None))
+    assert m.main(["--turn", "1/9"]) == 0 and ran == ["skylakex", "nehalem"]
+    assert m.main(["--turn", "3/9"]) == 0 and ran[2:] == ["haswell"]
+    assert m.main(["skylakex"]) == 1 and ran[3:] == ["skylakex"]
+    assert "0 jobs ran" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "4", "a/4", "commit/0", "-1/4"])
 def test_a_turn_that_does_not_exist_is_refused(text, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -150,7 +167,7 @@ ERROR tests/test_c.py::test_d
 RENDER = """00_start_here: ok, 8 s
 01_attention: differs, 9 s
   teacher: cell 01-004: stdout: committed '0.1', now '0.2'
-02_the_perceiver: differs, 1 s
+03_the_perceiver: differs, 1 s
   a second
 """
 COMPARE = """  one image    bf16  backward   nan  1.6e-03    nan  FAILED

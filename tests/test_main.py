@@ -192,8 +192,8 @@ def test_demo_takes_all_steps_or_some(capsys):
 def small_pool(monkeypatch):
     draw = training.datasets.Pool.draw
 
-    def few(encoder, seed, split, *sizes, distinct):
-        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1, distinct=distinct)
+    def few(encoder, seed, split, *sizes, **others):
+        return draw(encoder, seed, split, 2, 8, 4, sizes[3], 1, **others)
 
     monkeypatch.setattr(training.datasets.Pool, "draw", few)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from miniflamingo.rooms import FOLDERS, path_of
+from tests.pages import PAGES, text_of
 
 ROOT = Path(__file__).parent.parent
 SITE = "notebooks/site/requirements.txt"
@@ -41,11 +42,11 @@ def test_the_package_asks_for_what_the_requirements_name():
 
 
 def test_every_requirement_has_a_range_and_a_reason():
-    readme = (ROOT / "README.md").read_text("utf-8")
+    page = text_of("miniflamingo/INSTALL.md")
     for requirement in requirements() + requirements(SITE):
         assert re.search(r"==|>=.*,<", requirement), f"{requirement} has no tested range"
         row = rf"^\| {name_of(requirement)} \|.*\w.*\|$"
-        assert re.search(row, readme, re.M | re.I), f"the README gives no reason for {requirement}"
+        assert re.search(row, page, re.M | re.I), f"INSTALL.md gives no reason for {requirement}"
 
 
 def imports(path):
@@ -94,13 +95,14 @@ def test_the_wheel_has_every_room_of_the_library(packed):
 def test_the_wheel_has_what_runs_and_nothing_of_a_teachers(packed):
     data = {name for name in packed if not name.endswith(".py")}
     assert {"miniflamingo/weights/flamingo/model.safetensors", "miniflamingo/worlds/digits.npz",
+            "miniflamingo/worlds/glyphs.npz",
             "miniflamingo/real/weights/model.safetensors", "miniflamingo/real/weights/card.md",
             "miniflamingo/kernels/results/compiled.json",
             "miniflamingo/course/data/ablations.json",
             "miniflamingo/course/data/others_faults.json"} <= data  # fmt: skip
     assert not [name for name in packed if re.search("teacher|student|source/|site/|ipynb", name)]
     assert all(name.startswith("miniflamingo/") for name in packed)  # no name of others
-    assert sum((ROOT / _in_repository(name)).stat().st_size for name in packed) < 14e6
+    assert sum((ROOT / _in_repository(name)).stat().st_size for name in packed) < 15e6
 
 
 def _in_repository(name):
@@ -118,13 +120,15 @@ def test_the_source_archive_is_told_of_every_folder():
         assert name in manifest, f"MANIFEST.in leaves out {name}"
 
 
-def test_what_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
-        assert (ROOT / path).exists(), f"README.md links to {path}, which does not exist"
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_names_exists(name):
+    for path in re.findall(r"\]\(([\w./-]+)\)", text_of(name)):
+        found = (PAGES[name].parent / path).resolve()
+        assert found.exists(), f"{name} links to {path}, which does not exist"
+        assert found.is_relative_to(ROOT), f"{name} links to {path}, which is not of the project"
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
-    for target in re.findall(r"`make ([\w-]+)", readme):
-        assert target in targets, f"README.md names `make {target}`, which does not exist"
+    for target in re.findall(r"(?:`|^    )make ([\w-]+)", text_of(name), re.M):
+        assert target in targets, f"{name} names `make {target}`, which does not exist"
 
 
 def test_make_clean_removes_what_make_has_made(tmp_path):
@@ -140,8 +144,9 @@ def test_make_clean_removes_what_make_has_made(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_the_readme_s_python_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+def test_the_pages_python_runs(capsys):
+    blocks = [code for name in PAGES for code in
+              re.findall(r"```python\n(.*?)```", text_of(name), re.S)]  # fmt: skip
     for code in blocks:
         # what a block imports; torch's blocks use the kernels
         needed = {"torch": "triton", "transformers": "transformers"}
@@ -150,7 +155,7 @@ def test_the_readme_s_python_runs(capsys):
         ]
         if all(map(find_spec, used)):
             exec(code, {})
-    assert blocks and "[[0 1 1 1 2 2 2 2]]" in capsys.readouterr().out
+    assert len(blocks) == 3 and "[[0 1 1 1 2 2 2 2]]" in capsys.readouterr().out
 
 
 def leaves_its_encoding_to_the_locale(call):

@@ -23,11 +23,13 @@ import pytest
 
 from miniflamingo import __main__ as miniflamingo_main
 from miniflamingo import demo, evaluation, training
+from miniflamingo.cost import scaling
 from miniflamingo.worlds import datasets, shapes
 from tests.interop import made
+from tests.pages import PAGES
 
 ROOT = Path(__file__).parent.parent
-READMES = ("README.md", "notebooks/README.md", "notebooks/README_students.md")
+READMES = (*PAGES, "notebooks/README_students.md")
 PROGRAMS = r"make|python[\d.]*|torchrun|pip|jupyter|nbgrader"
 COMMAND = re.compile(rf"(?:\w+=\S+\s+)*(?:\.venv/bin/)?(?:{PROGRAMS})\s+\S.*")
 
@@ -75,8 +77,12 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo inspect idefics-9b --plot gates.png": "tests/interop/"
     "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
+    "python -m miniflamingo ablate --run runs/ablate": "tests/ablations/test_commands.py",
+    "python -m miniflamingo limits": "tests/test_limits.py",
+    "python -m miniflamingo limits --json limits.json": "tests/test_limits.py",
     "python -m miniflamingo real": "tests/real/test_page.py, with small parts",
     "python -m miniflamingo real fetch": "tests/real/test_parts.py, with small parts",
+    "python -m miniflamingo real front": "tests/real/test_page.py, with small parts",
     "python -m miniflamingo real table": "tests/real/test_page.py",
     "python -m miniflamingo real table --write": "tests/real/test_page.py compares the README",
     "python -m miniflamingo real train --run runs/real/0 --seed 0": "tests/real/test_page.py, "
@@ -85,8 +91,29 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "test_page.py, with small parts",
     "python -m miniflamingo real ship runs/real/0 runs/real/figures.json": "tests/real/"
     "test_page.py, with small parts",
+    "python -m miniflamingo real without --run runs/real/without --json without.json": "tests/real/"
+    "test_without.py, with small parts",
+    "python -m miniflamingo real speed --json speed.json": "tests/real/test_without.py",
+    "python -m miniflamingo real examples --json miniflamingo/real/results/examples.json": "tests/"
+    "real/test_examples.py, with small parts",
     'python -m miniflamingo generate --real --image photo.jpg --text "What is this?"': "tests/real/"
     "test_page.py, with small parts",
+    "python -m miniflamingo fewshot": "tests/fewshot/test_commands.py",
+    "python -m miniflamingo fewshot train runs/glyphs/0 --seed 0": "tests/fewshot/"
+    "test_commands.py, with small models",
+    "python -m miniflamingo fewshot measure runs/glyphs/0 --json runs/glyphs/figures.json": "tests/"
+    "fewshot/test_commands.py, with small models",
+    "python -m miniflamingo fewshot train runs/glyphs/0 --seed 0 --torch": "tests/fewshot/"
+    "test_commands.py, with small models",
+    "python -m miniflamingo fewshot measure runs/glyphs/0 runs/glyphs/1 runs/glyphs/2 "
+    "runs/glyphs/3 runs/glyphs/4 --split test --json figures.json": "tests/fewshot/"
+    "test_commands.py, with small models",
+    "python -m miniflamingo fewshot table --write": "tests/fewshot/test_commands.py",
+    "python -m miniflamingo fewshot experiment classes --out runs/glyphs --json "
+    "classes.json": "tests/fewshot/test_commands.py, with small models",
+    "python -m miniflamingo fewshot table": "tests/fewshot/test_commands.py",
+    "python -m miniflamingo.worlds.glyph_masks": "tests/worlds/test_glyphs.py draws a part",
+    "python -m miniflamingo.worlds.glyph_masks --write": "tests/worlds/test_glyphs.py compares",
     "python -m pytest": "these tests",
     "python -m pytest -n 2 --dist loadfile": "these tests",
     "python -m pytest tests/course": "these tests",
@@ -104,8 +131,11 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 }
 # a list of commands, or a reference to one
 NAMED = {
+    "python -m miniflamingo ablate",
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
-    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | inspect",
+    "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | plan | scaling | "
+    "inspect",
+    "python -m miniflamingo plan",
     "python -m miniflamingo bench-generate [--json FILE] [--larger]",
     'python -m miniflamingo generate --weights FOLDER_OR_FILE --text "The capital of France is"',
     "python -m miniflamingo inspect CHECKPOINT [--plot FILE.png]",
@@ -136,6 +166,10 @@ RUN_HERE = {
     'python -m miniflamingo generate --image a.png --text "what color ?"',
     'python -m miniflamingo generate --weights smollm2.gguf --text "The capital of France is"',
     "python -m miniflamingo inspect runs/flamingo --plot gates.png",
+    "python -m miniflamingo plan --fsdp2",
+    "python -m miniflamingo plan --model 80B --devices 16 --device h200",
+    "python -m miniflamingo plan --paper",
+    "python -m miniflamingo scaling",
     "python -m miniflamingo ship runs/0 runs/1 runs/2",
     "python -m miniflamingo sizes",
     "python -m miniflamingo train flamingo --lm runs/lm --vision runs/vision --out runs/flamingo",
@@ -147,6 +181,8 @@ RUN_HERE = {
     "python -m miniflamingo train vision --seed 0 --out runs/0/vision",
     "python -m miniflamingo.course.ablations",
     "python -m miniflamingo.course.ablations --seeds 1 --steps 100 --out runs/ablations.json",
+    "python -m miniflamingo.course.quiz",
+    "python -m miniflamingo.course.quiz 06",
     "python -m miniflamingo.course.release",
     "python -m miniflamingo.course.release --nbgrader",
     "python -m miniflamingo.course.render",
@@ -271,6 +307,9 @@ def shrink(patch, tmp_path):
 
     patch.setattr(miniflamingo_main, "Evaluation", brief)
     patch.setattr(demo, "Evaluation", brief)
+    case = scaling.CASES["self-attention"]
+    small = dataclasses.replace(case, sizes=((4, 8), (4, 8)))
+    patch.setattr(scaling, "CASES", {case.name: small})
     train_live = demo.train_live
     patch.setattr(demo, "train_live", lambda folder, steps, bar: live(train_live, folder, steps))
 
@@ -285,7 +324,7 @@ def live(train_live, folder, steps):
 
 def shrink_kernels(patch):
     """The same for the commands of kernels."""
-    from miniflamingo.kernels.model import step
+    from miniflamingo.kernels.model import resident, step
     from miniflamingo.kernels.tools import bench, bench_generate, compare, predict
     from miniflamingo.kernels.tools import compile as compiler
 
@@ -301,6 +340,8 @@ def shrink_kernels(patch):
     patch.setattr(bench_generate, "write_table", lambda: 0)
     patch.setattr(predict, "predict_case", lambda case: predict.committed()["records"][:1])
     patch.setattr(step, "measure", lambda steps: {"numpy": 2.0, "torch": 1.0, "ratio": 2.0})
+    held = dict.fromkeys(("frozen weights", "trained weights", "gradients", "moments"), 8)
+    patch.setattr(resident, "measure", lambda *args: [held, held])
     patch.setattr(compiler, "missing", lambda: None)
     sizes = ("sm_90", {"num_warps": 4}, 0, 100, 0, 0, 1, 1, {})
     result = compiler.Compiled("_forward", "bf16", 64, 64, *sizes)
@@ -310,11 +351,12 @@ def shrink_kernels(patch):
 
 def shrink_notebooks(patch, tmp_path):
     """The same for the commands of notebooks."""
-    from miniflamingo.course import ablations, release, render, slides, timings
+    from miniflamingo.course import ablations, quiz, release, render, slides, timings
     from miniflamingo.course.site import build
 
     for module in (release, slides):
         patch.setattr(module, "OUT", tmp_path / "out")
+    patch.setattr(quiz, "OUT", tmp_path / "out")
     for name in ("copy_mathjax", "copy_reveal"):
         patch.setattr(slides.vendor, name, lambda folder: folder.mkdir(exist_ok=True))
     patch.setattr(build, "ROOT", tmp_path)
@@ -345,7 +387,7 @@ def inputs(words):
             Path(path).mkdir()
 
 
-NEEDS = {"--weights": "gguf", "bench-generate": "transformers"}
+NEEDS = {"--weights": "gguf", "bench-generate": "transformers", "--fsdp2": "triton"}
 
 
 @pytest.mark.parametrize("command", sorted(RUN_HERE))
@@ -358,7 +400,7 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
         pytest.skip(f"{needed} is not installed")
     monkeypatch.chdir(tmp_path)
     shrink(monkeypatch, tmp_path)
-    if is_kernels:
+    if is_kernels or "--fsdp2" in options:
         shrink_kernels(monkeypatch)
     if "course" in module:
         shrink_notebooks(monkeypatch, tmp_path)

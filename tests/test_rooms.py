@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from miniflamingo import rooms
+from tests.processes import ODD, ROOT
 
-ROOT = Path(__file__).parent.parent
 BOTH = sorted(rooms.FOLDERS.values())
 THEIRS = """__version__ = "9.9"
 from .layer import get_kernel
@@ -22,11 +22,10 @@ def run_python(code, folder, *paths):
     """What a program prints that is started in `folder`, a line each; paths are searched, too."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True,
-        encoding="utf-8",
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return os.fsdecode(done.stdout).splitlines()
 
 
 @pytest.fixture
@@ -106,13 +105,13 @@ def test_a_copy_imports_its_own(tmp_path):
     """Also where another checkout is installed, as it is where these tests run."""
     ignore = shutil.ignore_patterns("weights", "__pycache__", "student", "teacher", "results")
     for name in ("miniflamingo", *BOTH):
-        shutil.copytree(ROOT / name, tmp_path / "ä b" / name, ignore=ignore)
+        shutil.copytree(ROOT / name, tmp_path / ODD / name, ignore=ignore)
     names = ["miniflamingo", "miniflamingo.kernels.commands", "miniflamingo.course.timings"]
     if not importlib.util.find_spec("jupytext"):
         names.pop()
     code = f"import {', '.join(names)}, sys\nfor name in {names}: print(sys.modules[name].__file__)"
-    for file in run_python(code, "/", tmp_path / "ä b"):
-        assert Path(file).is_relative_to(tmp_path / "ä b"), file
+    for file in run_python(code, "/", tmp_path / ODD):
+        assert Path(file).is_relative_to(tmp_path / ODD), file
 
 
 def test_what_is_installed_inside_the_package_is_taken_there(tmp_path, monkeypatch):
@@ -135,3 +134,16 @@ def test_what_is_installed_inside_the_package_is_taken_there(tmp_path, monkeypat
 )
 def test_names_and_paths(module, path):
     assert rooms.path_of(module) == path and rooms.name_of(path) == module
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_another_checkout_on_the_path_gives_way_too(name, others, tmp_path):
+    """Its folder of the same name is no more the other project's package than our own is."""
+    second = tmp_path / "checkout" / name
+    second.mkdir(parents=True)
+    shutil.copy(ROOT / name / "__init__.py", second)
+    code = f"import miniflamingo, {name}; print({name}.get_kernel())"
+    assert run_python(code, ROOT, ROOT, second.parent, others) == ["theirs"]
+    if not installed_elsewhere(name):
+        code = f"import miniflamingo, {name}; print({name}.__version__)"
+        assert run_python(code, ROOT, ROOT, second.parent) == ["0"]

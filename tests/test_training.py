@@ -35,7 +35,7 @@ from miniflamingo.training import (
     step_weights,
 )
 from miniflamingo.vision import VisionConfig
-from miniflamingo.worlds import grammar
+from miniflamingo.worlds import glyph_texts, grammar
 from miniflamingo.worlds.datasets import IGNORED
 
 SMALL_LM = LanguageConfig(len(grammar.TOKENIZER), dim=16, depth=1, heads=2)
@@ -676,6 +676,7 @@ def test_bridge_refuses_what_cannot_work(wrong, message):
         (LanguageRun, {"batch": 0, "long_share": 0.0}, "batch must be at least 1"),
         (LanguageRun, {"length": 4}, "length must be at least 5"),
         (LanguageRun, {"any_keys": -0.1}, r"any_keys must be in 0\.\.1"),
+        (LanguageRun, {"noise": -0.1}, r"noise must be at least 0"),
         (LanguageRun, {"model": None}, "model must be LanguageConfig, got None"),
         (VisionRun, {"batch": 1}, "batch must be at least 2"),
         (VisionRun, {"text_dim": 6}, "text_dim must be a multiple of 4"),
@@ -769,3 +770,96 @@ def test_a_lock_follows_no_link_and_takes_nobodys_file(tmp_path):
     with pytest.raises(ValueError, match="cannot write to the folder"):
         training.Run(Quadratic({"a": 1.0}), out, resume=True)
     assert not (tmp_path / "elsewhere").exists()
+
+
+# --- glyphs ---------------------------------------------------------------------------------------
+
+GLYPH_LM = replace(SMALL_LM, vocab_size=len(glyph_texts.TOKENIZER))
+FEW = {"classes": 12, "glyph_batches": (8, 4), "pool_glyphs": 60}
+
+
+@pytest.fixture(scope="module")
+def of_both(tmp_path_factory):
+    """A language model and an eye that have learned of shapes and of glyphs."""
+    folder = tmp_path_factory.mktemp("both")
+    one = OptimiserConfig(steps=1)
+    lm = LanguageStage(LanguageRun(one, GLYPH_LM, batch=8, weights=(1.0, 0.5)))
+    vision = VisionRun(one, batch=8, weights=(1.0, 0.5), glyph_batch=6, classes=12)
+    for stage in (lm, VisionStage(vision)):
+        Run(stage, folder / stage.name).train(progress=False)
+        assert len(log_of(folder / stage.name)[0]["losses"]) == 2
+    return {"lm": folder / "lm", "vision": folder / "vision"}
+
+
+def test_noise_is_a_share_of_the_embeddings_and_changes_the_loss_alone():
+    plain, noisy = (LanguageStage(LanguageRun(model=SMALL_LM, batch=8, noise=n)) for n in (0, 0.3))
+    (one, none), (other, noise) = (s.draw("text", np.random.default_rng(4)) for s in (plain, noisy))
+    assert none is None and np.array_equal(one, other)
+    B, L = other.shape
+    size = np.sqrt((noisy.model.embedding.weight.data**2).mean())
+    assert noise.shape == (B, L - 1, SMALL_LM.dim) and noise.dtype == np.float32
+    assert noise.std() == pytest.approx(0.3 * size, rel=0.02)
+    batch = noisy.draw("text", np.random.default_rng(4))
+    assert noisy.loss(batch).data != plain.loss(batch._replace(noise=None)).data
+
+
+def test_one_bridge_learns_of_shapes_and_of_glyphs(of_both, tmp_path):
+    stage = bridge(of_both, 2, glyph_weights=(1.0, 0.5), **FEW)
+    assert Run(stage, tmp_path).train(progress=False)
+    record = log_of(tmp_path)[-1]
+    assert list(record["losses"]) == ["documents", "captions", "pairs", "clips", *training.GLYPHS]
+    weighted = record["weighted"]["glyph_captions"]
+    assert weighted == pytest.approx(0.5 * record["losses"]["glyph_captions"])
+
+
+def test_of_a_world_of_weight_0_nothing_is_drawn(of_both, tmp_path):
+    alone = bridge(of_both, 2, weights=(0.0,) * 4, glyph_weights=(1.0, 1.0), **FEW)
+    assert Run(alone, tmp_path / "glyphs").train(progress=False)
+    assert "pool" not in vars(alone) and alone.glyph_pool.glyphs.shape[0] == 60
+    without = bridge(of_both, 2)
+    assert Run(without, tmp_path / "shapes").train(progress=False)
+    assert "glyph_pool" not in vars(without) and "pool" in vars(without)
+    assert VisionStage(VisionRun()).classes is None
+
+
+def test_glyphs_need_their_words(trained):
+    for make in (
+        lambda: LanguageStage(LanguageRun(model=SMALL_LM, weights=(0.0, 1.0))),
+        lambda: bridge(trained, glyph_weights=(1.0, 0.0), **FEW),
+    ):
+        with pytest.raises(ValueError, match=f"at least {GLYPH_LM.vocab_size} words, got"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "config, wrong",
+    [
+        (LanguageRun, {"weights": (1.0,)}), (LanguageRun, {"weights": (0.0, 0.0)}),
+        (VisionRun, {"weights": (1.0, -1.0)}), (VisionRun, {"classes": 1}),
+        (VisionRun, {"glyph_batch": 1}), (BridgeRun, {"bursts": 1.5}), (BridgeRun, {"ways": (0,)}),
+        (BridgeRun, {"glyph_weights": (1.0,)}), (BridgeRun, {"classes": 0}),
+    ],
+)  # fmt: skip
+def test_settings_of_glyphs_that_cannot_work_are_refused(config, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
+        config(**wrong)
+
+
+def test_a_run_from_before_there_were_glyphs_goes_on(tmp_path):
+    stage = language_stage(steps=4)
+    run = Run(stage, tmp_path, checkpoint_every=2)
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
+        for _ in range(2):
+            log.write(json.dumps(run.step()) + "\n")
+        log.flush()
+        run.save(log)
+    run.lock.release()
+
+    def older(state, metadata):
+        config = json.loads(metadata["config"])
+        del config["weights"]
+        metadata["config"] = json.dumps(config)
+
+    forge(tmp_path / "checkpoint.safetensors", older)
+    assert Run(language_stage(steps=4), tmp_path, resume=True).train(progress=False)
+    assert len(log_of(tmp_path)) == 4

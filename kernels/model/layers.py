@@ -890,11 +890,13 @@ class LanguageModel(nn.Module):
         x = F.embedding(tokens, table)
         return x if self.positions is None else x + self.positions[start:][: tokens.shape[1]]
 
-    def forward(self, tokens, cache=None, last=False):  # int [B, L] -> logits [B, L, V]
-        """cache: a KeyValueCache for each block, whose tokens came before; last: [B, 1, V]."""
+    def forward(self, tokens, cache=None, last=False, noise=None):  # int [B, L] -> [B, L, V]
+        """Logits. cache: a KeyValueCache for each block, whose tokens came before; last: [B, 1, V];
+        noise [B, L, D] is added to the embedded tokens."""
         cache = cache or [None] * len(self.blocks)
         start = cache[0].length if cache[0] else 0
         x = self.embed(tokens, self.embedding.weight, start)
+        x = x if noise is None else x + noise
         bias, turned = self.causality(tokens.shape[1], start), self.turned(x, start)
         for block, kept in zip(self.blocks, cache):
             x = block(x, None, bias, kept, turned)
@@ -967,11 +969,16 @@ class ContrastiveModel(nn.Module):
         twin.to(next(iter(state.values())).dtype).load_state_dict(state)
         return twin
 
-    def forward(self, pixels, tokens):  # -> images, texts [B, D] of unit length, temperature []
-        images = self.image_proj(self.vision_encoder(pixels).mean(dim=1))
-        texts = self.text_proj(self.text_encoder(tokens))
+    def embed_images(self, pixels):  # [B, height, width, 3] -> [B, D], unit length
+        return F.normalize(self.image_proj(self.vision_encoder(pixels).mean(dim=1)), dim=-1)
+
+    def embed_texts(self, tokens):  # int [B, L] -> [B, D], unit length
+        return F.normalize(self.text_proj(self.text_encoder(tokens)), dim=-1)
+
+    def forward(self, pixels, others):  # -> images, others [B, D] of unit length, temperature []
+        embed = self.embed_images if others.ndim == 4 else self.embed_texts
         temperature = self.log_inverse_temperature.exp()
-        return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), temperature.squeeze()
+        return self.embed_images(pixels), embed(others), temperature.squeeze()
 
 
 # --- Flamingo -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ backward are torch's.
 """
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,14 @@ class Aligned(nn.Module):
     def forward(self, features, vectors):  # -> the loss, []
         media = self.resampler(features[:, None, None]).mean(2).squeeze(1)
         images, texts = F.normalize(media[:, : self.dim], dim=-1), F.normalize(vectors, dim=-1)
-        logits = self.log_inverse_temperature.exp() * images @ texts.T
-        own = torch.arange(len(images))
-        return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+        return contrastive(images, texts, self.log_inverse_temperature.exp())
+
+
+def contrastive(images, texts, inverse_temperature, label_smoothing=0.0):  # [B, D] * 2 -> []
+    """The twin of miniflamingo.vision.contrastive_loss."""
+    logits, own = inverse_temperature * images @ texts.T, torch.arange(len(images))
+    cross_entropy = partial(F.cross_entropy, target=own, label_smoothing=label_smoothing)
+    return cross_entropy(logits) + cross_entropy(logits.T)
 
 
 def _aligned(model):
@@ -101,7 +107,8 @@ def _aligned_loss(twin, batch):
     return twin(*(torch.from_numpy(x) for x in batch))
 
 
-def _flamingo(model):
+def flamingo(model):
+    """The twin of a Flamingo, without storage."""
     with torch.device("meta"):
         return layers.Flamingo(model.config)
 
@@ -119,12 +126,8 @@ def _flamingo_loss(twin, batch):
 
 def see(twin, places, stills, clips):
     """As miniflamingo.real.stages.see."""
-    media = []
-    for grids in (x for x in (stills, clips) if len(x)):
-        with torch.no_grad():
-            features = twin.vision_encoder.widen(torch.from_numpy(grids).float())
-        media.append(twin.resampler(features[:, None]).squeeze(1))
-    return torch.cat(media)[places]
+    seen = [twin.resampler(torch.from_numpy(x)[:, None]) for x in (stills, clips) if len(x)]
+    return torch.cat(seen).squeeze(1)[places]
 
 
-TWINS = {"warm": (_aligned, _aligned_loss), "real": (_flamingo, _flamingo_loss)}
+TWINS = {"warm": (_aligned, _aligned_loss), "real": (flamingo, _flamingo_loss)}

@@ -64,7 +64,7 @@ class TorchStep:
 
     def loss(self, batch):
         """BridgeStage.loss in torch."""
-        features = torch.from_numpy(getattr(self.stage.pool, batch.source)[batch.pictures])
+        features = torch.from_numpy(self.stage.features(batch))
         phi = torch.from_numpy(compute_phi(batch.tokens, IMAGE, batch.use_next))
         tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
         logits = self.model.read(tokens[:, :-1], self.model.resampler(features), phi[:, :-1])
@@ -80,7 +80,7 @@ def measure(steps=20):
     sides = {"torch": TorchStep(stage), "numpy": NumpyStep(stage)}
     rng, seconds = np.random.default_rng(0), {name: [] for name in sides}
     for i in range(steps + 1):
-        batches, losses = {name: stage.draw(name, rng) for name in stage.weights}, {}
+        batches, losses = {n: stage.draw(n, rng) for n, w in stage.weights.items() if w}, {}
         for name, side in sorted(sides.items(), reverse=bool(i % 2)):
             start = time.perf_counter()
             losses[name] = side(batches)

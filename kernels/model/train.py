@@ -76,10 +76,12 @@ class TextLoss(nn.Module):
 
     def rows(self, batch, rows):
         """Some rows of a drawn batch, as forward's arguments."""
-        return batch[rows, :-1], np.where(batch == PAD, IGNORED, batch)[rows, 1:]
+        tokens = batch.tokens[rows]
+        noise = () if batch.noise is None else (batch.noise[rows],)
+        return tokens[:, :-1], np.where(tokens == PAD, IGNORED, tokens)[:, 1:], *noise
 
-    def forward(self, tokens, targets):
-        return _summed_loss(self.model(tokens), targets)
+    def forward(self, tokens, targets, noise=None):
+        return _summed_loss(self.model(tokens, noise=noise), targets)
 
 
 class ContrastiveLoss(nn.Module):
@@ -131,7 +133,7 @@ class BridgeLoss(nn.Module):
 
     def __init__(self, stage, mesh, backend):
         super().__init__()
-        self.pool, self.backend = stage.pool, backend
+        self.features, self.backend = stage.features, backend
         self.model = layers.Flamingo.from_numpy(stage.model)
         self.model.vision_encoder = None
 
@@ -143,7 +145,7 @@ class BridgeLoss(nn.Module):
     def rows(self, batch, rows):
         """Some rows of a drawn batch, as forward's arguments."""
         phi = compute_phi(batch.tokens, IMAGE, batch.use_next)[rows, :-1]
-        features = getattr(self.pool, batch.source)[batch.pictures[rows]]
+        features = self.features(batch._replace(pictures=batch.pictures[rows]))
         return batch.tokens[rows, :-1], batch.targets[rows, 1:], phi, features
 
     def forward(self, tokens, targets, phi, features):
@@ -332,7 +334,7 @@ class ShardedRun:
 
     def own_rows(self, name, batch):
         """This process's rows of a batch, every world-th one, as tensors on its device."""
-        rows = len(batch[0] if isinstance(batch, tuple) else batch)
+        rows = len(batch[0])
         if rows < self.world:
             raise ValueError(f"a batch of {name} has {rows} rows, for {self.world} processes")
         arrays = self.module.rows(batch, slice(self.rank, None, self.world))

@@ -1,7 +1,7 @@
 """The same random models generate in transformers and here, in one run: seconds and memory.
 
     python -m miniflamingo bench-generate [--json FILE] [--larger]
-    python -m miniflamingo bench-generate --table    results/generate.json into the README
+    python -m miniflamingo bench-generate --table    results/generate.json into the table
 
 Three sides: transformers, the NumPy model, and its torch twin. Each works in a process of its own,
 fresh for every round, with the same weights from the same files; the sides take turns, so that
@@ -32,7 +32,7 @@ from miniflamingo.interop.streaming import load
 
 COMMAND = "python -m miniflamingo bench-generate"
 RESULTS = Path(__file__).parents[1] / "results" / "generate.json"
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "miniflamingo" / "interop" / "README.md"
 MARKERS = (
     "<!-- generate: made by `python -m miniflamingo bench-generate --table` -->\n",
     "<!-- end of generate -->",
@@ -119,7 +119,7 @@ def _numpy(name, folder, threads, new):
         speaker = Speaker(model, PROMPT + most, pixels, clock)
         tokens = list(speak(speaker, ids, phi, most, clock=clock))
     prefill = clock.spent.get("eye", 0) + clock.spent["prefill"]
-    return _result(tokens, prefill, clock.spent["tokens"], new)
+    return result(tokens, prefill, clock.spent["tokens"], new)
 
 
 def _torch(name, folder, threads, new):
@@ -133,7 +133,7 @@ def _torch(name, folder, threads, new):
     with torch.inference_mode():
         for most in (2, new):
             seconds, tokens = _write(torch, layers, twin, name, most)
-    return _result(tokens, seconds[0], seconds[1] - seconds[0], new)
+    return result(tokens, seconds[0], seconds[1] - seconds[0], new)
 
 
 def _twin(torch, kind, model):
@@ -167,13 +167,31 @@ def _transformers(name, folder, threads, new):
     torch.set_num_threads(threads)
     model = getattr(transformers, MODELS[name][1]).from_pretrained(folder).eval()
     model.generation_config.eos_token_id = None
-    arguments, seconds = _arguments(torch, name), {}
-    for most in (2, 1, new):
-        start = time.perf_counter()
+    arguments = _arguments(torch, name)
+    for most in (2, new):
+        written = Written()
         with torch.inference_mode():
-            tokens = model.generate(**arguments, max_new_tokens=most, do_sample=False)
-        seconds[most] = time.perf_counter() - start
-    return _result(tokens[0, PROMPT:].tolist(), seconds[1], seconds[new] - seconds[1], new)
+            model.generate(**arguments, max_new_tokens=most, do_sample=False, streamer=written)
+    first, last = written.seconds[0], written.seconds[-1]
+    return result(written.tokens, first, last - first, new)
+
+
+class Written:
+    """A streamer for generate(): every token, and the seconds since the start when it came."""
+
+    def __init__(self):
+        self.start, self.seconds, self.tokens = time.perf_counter(), [], None
+
+    def put(self, ids):
+        """The prompt at first, then a token at a time."""
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.seconds.append(time.perf_counter() - self.start)
+        self.tokens += ids.tolist()
+
+    def end(self):
+        """No token follows."""
 
 
 def _transformers_alone():
@@ -198,7 +216,8 @@ def _arguments(torch, name):
     return given
 
 
-def _result(tokens, prefill, rest, new):
+def result(tokens, prefill, rest, new):
+    """What all sides answer; the seconds of `rest` are for all but the first of `new` tokens."""
     each = 1e3 * rest / (new - 1)
     return {"tokens": list(map(int, tokens)), "prefill_s": prefill, "ms_a_token": each}
 
@@ -273,7 +292,7 @@ def line(row):
 
 
 def markdown(results):
-    """The README's table, from what results/generate.json holds."""
+    """The table of interop/README.md, from what results/generate.json holds."""
     v, much = results["versions"], "round" if results["rounds"] == 1 else "rounds"
     where = (f"{results['date']}, {results['processor']}, load before it {results['load']:.1f}, "
              f"Python {results['python']}, NumPy {v['numpy']}, torch {v['torch']}, transformers "
@@ -282,26 +301,23 @@ def markdown(results):
 
 
 def write_table():
-    """Put the table into the README; returns the exit code."""
+    """Put the table into interop/README.md; returns the exit code."""
     text = markdown(json.loads(RESULTS.read_text("utf-8")))
-    head, rest = README.read_text("utf-8").split(MARKERS[0])
-    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1], "utf-8")
+    outputs.put_between(README, MARKERS, text)
     return 0
 
 
 def about(rounds, new, load):
-    """Where, when and with what it was measured."""
+    """Where, when, how and with what it was measured."""
+    how = {"rounds": rounds, "new_tokens": new, "prompt": PROMPT, "images": IMAGES, "load": load}
+    return machine() | how
+
+
+def machine():
+    """Where, when and with what something is measured."""
     packages = ("numpy", "torch", "transformers")
     return {
         "date": date.today().isoformat(), "machine": platform.machine(),
-        "processor": _processor(), "python": platform.python_version(),
+        "processor": outputs.processor(), "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "rounds": rounds, "new_tokens": new, "prompt": PROMPT, "images": IMAGES, "load": load,
     }  # fmt: skip
-
-
-def _processor():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -35,7 +35,6 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import tempfile
 from collections import Counter
@@ -212,6 +211,8 @@ def missing():
     """What this machine lacks to compile, in one line; None if nothing."""
     if INTERPRET.value:
         return "compiling needs a process of its own with TRITON_INTERPRET=0"
+    if __file__ != __file__.encode("utf-8", "replace").decode():  # names are ASCII to this Python
+        return f"Triton takes no folder of the name {__file__!a}: start Python with -X utf8"
     backends = Path(triton.__file__).parent / "backends"
     needed = [_tool("cuobjdump"), _tool("nvdisasm"), backends / "amd" / "compiler.py"]
     absent = [str(path) for path in needed if not path.exists()]
@@ -458,5 +459,7 @@ def print_table(cases, json):
 
 
 def _cpu_seconds():
+    import resource  # not on Windows, where the rest of this file can be read
+
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

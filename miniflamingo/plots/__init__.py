@@ -8,6 +8,7 @@ says something a number or a word says it too, for print in black and white.
 
 from miniflamingo.plots.attention import plot_areas, plot_attention, plot_turns, plot_weights  # noqa: F401
 from miniflamingo.plots.evaluation import plot_dots, plot_episode, plot_shots  # noqa: F401
+from miniflamingo.plots.fewshot import plot_never_seen, plot_settings  # noqa: F401
 from miniflamingo.plots.gates import (  # noqa: F401
     plot_gate,
     plot_gated_block,
@@ -24,6 +25,8 @@ from miniflamingo.plots.phi import (  # noqa: F401
     plot_reach,
     plot_work_list,
 )
+from miniflamingo.plots.plan import plot_plan  # noqa: F401
+from miniflamingo.plots.scaling import plot_scaling  # noqa: F401
 from miniflamingo.plots.sizes import (  # noqa: F401
     plot_inserted,
     plot_memory,
@@ -54,6 +57,7 @@ from miniflamingo.plots.triton import (  # noqa: F401
     plot_products,
     plot_programs,
     plot_tiles,
+    plot_touched,
 )
 from miniflamingo.plots.vision import (  # noqa: F401
     plot_clip_latents,

@@ -7,19 +7,22 @@ from miniflamingo.plots.style import GREY, IMAGE_COLOURS, INK, LINES, MASKED, VI
 
 
 @styled
-def plot_episode(images, labels, candidates, scores, truth):
+def plot_episode(images, labels, candidates=(), scores=(), truth=None):
     """An episode: pictures with their labels, the query last, and how the candidates score.
 
     images [n, height, width, 3]; labels: n strings; candidates: C strings; scores [C]; truth: the
-    index of the right one. ValueError when the lengths do not fit.
+    index of the right one; without candidates, the pictures alone. ValueError when the lengths do
+    not fit.
     """
     if len(images) != len(labels) or len(candidates) != len(scores):
         raise ValueError(
             f"{len(images)} images, {len(labels)} labels, {len(candidates)} candidates, "
             f"{len(scores)} scores"
         )
-    figure = Figure((1.15 * len(images) + 3.4, 2.3), layout="constrained")
-    grid = figure.add_gridspec(1, len(images) + 1, width_ratios=[1] * len(images) + [2.6])
+    wide = [2.6] if len(candidates) else []  # the scores' panel, beside the pictures
+    figure = Figure((1.15 * len(images) + 3.4 * len(wide), 2.3), layout="constrained")
+    widths = [1] * len(images) + wide
+    grid = figure.add_gridspec(1, len(widths), width_ratios=widths)
     for i, (image, label) in enumerate(zip(images, labels)):
         axes = figure.add_subplot(grid[i])
         axes.imshow(np.clip(image, 0, 1), interpolation="nearest")
@@ -27,7 +30,8 @@ def plot_episode(images, labels, candidates, scores, truth):
         axes.set_title("query" if i == len(images) - 1 else f"shot {i + 1}", loc="center")
         width = 3 if i == len(images) - 1 else 0.8
         axes.spines[:].set(visible=True, linewidth=width, color=INK if width == 3 else GREY)
-    _draw_scores(figure.add_subplot(grid[-1]), candidates, scores, truth)
+    if wide:
+        _draw_scores(figure.add_subplot(grid[-1]), candidates, scores, truth)
     return figure
 
 
@@ -42,12 +46,12 @@ def _draw_scores(axes, candidates, scores, truth):
 
 
 @styled
-def plot_shots(curves, ceilings=None):
+def plot_shots(curves, ceilings=None, blind=None):
     """Accuracy against the number of shots, with intervals.
 
     curves {name: {shots: (accuracy, low, high)}}; ceilings {name: {shots: accuracy}}, dotted, for
-    some of the names. Curves may have different shots. ValueError for an interval that does not
-    hold its accuracy.
+    some of the names; blind: the accuracy of who names a random shot without looking. Curves may
+    have different shots. ValueError for an interval that does not hold its accuracy.
     """
     figure = Figure((6.8, 3.9), layout="constrained")
     axes, ticks = figure.subplots(), set()
@@ -65,6 +69,9 @@ def plot_shots(curves, ceilings=None):
         ticks |= {int(k) for k in shots}
     if ceilings:
         axes.plot([], [], ":", color=GREY, label="ceiling: the class was shown")
+    if blind is not None:
+        text = "blind: a random shot's name; chance"
+        axes.axhline(blind, ls=(0, (1, 4)), color=GREY, label=text)
     axes.set_xticks(np.log2(np.array(sorted(ticks)) + 1), [str(k) for k in sorted(ticks)])
     axes.set(xlabel="shots", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.grid(True)
@@ -73,12 +80,13 @@ def plot_shots(curves, ceilings=None):
 
 
 @styled
-def plot_dots(panels, reference=None, digits=2, xlabel="", limits=None):
+def plot_dots(panels, reference=None, digits=2, xlabel="", limits=None, marks=None):
     """Every measurement as a dot: panels {title: {row: [values]}}, with each row's mean in numbers.
 
     All panels have the same rows, in the order of the first, and, where given, the same `limits` of
-    the x-axis. A dashed line goes down from the mean of the row `reference`. ValueError when the
-    rows differ, or one has no value.
+    the x-axis. A dashed line goes down from the mean of the row `reference`, and a dotted one, with
+    its name, at each of marks {title: {name: x}}: chance, or what a copier reaches. ValueError when
+    the rows differ, or one has no value.
     """
     rows = list(next(iter(panels.values())))
     for title, values in panels.items():
@@ -89,6 +97,10 @@ def plot_dots(panels, reference=None, digits=2, xlabel="", limits=None):
                                      panels.items()):  # fmt: skip
         _draw_dots(axes, values, reference, digits)
         axes.set(title=title, xlabel=xlabel, xlim=limits)
+        for name, x in (marks or {}).get(title, {}).items():
+            axes.axvline(x, ls=":", lw=1.2, color=INK, zorder=0)
+            axes.annotate(name, (x, 0), (2, 2), textcoords="offset points", fontsize=7, color=INK,
+                          xycoords=("data", "axes fraction"))  # fmt: skip
     for axes in figure.axes[1:]:
         axes.set_yticklabels([])
     return figure

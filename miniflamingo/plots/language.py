@@ -29,10 +29,10 @@ from miniflamingo.plots.style import (
 
 TRAINED, FROZEN, DATA = IMAGE_COLOURS[1], PAPER, "#fbe3b0"
 PARTS = {  # part: the middle of its box, in points; its colour; its name; where it is explained
-    "vision_encoder": (182, 36, FROZEN, "vision encoder", "module 03"),
-    "resampler": (370, 36, TRAINED, "Perceiver Resampler", "module 04"),
-    "gated_xattn": (370, 138, TRAINED, "GATED XATTN-DENSE", "modules 06, 07"),
-    "lm": (520, 138, FROZEN, "LM block", "modules 01, 05"),
+    "vision_encoder": (182, 36, FROZEN, "vision encoder", "module 04"),
+    "resampler": (370, 36, TRAINED, "Perceiver Resampler", "module 05"),
+    "gated_xattn": (370, 138, TRAINED, "GATED XATTN-DENSE", "modules 07, 08"),
+    "lm": (520, 138, FROZEN, "LM block", "modules 01, 06"),
 }
 ENDS = {"pictures": (52, 36), "words": (52, 138), "next word": (672, 138)}
 ARROWS = (((88, 36), (124, 36)), ((240, 36), (305, 36)), ((370, 74), (370, 126)),
@@ -61,7 +61,7 @@ def plot_map(counts, depth):
         arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", end, start, arrowprops=arrow)
     axes.text(378, 96, "visual tokens", va="center", fontsize=8)
-    axes.text(672, 158, "module 05", ha="center", va="center", color=GREY, fontsize=8)
+    axes.text(672, 158, "module 06", ha="center", va="center", color=GREY, fontsize=8)
     legend(axes, {"frozen": FROZEN, "trained between them": TRAINED}, MARGIN, 206)
     return figure
 

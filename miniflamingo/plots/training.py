@@ -93,11 +93,12 @@ def plot_alphas(steps, alpha_xattn, alpha_dense):
 
 
 @styled
-def plot_few_shot(curves, ceilings):
+def plot_few_shot(curves, ceilings, blind=None):
     """Accuracy against the number of shots, with what can be known from the shots at all.
 
     curves {name: {shots: accuracy in 0..1}}; ceilings, the same, for some of the names: how often
-    the query's class was among the shots.
+    the query's class was among the shots; blind {name: accuracy}: who names a random shot without
+    looking, which is chance among w classes, 1 / w.
     """
     figure = Figure((6.4, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -108,7 +109,12 @@ def plot_few_shot(curves, ceilings):
         axes.plot(x, [curve[k] for k in shots], "osD^v"[i % 5], ls="-", color=colour, label=name)
         if name in ceilings:
             axes.plot(x, [ceilings[name][k] for k in shots], ":", color=colour)
+        if name in (blind or {}):
+            axes.axhline(blind[name], ls=(0, (1, 4)), color=colour)
     axes.plot([], [], ":", color=GREY, label="ceiling: the class was shown")
+    if blind:
+        text = "blind: a random shot's name; chance"
+        axes.plot([], [], ls=(0, (1, 4)), color=GREY, label=text)
     axes.set_xticks(x, [str(k) for k in shots])
     axes.set(xlabel="shots", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.grid(True)

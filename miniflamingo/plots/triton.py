@@ -125,6 +125,38 @@ def _name_item(i, image, tokens):
 
 
 @styled
+def plot_touched(tables, cell=8):
+    """Which program touches which cell of memory: one strip a tensor, one row a program.
+
+    tables {name: int[programs, cells]}: how often. Below each column stands the number of programs
+    that touch it. ValueError unless all are int [programs, cells], with the same programs.
+    """
+    tables = {name: np.asarray(table) for name, table in tables.items()}
+    shapes = [table.shape for table in tables.values()]
+    if not shapes or any(len(s) != 2 or not all(s) or s[0] != shapes[0][0] for s in shapes):
+        raise ValueError(f"tables must be int [programs, cells], the same programs, got {shapes}")
+    left, top, programs = 84, 26, shapes[0][0]
+    wide = left + sum(s[1] * cell + 3 * GAP for s in shapes) + MARGIN
+    figure, axes = canvas(max(wide, 250), top + programs * cell + 34)
+    axes.text(MARGIN, top + 5, "program 0", va="center", fontsize=7)
+    axes.text(MARGIN, top + (programs - 0.5) * cell, f"program {programs - 1}", va="center",
+              fontsize=7)  # fmt: skip
+    axes.text(MARGIN, top + programs * cell + 9, "programs", va="center", color=GREY, fontsize=7)
+    for j, (name, table) in enumerate(tables.items(), 1):
+        axes.text(left, 14, name, va="center", weight="bold")
+        wide = table.shape[1] * cell
+        axes.add_patch(Rectangle((left, top), wide, programs * cell, fc=PAPER))
+        for i, c in zip(*np.nonzero(table)):
+            place = (left + c * cell, top + i * cell)
+            axes.add_patch(Rectangle(place, cell, cell, fc=image_colour(j), ec="white", lw=0.5))
+        for c, count in enumerate((table > 0).sum(axis=0)):
+            middle = left + (c + 0.5) * cell, top + programs * cell + 9
+            axes.text(*middle, str(count), ha="center", va="center", fontsize=6)
+        left += wide + 3 * GAP
+    return figure
+
+
+@styled
 def plot_products(products, sizes, unit=1.6):
     """Matrix products as rectangles to scale, one line each: result = left · right.
 

@@ -8,6 +8,7 @@ photographs, pictures that four artists drew, and a bridge trained here.
     model       the parts and the bridge as one Flamingo
     stages      what is trained: a contrastive warm start, then the bridge
     measure     every figure, as data
+    examples    answers that are kept, with their pictures; kept.py reads them
     page        what there is to look at
 
     python -m miniflamingo real

@@ -55,6 +55,12 @@ def speak(model, words, parts, most=20, choose=greedy, rng=None, clock=None):
     with clock.on("eye"):
         ids, phi, media = read_prompt(parts, words)
         media = visual_tokens(model, media)
+    yield from go_on(model, ids, phi, media, most, choose, rng, clock)
+
+
+def go_on(model, ids, phi, media, most, choose=greedy, rng=None, clock=None):
+    """Yield the ids behind int[L] ids, which look at phi int[L] of media [1, N, R, D_m]."""
+    clock = clock or Clock()
     with clock.on("prefill"):
         cache = DecodingCache.of(model, media, len(ids) + most)
         positions = np.arange(len(ids))[None]

@@ -45,9 +45,10 @@ Medians over seeds, in brackets the widest 95 % interval over pictures.
 It names drawings in the manner of emoji, and was never trained on a photograph: see the page for
 what it says of some. Its names are a list: it describes no scene, counts nothing, and answers with
 a likely name where it does not know the thing. "Is this a ...?" it answers no better than a coin.
-Of things never seen it often knows the kind and seldom the name; it is below the eye alone where
-that can answer (the last two rows). The nearest example's name, without any bridge, is right more
-often than its own answer for invented names.
+Of things never seen it often knows the kind and seldom the name. The eye alone, which takes the
+nearest picture's answer (the last two rows), does better on things that were shown, and about as
+well or a little worse on kinds of things that were not. The nearest example's name, without any
+bridge, is right more often than its own answer for invented names.
 """
 
 

@@ -12,15 +12,18 @@ from pathlib import Path
 from miniflamingo import outputs, training
 from miniflamingo.command import Failed, Parser, a_path, real, require, whole
 from miniflamingo.demo import read_alphas
-from miniflamingo.real import card, features, measure, page, parts, stages
+from miniflamingo.real import card, examples, features, front, measure, page, parts, stages, without
 from miniflamingo.real import model as models
 from miniflamingo.real.pictures import Concepts
 from miniflamingo.real.reading import Reader
 
 MEASURE = "python -m miniflamingo real measure"
-MEMORY = {None: 1.5, "features": 1.5, "train": 3.5, "measure": 3.0}  # GB, by command
-RESULTS = models.SHIPPED / "figures.json"
-README = Path(__file__).parents[2] / "README.md"
+# GB, by command
+MEMORY = {None: 1.5, "front": 1.5, "features": 1.5, "train": 3.5, "measure": 3.0, "without": 3.5,
+          "speed": 2.5, "examples": 2.0}  # fmt: skip
+FIGURES = models.SHIPPED / "figures.json"
+RESULTS = Path(__file__).with_name("results")  # what is measured of no shipped bridge
+README = Path(__file__).with_name("README.md")
 MARKERS = (
     "<!-- real: made by `python -m miniflamingo real table --write` -->\n",
     "<!-- end of real -->",
@@ -37,6 +40,8 @@ def parser():
     commands = top.add_subparsers(dest="command")
     commands.add_parser("fetch", help="the parts, checked and unpacked")
     commands.add_parser("features", help="every picture, seen by the frozen eye")
+    command = commands.add_parser("front", help="the two pictures of the project's README")
+    command.add_argument("--to", type=a_path, default=front.FOLDER, help="the package's own")
     command = commands.add_parser("train", help="the warm start, then the bridge")
     command.add_argument("--run", type=a_path, required=True, help="folder of the run")
     command.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
@@ -51,14 +56,31 @@ def parser():
     command = commands.add_parser("measure", help="ask bridges everything")
     command.add_argument("runs", nargs="+", type=a_path, help="folders of `train`, one a seed")
     command.add_argument("--samples", type=whole(2, 2000), default=256)
-    command.add_argument("--json", type=a_path, help="write the figures to this file")
+    _add_json(command)
+    command = commands.add_parser("without", help="short trainings that leave one thing out each")
+    command.add_argument("--run", type=a_path, required=True, help="folder of the trainings")
+    command.add_argument("--seeds", type=whole(1, 100), default=1)
+    command.add_argument("--steps", type=whole(2, 10**6), default=without.STEPS)
+    command.add_argument("--samples", type=whole(2, 2000), default=without.SAMPLES)
+    command.add_argument("--threads", type=whole(1, 256), default=2)
+    _add_json(command)
+    command = commands.add_parser("speed", help="milliseconds a token, beside transformers'")
+    command.add_argument("--threads", type=whole(1, 256), default=1)
+    command.add_argument("--rounds", type=whole(1, 100), default=3)
+    _add_json(command)
+    command = commands.add_parser("examples", help="answers to keep, with their probabilities")
+    _add_json(command)
     command = commands.add_parser("table", help="the committed figures")
-    command.add_argument("--write", action="store_true", help="put them into the README, too")
+    command.add_argument("--write", action="store_true", help="put them into real/README.md, too")
     command = commands.add_parser("ship", help="what the package carries, from a finished run")
     command.add_argument("run", type=a_path, help="a folder of `train`")
     command.add_argument("figures", type=a_path, help="a file of `measure`, of this run and others")
     command.add_argument("--to", type=a_path, default=models.SHIPPED, help="the package's own")
     return top
+
+
+def _add_json(command):
+    command.add_argument("--json", type=a_path, help="write the figures to this file")
 
 
 def _add_bridge(command):
@@ -75,18 +97,18 @@ def run(argv):
         card.ship(arguments.run, arguments.figures, arguments.to)
         return 0
     require("gguf", "tokenizers")
-    outputs.check_folder(arguments.out)
+    outputs.check_folder(arguments.to if arguments.command == "front" else arguments.out)
     parts.fetch(arguments.parts)
     check_memory(MEMORY.get(arguments.command, 0.5))
-    if arguments.command is None:
+    if arguments.command in (None, "front"):
         return show(arguments)
-    if arguments.command != "fetch":
+    if arguments.command not in ("fetch", "speed", "examples"):
         encoder = features if getattr(arguments, "numpy", False) else _torch()
         features.compute(arguments.parts, work=encoder.encode_chunk)
     if arguments.command == "train":
         return 0 if train(arguments) else 130  # as after Ctrl-C
-    if arguments.command == "measure":
-        ask(arguments)
+    if arguments.command in DOCUMENTS:
+        return write(arguments)
     return 0
 
 
@@ -110,9 +132,14 @@ def _torch():
 
 
 def show(arguments):
-    """The page."""
+    """The page, or the README's pictures."""
     model, words = models.load_bridge(arguments.parts, arguments.bridge)
-    page.exhibit(model, words, arguments.parts, arguments.out, gates_of(arguments.bridge))
+    gates = gates_of(arguments.bridge)
+    if arguments.command == "front":
+        front.draw(model, words, arguments.parts, arguments.to, gates)
+        print(*(arguments.to / name for name in front.MADE), sep="\n")
+        return 0
+    page.exhibit(model, words, arguments.parts, arguments.out, gates)
     print(f"\nWhat there is to look at: {arguments.out / 'index.html'}")
     return 0
 
@@ -128,13 +155,15 @@ def gates_of(bridge):
 
 
 def table(write=False):
-    """Print the committed figures, and put them into the README where that is asked for."""
-    lines = list(measure.table(json.loads(RESULTS.read_text("utf-8"))))
+    """Print the committed figures, and put them into README.md where that is asked for."""
+    lines = [*measure.table(json.loads(FIGURES.read_text("utf-8")))]
+    for name, kind in (("without", without.table), ("speed", speed_table)):
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            lines += ["", *kind(json.loads(path.read_text("utf-8")))]
     print("\n".join(lines))
     if write:
-        head, rest = README.read_text("utf-8").split(MARKERS[0])
-        text = head + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + rest.split(MARKERS[1])[1]
-        README.write_text(text, "utf-8")
+        outputs.put_between(README, MARKERS, "\n".join(lines) + "\n")
     return 0
 
 
@@ -146,10 +175,8 @@ def train(arguments):
     it was stopped. Returns whether the last step was reached."""
     seed, out = arguments.seed, Path(arguments.run)
     warm = out / "warm" / "model.safetensors"
-    if arguments.warm_steps and not warm.is_file():
-        config = _with_steps(stages.WarmRun(seed=seed), arguments.warm_steps)
-        if not _train(stages.WarmStage(config, arguments.parts), out / "warm", arguments):
-            return False
+    if arguments.warm_steps and not warm_up(arguments, seed, warm, arguments.warm_steps):
+        return False
     config = _with_steps(stages.RealRun(scale=arguments.scale, seed=seed), arguments.steps)
     stage = stages.RealStage(config, arguments.parts, warm if arguments.warm_steps else None)
     if (out / "bridge" / "model.safetensors").is_file():
@@ -157,12 +184,21 @@ def train(arguments):
     return _train(stage, out / "bridge", arguments)
 
 
+def warm_up(arguments, seed, file, steps):
+    """The warm start, unless its file is there. Returns whether the last step was reached."""
+    if file.is_file():
+        return True
+    config = _with_steps(stages.WarmRun(seed=seed), steps)
+    return _train(stages.WarmStage(config, arguments.parts), file.parent, arguments)
+
+
 def _with_steps(config, steps):
     return replace(config, optimiser=replace(config.optimiser, steps=steps))
 
 
 def _train(stage, out, arguments):
-    stage = stage if arguments.numpy else _torch().in_torch(stage, arguments.threads)
+    if not getattr(arguments, "numpy", False):
+        stage = _torch().in_torch(stage, arguments.threads)
     outputs.check_folder(out)
     return training.Run(stage, out, True, 100, arguments.threads).train()
 
@@ -170,23 +206,84 @@ def _train(stage, out, arguments):
 # --- figures --------------------------------------------------------------------------------------
 
 
-def ask(arguments):
-    """Measure each bridge, print the table, write the JSON where that is asked for."""
-    outputs.check_file(arguments.json, MEASURE)
-    concepts, found = Concepts(Path(arguments.parts)), {}
-    for run in arguments.runs:
-        path = Path(run) / "bridge" / "model.safetensors"
-        model, words = models.load_bridge(arguments.parts, path)
-        reader = Reader(model, words, features.Features(arguments.parts, model.vision_encoder))
-        asked = measure.Measure(reader, concepts, arguments.samples)
-        found[Path(run).name] = measure.everything(asked)
-    document = {
-        "made_by": MEASURE, "samples": arguments.samples, **measure.about(),
-        "training": trained(Path(arguments.runs[0]), concepts), "runs": found,
-    }  # fmt: skip
-    print("\n".join(measure.table(document)))
+def write(arguments):
+    """Measure, print the table, write the JSON where that is asked for; returns the exit code."""
+    work, table, made_by = DOCUMENTS[arguments.command]
+    outputs.check_file(arguments.json, made_by)
+    if (found := work(arguments)) is None:
+        return 130  # as after Ctrl-C
+    document = {"made_by": made_by} | outputs.about() | found
+    print("\n".join(table(document)))
     if arguments.json:
-        outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), MEASURE)
+        indent = None if arguments.command == "examples" else 1  # tables of likelihoods are long
+        outputs.write_file(arguments.json, json.dumps(document, indent=indent).encode(), made_by)
+    return 0
+
+
+def ask(arguments):
+    """The figures of each bridge."""
+    found = {Path(run).name: measure.everything(_measure(run / "bridge", arguments))
+             for run in map(Path, arguments.runs)}  # fmt: skip
+    training = trained(Path(arguments.runs[0]), Concepts(Path(arguments.parts)))
+    return {"samples": arguments.samples, "training": training, "runs": found}
+
+
+def _measure(bridge, arguments):
+    """A Measure of the bridge in a folder."""
+    model, words = models.load_bridge(arguments.parts, bridge / "model.safetensors")
+    reader = Reader(model, words, features.Features(arguments.parts, model.vision_encoder))
+    return measure.Measure(reader, Concepts(Path(arguments.parts)), arguments.samples)
+
+
+def leave_out(arguments):
+    """Train each variant of `without` for each seed and ask it; what is trained stays. None where
+    it was stopped."""
+    found = {variant: [] for variant in without.VARIANTS}
+    for seed in range(arguments.seeds):
+        folder = Path(arguments.run) / str(seed)
+        file = folder / "warm" / "model.safetensors"
+        if not warm_up(arguments, seed, file, stages.WARM.steps):
+            return None
+        for variant in found:
+            config, warm = without.config(variant, arguments.steps, seed)
+            out = folder / variant.replace(" ", "-").replace("'", "")
+            if not (out / "model.safetensors").is_file():
+                stage = stages.RealStage(config, arguments.parts, file if warm else None)
+                if not _train(stage, out, arguments):
+                    return None
+            alphas = read_alphas(out / "log.jsonl")
+            found[variant].append(without.ask(_measure(out, arguments), alphas))
+    about = {name: getattr(arguments, name) for name in ("steps", "seeds", "samples")}
+    return about | {"runs": found}
+
+
+def speed(arguments):
+    """The figures of kernels/tools/bench_real.py."""
+    require("torch", "transformers")
+    bench = import_module("miniflamingo.kernels.tools.bench_real")
+    rows = bench.run(arguments.parts, arguments.threads, arguments.rounds)
+    about = import_module("miniflamingo.kernels.tools.bench_generate").machine()
+    return about | {"threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
+
+
+def speed_table(document):
+    """Yield the lines of a Markdown table."""
+    threads, rounds = document["threads"], document["rounds"]
+    yield (f"{document['date']}, {document['processor']}, {threads} thread{'s' * (threads > 1)}, "
+           f"medians of {rounds}:")  # fmt: skip
+    yield ""
+    yield "| | before the first token, s | ms a token | ratio |"
+    yield "|---|---|---|---|"
+    for side, row in document["rows"].items():
+        yield f"| {side} | {row['prefill_s']:.2f} | {row['ms_a_token']:.1f} | {row['ratio']:.2f} |"
+
+
+DOCUMENTS = {  # command -> what measures, how it is shown, what the file names as its maker
+    "measure": (ask, measure.table, MEASURE),
+    "without": (leave_out, without.table, without.COMMAND),
+    "speed": (speed, speed_table, "python -m miniflamingo real speed"),
+    "examples": (examples.ask, examples.lines, examples.COMMAND),
+}
 
 
 def trained(run, concepts):

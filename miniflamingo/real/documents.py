@@ -24,7 +24,7 @@ WORDS = " Question: Which words fit? Answer:"
 INVENTED = tuple(
     "dax blicket wug toma fep zorp glim nark plim quib rosk tiv vost yand kib mof sleb".split()  # noqa: SIM905
 )
-TEST_WORDS = ("trun", "gorp", "hiv", "fusk", "lemp", "drav", "snib", "crell")  # never in training
+TEST_WORDS = ("trun", "gorp", "vlem", "fusk", "lemp", "drav", "snib", "crell")  # never in training
 
 
 class Shown(NamedTuple):

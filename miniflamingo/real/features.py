@@ -120,7 +120,7 @@ class Features:
 
     def stacked(self, documents):
         """Pictures and clips by document -> places int[B, N] among the P stills and then the Q
-        clips, stills float16 [P, 1, 49, 320], clips float16 [Q, T, 49, 320].
+        clips, stills float32 [P, 1, 49, 1280], clips float32 [Q, T, 49, 1280].
 
         A picture is (concept, artist, version), a clip a tuple of such, all of one length. A
         document with fewer than N has place 0 there, which no token of it looks at.
@@ -132,6 +132,7 @@ class Features:
         places = np.zeros((len(documents), max(map(len, documents))), int)
         for row, document in zip(places, documents):
             row[: len(document)] = [next(where[not isinstance(x[1], str)]) for x in document]
-        frames = np.stack([self._grids(clip) for clip in clips]) if clips else np.zeros(0)
-        one = self._grids(stills)[:, None] if stills else np.zeros(0)
-        return places, np.float16(one), np.float16(frames)
+        none = np.zeros(0, np.float32)
+        one = self.get(stills)[:, None] if stills else none
+        frames = np.stack([self.get(clip) for clip in clips]) if clips else none
+        return places, one, frames

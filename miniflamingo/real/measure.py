@@ -5,9 +5,7 @@ concepts never seen, and what a guess, another's picture and the eye alone would
     python -m miniflamingo real table
 """
 
-import platform
 from dataclasses import dataclass
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -288,12 +286,6 @@ def everything(measure, progress=True):
     for (name, split), ask in tqdm(work.items(), "figures", disable=not progress):
         found.setdefault(name, {})[split] = ask()
     return found | {"photographs": of_photographs(m.reader)}
-
-
-def about():
-    """When, where and with what it was measured."""
-    return {"date": date.today().isoformat(), "machine": platform.machine(),
-            "python": platform.python_version(), "numpy": np.__version__}  # fmt: skip
 
 
 ROWS = {

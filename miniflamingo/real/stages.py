@@ -19,7 +19,7 @@ from miniflamingo.functional import concat, cross_entropy, exp
 from miniflamingo.module import Module, Parameter, save_tensors
 from miniflamingo.real import model as models
 from miniflamingo.real.documents import BOS, Mixture, build
-from miniflamingo.real.features import Features, save, widen
+from miniflamingo.real.features import Features, save
 from miniflamingo.real.pictures import Concepts
 from miniflamingo.tensorfile import TensorFile
 from miniflamingo.training import OptimiserConfig, Stage, check_weights
@@ -81,7 +81,7 @@ def whiten(x, rows, dim, ridge=0.3):
 @dataclass(frozen=True)
 class WarmRun:
     """Pictures against names, contrastively; noise is the share of features and of the vectors'
-    components that are left out at random."""
+    components that are left out at random: what cannot be known by heart is learned."""
 
     optimiser: OptimiserConfig = WARM
     batch: int = 128
@@ -182,8 +182,8 @@ class RealRun:
 
 class RealBatch(namedtuple("RealBatch", "tokens targets phi shares lengths places stills clips")):
     """Documents of all datasets in one: tokens, targets, phi int[B, L], shares [B, L] (what each
-    target counts: lambda_m over the targets of its dataset), lengths int[B], stills float16
-    [P, 1, 49, 320], clips float16 [Q, T, 49, 320], and places int[B, N] among these P + Q."""
+    target counts: lambda_m over the targets of its dataset), lengths int[B], stills float32
+    [P, 1, 49, 1280], clips [Q, T, 49, 1280], and places int[B, N] among these P + Q."""
 
     def groups(self):
         """Yield (rows, L), the shorter documents and the longer ones, so that least is padded."""
@@ -197,8 +197,7 @@ class RealBatch(namedtuple("RealBatch", "tokens targets phi shares lengths place
 
 def see(model, places, stills, clips):
     """What RealBatch has of pictures -> their visual tokens [B, N, R, D_m]."""
-    kinds = [widen(model.vision_encoder, x)[:, None] for x in (stills, clips) if len(x)]
-    media = concat(*(model.resampler(features) for features in kinds), axis=0)
+    media = concat(*(model.resampler(x[:, None]) for x in (stills, clips) if len(x)), axis=0)
     return media.reshape(len(media), *media.shape[2:])[places]
 
 

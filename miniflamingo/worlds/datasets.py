@@ -43,7 +43,7 @@ GROUP = 8  # rows of a contrastive batch that differ in one shape alone
 # --- contrastive pairs ----------------------------------------------------------------------------
 
 
-def contrastive_batch(B, rng):
+def contrastive_batch(B, rng, clutter=0):
     """Pictures [B, 24, 24, 3] and their captions int[B, L]: half one object, half two.
 
     A single object is placed in one quarter of the picture and its caption ends with "up left" and
@@ -59,9 +59,9 @@ def contrastive_batch(B, rng):
     low, high = rng.uniform(5.5, 8.5, (2, half)), rng.uniform(14.5, 17.5, (2, half))
     x, y = np.where([right, down], high, low)
     places = phrase(DIRECTION_IDS[2 + down], DIRECTION_IDS[right])
-    singles = shapes.draw_objects(colour, shape, size, rng, centre=(x, y))
+    singles = shapes.draw_objects(colour, shape, size, rng, centre=(x, y), clutter=clutter)
     two = _pair_groups(B - half, rng)
-    pictures = np.concatenate([singles, shapes.draw_pairs(*two, rng)])
+    pictures = np.concatenate([singles, shapes.draw_pairs(*two, rng, clutter=clutter)])
     texts = [np.concatenate([caption(colour, shape, size), places], axis=-1), pair_caption(*two)]
     return pictures, stack_rows(texts)
 
@@ -112,7 +112,8 @@ class Pool:
 
     @classmethod
     def draw(cls, encoder, seed, split="train", per_class=100, pairs=4000, clips=1200,
-             classes=ANY, per_turned=0, progress=lambda x: x, distinct=True):  # fmt: skip
+             classes=ANY, per_turned=0, progress=lambda x: x, distinct=True,
+             clutter=0):  # fmt: skip
         """Draw and encode a pool of the classes bool[colour, shape], and of turned shapes.
 
         encoder maps pictures [B, 24, 24, 3] to features [B, S, D_v]. A distinct pool has no more
@@ -132,7 +133,8 @@ class Pool:
         images, videos = [], []
         for draw, labels, rows in progress(work):
             chosen = {"glyph": glyph[rows]} if distinct and draw is shapes.draw_objects else {}
-            pictures = draw(*(label[rows] for label in labels), rng, split=split, **chosen)
+            chosen |= {"split": split, "clutter": clutter}
+            pictures = draw(*(label[rows] for label in labels), rng, **chosen)
             (videos if draw is shapes.draw_clips else images).append(_encode(encoder, pictures))
         arrays = np.concatenate(images), np.concatenate(videos)
         return cls(counts, objects, pairs, moving, *arrays, distinct)

@@ -45,10 +45,17 @@ GLYPHS = {"train": slice(0, 1200), "validation": slice(1200, 1450), "test": slic
 # --- the parts of a picture -----------------------------------------------------------------------
 
 
-def background(B, rng):  # -> [B, 24, 24, 3]
-    """A grey of its own for each picture, and noise."""
+def background(B, rng, clutter=0):  # -> [B, 24, 24, 3]
+    """A grey of its own for each picture, noise, and so many specks of 2 x 2 in the objects'
+    colours, over which the objects are painted."""
     grey = rng.uniform(0.05, 0.45, (B, 1, 1, 1))
-    return (grey + rng.normal(0, 0.05, (B, WIDTH, WIDTH, 3))).astype(np.float32)
+    pictures = (grey + rng.normal(0, 0.05, (B, WIDTH, WIDTH, 3))).astype(np.float32)
+    rows, (down, right) = np.arange(B)[:, None, None], np.mgrid[0:2, 0:2]
+    for _ in range(clutter):
+        y, x = rng.integers(0, WIDTH - 1, (2, B, 1, 1))
+        colour = RGB[rng.integers(0, len(RGB), B)]
+        pictures[rows, y + down, x + right] = colour[:, None, None]
+    return pictures
 
 
 def geometric_cover(shape, x, y, radius):  # int[B], [B], [B], [B] -> [B, 24, 24] in [0, 1]
@@ -141,41 +148,42 @@ def _radius(size, rng):
     return rng.uniform(low, high)
 
 
-def _finish(pictures):
+def finish(pictures):
     return np.clip(pictures, 0, 1).astype(np.float32)
 
 
 # --- whole pictures -------------------------------------------------------------------------------
 
 
-def draw_objects(colour, shape, size, rng, split="train", centre=None, glyph=None):
+def draw_objects(colour, shape, size, rng, split="train", centre=None, glyph=None, clutter=0):
     """One object each, int[B] * 3 -> [B, 24, 24, 3].
 
-    centre (x [B], y [B]) is random by default, and so is glyph int[B]: see glyph_cover.
+    centre (x [B], y [B]) is random by default, and so is glyph int[B]: see glyph_cover. clutter:
+    see background.
     """
     radius = _radius(size, rng)
     margin = np.where(shape < NUM_GEOMETRIC, radius, np.array(GLYPH_WIDTHS)[size] / 2)
     x, y = rng.uniform(margin, WIDTH - 1 - margin, (2, len(shape))) if centre is None else centre
     cover = cover_of(shape, x, y, radius, size, split, rng, glyph)
-    return _finish(paint(background(len(shape), rng), cover, colour, rng))
+    return finish(paint(background(len(shape), rng), cover, colour, rng))
 
 
-def draw_pairs(colour, shape, size, rng, split="train"):
+def draw_pairs(colour, shape, size, rng, split="train", clutter=0):
     """Two objects each, int[B, 2] * 3, the first on the left -> [B, 24, 24, 3]."""
-    pictures = background(len(shape), rng)
+    pictures = background(len(shape), rng, clutter)
     for i, (low, high) in enumerate(((5, 6.5), (16.5, 18))):
         radius = np.minimum(_radius(size[:, i], rng), 5.2)
         x = rng.uniform(low, high, len(shape))
         y = rng.uniform(radius, WIDTH - 1 - radius)
         cover = cover_of(shape[:, i], x, y, radius, size[:, i], split, rng)
         pictures = paint(pictures, cover, colour[:, i], rng)
-    return _finish(pictures)
+    return finish(pictures)
 
 
-def draw_clips(colour, shape, size, direction, rng, num_frames=8, split="train"):
+def draw_clips(colour, shape, size, direction, rng, num_frames=8, split="train", clutter=0):
     """One object moving left, right, up or down: int[B] * 4 -> [B, T, 24, 24, 3]."""
     B, radius = len(shape), _radius(size, rng)
-    still = background(B, rng)
+    still = background(B, rng, clutter)
     path = rng.uniform(7, 11, B)
     start, across = rng.uniform(5, WIDTH - 6 - path), rng.uniform(radius, WIDTH - 1 - radius)
     backwards, horizontal = np.isin(direction, (0, 2)), direction < 2
@@ -187,7 +195,7 @@ def draw_clips(colour, shape, size, direction, rng, num_frames=8, split="train")
         cover = cover_of(shape, x, y, radius, size, split, same_glyph)
         noise = rng.normal(0, 0.02, still.shape).astype(np.float32)
         frames.append(paint(still + noise, cover, colour, rng))
-    return _finish(np.stack(frames, axis=1))
+    return finish(np.stack(frames, axis=1))
 
 
 # --- files ----------------------------------------------------------------------------------------

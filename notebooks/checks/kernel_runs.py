@@ -9,15 +9,16 @@ import textwrap
 
 import numpy as np
 
-from .core import NotDone, Wrong, call, expect
+from .core import OVERFLOW, NotDone, Wrong, call, expect
 
 
-def expect_stored(answer, programs, arguments, right, mistakes=(), astray="", **constants):
+def expect_stored(answer, programs, arguments, right, mistakes=(), astray="", loose=1, **constants):
     """Wrong unless the kernel `answer`, run as `programs` programs, stores `right` in `out`.
 
     arguments {name: array, number, or None for the output}, in the kernel's order; constants are
     its tl.constexpr arguments. mistakes as for `expect`. astray is what to say where the kernel
-    touches memory that is no element of a tensor.
+    touches memory that is no element of a tensor; loose, how many times the usual rounding is let
+    through. One program stores each element, and what a mask leaves out has no part in it.
     """
     right = np.asarray(right)
     if not _is_kernel(answer):
@@ -27,15 +28,52 @@ def expect_stored(answer, programs, arguments, right, mistakes=(), astray="", **
         raise NotDone
     out, watch = _run(answer, programs, arguments, right, constants)
     _judge_stores(watch, astray)
+    _judge_values(out, right, watch, mistakes, astray, loose)
+    _judge_shares(watch)
+    for names in _undefined(arguments):
+        out, _ = _run(answer, programs, arguments, right, constants, names)
+        if not _nearly(out, right, loose):
+            raise Wrong(
+                f"right by luck: what the mask leaves out of {' and '.join(names)} is "
+                "undefined, perhaps NaN, and 0 * NaN is NaN: load it with other=0.0"
+            )
+
+
+def _undefined(arguments):
+    """The inputs whose masked lanes are to be NaN: each, then all together."""
+    names = [n.removesuffix("_ptr") for n, v in arguments.items() if isinstance(v, np.ndarray)]
+    return [*([name] for name in names), names]
+
+
+def _judge_values(out, right, watch, mistakes, astray, loose):
+    """Wrong unless the numbers that were stored are right."""
+    endless = [n for n, fill in watch.fills.items() if n != "x" and abs(fill) == np.inf]
+    if endless and np.isnan(out).all() and not np.isnan(right).any():
+        raise Wrong(
+            f"{endless[0]} is loaded with other=-inf: products with it are infinite, and "
+            "their sums NaN; load other=0.0, and put -inf into the SCORES with tl.where"
+        )
     for message, wrong in mistakes:
         if watch.fault and np.isnan(wrong).all():
             continue  # the fault says more
-        if _nearly(out, wrong) and not _nearly(wrong, right):
+        if _nearly(out, wrong, loose) and not _nearly(wrong, right, loose):
             raise Wrong(message)
     if watch.fault:
         raise Wrong(f"{watch.fault}{astray}")
-    if not _nearly(out, right):
-        expect(out, right)
+    if not _nearly(out, right, loose):
+        expect(out.astype(float), right, infinite=OVERFLOW if loose > 1 else "")
+
+
+def _judge_shares(watch):
+    """Wrong where two programs store the same element."""
+    owner = {}
+    for program, name, offsets in watch.stores:
+        for place in offsets.tolist():
+            if owner.setdefault(place, program) != program:
+                raise Wrong(
+                    f"programs {owner[place]} and {program} both write {name} at offset "
+                    f"{place}: each has places of its own, tl.program_id(0) says which"
+                )
 
 
 def _judge_stores(watch, astray):
@@ -49,8 +87,8 @@ def _judge_stores(watch, astray):
         raise Wrong("your kernel stores nothing: tl.store is missing")
 
 
-def _nearly(a, b):  # float32, where terms may cancel
-    return np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+def _nearly(a, b, loose=1):  # float32, where terms may cancel
+    return np.allclose(a, b, rtol=1e-5 * loose, atol=1e-6 * loose, equal_nan=True)
 
 
 def _is_kernel(answer):  # what @triton.jit makes, interpreted or compiled
@@ -97,7 +135,7 @@ def _is_stub(kernel):
     )
 
 
-def _run(kernel, programs, arguments, right, constants):
+def _run(kernel, programs, arguments, right, constants, undefined=()):
     """Launch the kernel -> what it stored in out (NaN where nothing), and its Watch."""
     from triton.runtime.interpreter import InterpreterError
 
@@ -108,6 +146,7 @@ def _run(kernel, programs, arguments, right, constants):
     named = zip(arguments, values)
     tensors = {n.removesuffix("_ptr"): v for n, v in named if hasattr(v, "untyped_storage")}
     with Watch(**tensors) as watch:
+        watch.undefined = dict.fromkeys(undefined, np.nan)
         try:
             kernel[(programs,)](*values, **constants)
         except InterpreterError as error:

@@ -1,10 +1,12 @@
-"""Checks of module 00: a question and a few-shot prompt as tokens, phi by hand, the ceiling."""
+"""Checks of module 00: prompts as tokens, phi by hand, the ceiling, and who is the model."""
+
+from itertools import pairwise
 
 import numpy as np
 
 from miniflamingo.prompt import BOS, EOC, IMAGE, split_words
 
-from .core import call, exercise, expect
+from .core import as_array, call, exercise, expect
 
 # --- 0.1: a question ------------------------------------------------------------------------------
 
@@ -25,6 +27,8 @@ def _question_mistakes(question):
         BOS, *question, IMAGE,
     ]  # fmt: skip
     yield "<BOS> opens the prompt, before the image", [IMAGE, BOS, *question]
+    yield "<EOC> closes a chunk; what opens a prompt is <BOS>", [EOC, IMAGE, *question]
+    yield "one image is asked about: <image> stands there once", [BOS, IMAGE, IMAGE, *question]
     yield "<BOS> is missing", [IMAGE, *question]
     yield "<image> is missing: there is nothing to look at", [BOS, *question]
     yield "no <EOC> between an image and its text", [BOS, IMAGE, EOC, *question]
@@ -64,7 +68,9 @@ def teach(answer):
     """answer(names int[k], this) -> int[4k + 3]."""
     for names, this in (([44, 45], 7), ([50, 44, 50], 9), ([], 7)):
         right = prompt_of(names, this)
-        expect(call(answer, np.array(names, int), this), right, _teach_mistakes(names, this))
+        out = call(answer, np.array(names, int), this)
+        # an empty list of NumPy's makes floats of all: no mistake of the student's
+        expect(out, right, _teach_mistakes(names, this), whole=not names)
 
 
 def prompt_of(names, this):
@@ -89,6 +95,7 @@ def _teach_mistakes(names, this):
     yield "the image comes before its text", [BOS, *late, this, IMAGE]
     yield "the images' tags are missing", right[right != IMAGE]
     yield "`this` is missing", right[right != this]
+    yield "the last shot is missing: all k names have one", prompt_of(names[:-1], this)
     if this != 7:
         yield "the id of the word `this` is the argument, not always 7", prompt_of(names, 7)
     if names:
@@ -118,3 +125,75 @@ def _ceiling_mistakes(w, k):
     yield "w and k are exchanged", 1 - ((k - 1.0) / np.maximum(k, 1)) ** w
     yield "the last number of shots only", (1 - miss**k)[-1]
     yield "one shot too many: k, not k + 1", 1 - miss ** (k + 1)
+
+
+# --- 0.5: be the model ----------------------------------------------------------------------------
+
+THIS = 7
+SHOTS = (  # names of the shots, classes of all images; the query's is the last
+    ((44, 45), (3, 5, 5)), ((44, 45), (3, 5, 3)), ((50, 44, 50), (2, 0, 2, 0)), ((44,), (1, 2)),
+    ((), (4,)), ((51, 44, 45), (1, 2, 3, 1)), ((45, 44, 46), (0, 6, 1, 6)),
+)  # fmt: skip
+
+
+def learned(tokens, classes, this):
+    """The name that the query's class has, or -1."""
+    phi, names = 0, {}
+    for i, token in enumerate(tokens):
+        phi += token == IMAGE
+        if token == this and phi and i + 1 < len(tokens):
+            names[int(classes[phi - 1])] = int(tokens[i + 1])
+    return names.get(int(classes[-1]), -1)
+
+
+def episodes():
+    """(tokens, classes): plain prompts, and two with text before and between the images."""
+    for names, classes in SHOTS:
+        yield prompt_of(names, THIS), np.array(classes)
+    (names, classes), a_word = SHOTS[1], 30
+    tokens = prompt_of(names, THIS)
+    yield np.insert(tokens, 1, [a_word, a_word, EOC]), np.array(classes)
+    yield np.insert(tokens, 1, [THIS, 46, EOC]), np.array(SHOTS[3][1] + (2,))
+    yield np.insert(tokens, 5, [a_word, EOC]), np.array(classes)
+
+
+@exercise("0.5")
+def best_answer(answer):
+    """answer(tokens int[L], classes int[k + 1], this) -> the name's id, or -1."""
+    cases = list(episodes())
+    got = [call(answer, *case, THIS) for case in cases]
+    if not any(one is None or one is ... for one in got):  # else it is not done yet
+        got = [as_array(one) for one in got]
+    right = [learned(*case, THIS) for case in cases]
+    expect(got, right, _learner_mistakes(cases, right), whole=True)
+
+
+def _learner_mistakes(cases, right):
+    def each(function):
+        return [function(*case) for case in cases]
+
+    def names_of(tokens):
+        behind = list(tokens).index(IMAGE)
+        return [int(b) for a, b in pairwise(tokens[behind:]) if a == THIS]
+
+    last = each(lambda t, c: (names_of(t) or [-1])[-1])
+    yield (
+        "this is always the LAST name of the prompt: is phi off by one? The first image shows "
+        "classes[0], so take classes[phi - 1]",
+        last,
+    )
+    first = each(lambda t, c: (names_of(t) or [-1])[0])
+    yield "this is the FIRST name of the prompt: which image had the query's class?", first
+    unknown = "where no shot shows the query's class, nobody can know: -1"
+    yield unknown, [0 if r == -1 else r for r in right]
+    yield unknown, [name if r == -1 else r for r, name in zip(right, last)]
+    yield unknown, [name if r == -1 else r for r, name in zip(right, first)]
+    yield "-1 everywhere: a class is known where a shot shows it", [-1] * len(right)
+    yield "this is the query's CLASS: its name is asked for", each(lambda t, c: int(c[-1]))
+    places = each(_by_place)
+    yield "text may stand before and between: look for <image> and `this`, not for places", places
+
+
+def _by_place(tokens, classes):
+    names = {int(c): int(n) for c, n in zip(classes[:-1], tokens[3::4])}
+    return names.get(int(classes[-1]), -1)

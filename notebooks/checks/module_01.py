@@ -7,7 +7,18 @@ import numpy as np
 from miniflamingo.attention import attention, attention_weights
 from miniflamingo.functional import softmax
 
-from .core import as_array, call, exercise, expect
+from .core import (
+    OVERFLOW,
+    Wrong,
+    as_array,
+    call,
+    exercise,
+    expect,
+    expect_stable,
+    named,
+    same,
+    several,
+)
 
 # --- 1.1: attention -------------------------------------------------------------------------------
 
@@ -27,7 +38,7 @@ def attend(answer):
     expect(call(answer, q, k, v), attention(q, k, v), _attend_mistakes(q, k, v))
     q, k, v = attention_case(2)
     q = 2000 * q  # exp(s) alone overflows
-    expect(call(answer, q, k, v), attention(q, k, v))
+    expect_stable(call(answer, q, k, v), attention(q, k, v))
 
 
 def _attend_mistakes(q, k, v):
@@ -52,6 +63,14 @@ def _attend_mistakes(q, k, v):
     yield "the softmax is missing", scores @ v
     yield "exp, but the sum to divide by is missing: a row must sum to 1", np.exp(scores) @ v
     yield "the weights belong on the VALUES: yours are on the keys", softmax(scores) @ k
+    yield (
+        "queries meet KEYS, and the weights go on the values: k and v are exchanged",
+        (softmax(q @ v.swapaxes(-1, -2) / np.sqrt(K)) @ k),
+    )
+    yield (
+        "the scale belongs on the SCORES, before the softmax",
+        softmax(scores * K**0.5) @ v / K**0.5,
+    )
     yield "these are the weights: multiply them with v", softmax(scores)
 
 
@@ -111,15 +130,21 @@ def masked_weights(answer):
         got = as_array(out)
         if got.shape != right.shape or got.dtype.kind != "f":
             expect(out, right)
+        right = right.astype(got.dtype)
         mistakes = [(m, np.where(some, wrong, right)) for m, wrong in _mask_mistakes(q, k, mask)]
         expect(np.where(some, got, right), right, mistakes)  # first the rows with a key
         mistakes = [(m, np.where(some, right, wrong)) for m, wrong in _empty_mistakes(q, k, mask)]
         expect(got, right, mistakes)
-    low = q - 60, k + 60, MASK  # all scores far below 0
-    expect(call(answer, *low), attention_weights(*low), [(FILL, np.zeros(MASK.shape))])
+    for sign in (-1, 1):  # all scores far below 0, and far above
+        case = q + sign * 60, k + 60, MASK
+        mistakes = [(FILL, np.zeros(MASK.shape))] if sign < 0 else []
+        expect_stable(call(answer, *case), attention_weights(*case), mistakes)
 
 
-FILL = "all other scores may be lower than your fill, which then gets everything: use -inf or -1e9"
+FILL = (
+    "wrong where all scores are far below 0: your fill is higher than they are, and then gets "
+    "everything (use -inf or -1e9), or exp of them all is 0 (subtract the row's maximum)"
+)
 
 
 def _mask_mistakes(q, k, mask):
@@ -168,12 +193,23 @@ def _empty_mistakes(q, k, mask):
 # --- 1.4: several heads ---------------------------------------------------------------------------
 
 
+def group_case(seed, B, H, G, Lq=4, Lk=6, K=3):
+    """q [B, Lq, H*K], k and v [B, Lk, G*K], mask bool [B, Lq, Lk] with a row of nothing."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((B, Lq, Lk)) < 0.6
+    mask[..., 0] = True
+    mask[-1, 1] = False
+    return rng.normal(size=(B, Lq, H * K)), *rng.normal(size=(2, B, Lk, G * K)), mask, H
+
+
 @exercise("1.4")
 def multi_head(answer):
-    """answer(q [Lq, H*K], k [Lk, H*K], v [Lk, H*K], H) -> [Lq, H*K]."""
-    for H, sizes in ((3, (4, 1, 4, 6, 6)), (2, (5, 1, 3, 3, 8)), (1, (6, 1, 3, 4, 4))):
-        q, k, v = (x[0] for x in attention_case(*sizes))
-        expect(call(answer, q, k, v, H), heads(q, k, v, H), _head_mistakes(q, k, v, H))
+    """answer(q [B, Lq, H*K], k, v [B, Lk, G*K], mask bool[B, Lq, Lk], H) -> [B, Lq, H*K]."""
+    for seed, sizes in enumerate(((2, 4, 2), (3, 3, 3, 5, 5), (2, 4, 1, 3, 5, 2), (1, 6, 2, 6, 4))):
+        case = group_case(seed, *sizes)
+        expect(call(answer, *case), grouped(*case), _head_mistakes(*case))
+    q, *case = group_case(9, 2, 4, 2)
+    expect_stable(call(answer, 4000 * q, *case), grouped(4000 * q, *case))
 
 
 def split(x, H):  # [L, H*K] -> [H, L, K]
@@ -186,103 +222,211 @@ def merge(x):  # [H, L, K] -> [L, H*K]
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
-def heads(q, k, v, H):
-    """Equation (7), without the last matrix."""
-    return merge(attention(*(split(x, H) for x in (q, k, v))))
+def heads_of(x, K):  # [B, L, H*K] -> [B, H, L, K]
+    """Each head's columns as a matrix of its own."""
+    return x.reshape(*x.shape[:2], -1, K).swapaxes(1, 2)
+
+
+def side_by_side(x):  # [B, H, L, K] -> [B, L, H*K]
+    """Undo heads_of."""
+    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
+
+
+def grouped(q, k, v, mask, H, cut=heads_of, spread=None, see=None, join=side_by_side, scale=1):
+    """Equation (7) in groups, without the last matrix, with a place for each mistake."""
+    K = q.shape[-1] // H
+    q, k, v = (cut(x, K) for x in (q, k, v))
+    spread = spread or (lambda x: np.repeat(x, H // x.shape[1], axis=1))
+    see = mask[:, None] if see is None else see
+    return join(attention(q * scale, spread(k), spread(v), see))
 
 
 def _scrambled(x, H):
     return x.reshape(H, len(x), -1)
 
 
-def _head_mistakes(q, k, v, H):
-    outs, width = attention(*(split(x, H) for x in (q, k, v))), q.shape[1]
-    yield "this is ONE head of width H*K: split q, k and v into H parts", attention(q, k, v)
-    scrambled = (
-        "a reshape to [H, L, K] mixes tokens with heads: reshape to [L, H, K], then swapaxes"
-    )
-    wrong = attention(*(_scrambled(x, H) for x in (q, k, v)))
-    yield scrambled, merge(wrong)
-    yield scrambled, wrong.reshape(q.shape)
+def _head_mistakes(q, k, v, mask, H):
+    (B, L, width), K, G = q.shape, q.shape[-1] // H, k.shape[-1] * H // q.shape[-1]
+
+    def wrong(**how):
+        return grouped(q, k, v, mask, H, **how)
+
+    if G == H:
+        one = "this is ONE head of width H*K: split q, k and v into H parts"
+        yield one, attention(q, k, v, mask)
+    yield "the mask is missing", wrong(see=np.array(True))
     yield (
-        "the way back is missing its swapaxes: [H, L, K] must become [L, H, K] before the reshape",
-        outs.reshape(q.shape),
+        "the mask is upside down: True means that the query may read the key",
+        wrong(see=~mask[:, None]),
     )
-    yield "not joined yet: [Lq, H*K] is wanted, the heads side by side", outs
-    yield "not joined yet: [Lq, H*K] is wanted, the heads side by side", outs.swapaxes(0, 1)
+    yield "each page has a mask of its own: this takes page 0's", wrong(see=mask[:1, None])
+    yield (
+        "the heads of a group stand side by side, 0 0 1 1: np.repeat, not np.tile",
+        wrong(spread=lambda x: np.tile(x, (1, H // G, 1, 1))),
+    )
+    yield (
+        "all heads read group 0: head h reads group h // (H / G)",
+        wrong(spread=lambda x: np.repeat(x[:, :1], H, axis=1)),
+    )
+    yield (
+        "all heads read a mean of the groups: head h reads group h // (H / G)",
+        wrong(spread=lambda x: np.repeat(x.mean(axis=1, keepdims=True), H, axis=1)),
+    )
+    mixed = "a reshape to [B, H, L, K] mixes tokens with heads: first [B, L, H, K], then swapaxes"
+    scrambled = lambda x, K: x.reshape(B, -1, x.shape[1], K)  # noqa: E731
+    yield mixed, wrong(cut=scrambled)
+    yield mixed, wrong(cut=scrambled, join=lambda x: x.reshape(B, L, width))
+    yield (
+        "the way back is missing its swapaxes: [B, H, L, K] must become [B, L, H, K] first",
+        wrong(join=lambda x: x.reshape(B, L, width)),
+    )
+    apart = "not joined yet: [B, Lq, H*K] is wanted, the heads side by side"
+    yield apart, wrong(join=lambda x: x)
+    yield apart, wrong(join=lambda x: x.swapaxes(1, 2))
     yield (
         "the scale is by the whole width: each head divides by the root of ITS width K",
-        heads(q / np.sqrt(H), k, v, H),
-    )
-    interleaved = (x.reshape(len(x), -1, H).transpose(2, 0, 1) for x in (q, k, v))
-    yield (
-        "head h owns K columns side by side: reshape(L, H, K), not (L, K, H)",
-        attention(*interleaved).transpose(1, 2, 0).reshape(len(q), width),
+        wrong(scale=H**-0.5),
     )
     yield (
-        "attention runs over the HEADS of one token: put the head axis first",
-        _over_heads(q, k, v, H),
+        "the scale is there twice: attention divides by sqrt(K) itself",
+        wrong(scale=K**-0.5),
     )
-    yield "the heads are summed: put them side by side", outs.sum(axis=0)
-    yield "the heads are averaged: put them side by side", outs.mean(axis=0)
-    yield "the heads stand below one another: side by side is axis 1", np.concatenate(outs)
+    yield (
+        "head h owns K columns side by side: reshape(B, L, H, K), not (B, L, K, H)",
+        wrong(
+            cut=lambda x, K: np.moveaxis(x.reshape(*x.shape[:2], K, -1), -1, 1),
+            join=lambda x: np.moveaxis(x, 1, -1).reshape(B, L, width),
+        ),
+    )
+    yield (
+        "head h owns K columns side by side: x[..., h * K : (h + 1) * K], not every H-th one",
+        wrong(cut=lambda x, K: np.moveaxis(x.reshape(*x.shape[:2], K, -1), -1, 1)),
+    )
+    yield (
+        "the heads stand in the order 0 to H - 1: yours are turned round",
+        wrong(join=lambda x: side_by_side(x[:, ::-1])),
+    )
+    yield (
+        "all heads are the first one: head h has its own columns",
+        wrong(join=lambda x: side_by_side(np.repeat(x[:, :1], H, axis=1))),
+    )
+    yield "the heads are summed: put them side by side", wrong(join=lambda x: x.sum(axis=1))
+    yield "the heads are averaged: put them side by side", wrong(join=lambda x: x.mean(axis=1))
+    yield (
+        "the heads stand below one another: side by side is the last axis",
+        wrong(join=lambda x: x.reshape(B, -1, K)),
+    )
+    right, nothing = wrong(), ~mask.any(axis=2, keepdims=True)
+    yield (
+        "a query that may read nothing: 0, not NaN (a softmax over nothing is 0 / 0)",
+        np.where(nothing, np.nan, right),
+    )
+    alike = wrong(see=(mask | nothing)[:, None], scale=0)
+    yield "a query that may read nothing: 0, not the mean of all", np.where(nothing, alike, right)
 
 
-def _over_heads(q, k, v, H):
-    """[L, H, K] given to attention as it is; NaN where that does not fit, which nothing equals."""
-    if len(q) != len(k):
-        return np.full(1, np.nan)
-    return attention(*(x.reshape(len(x), H, -1) for x in (q, k, v))).reshape(q.shape)
+# --- 1.5: the gradient of several heads -----------------------------------------------------------
 
-
-# --- 1.5: the softmax's gradient ------------------------------------------------------------------
+GRADIENTS = "dq, dk, dv"
 
 
 @exercise("1.5")
-def dscores(answer):
-    """answer(dout [Lq, K], p [Lq, Lk], v [Lk, K]) -> [Lq, Lk]."""
-    for seed, Lq, Lk in ((7, 4, 5), (8, 3, 3)):
-        q, k, v = (x[0] for x in attention_case(seed, 1, Lq, Lk, 4))
-        dout = np.random.default_rng(seed + 100).normal(size=q.shape)
-        p = attention_weights(q, k)
-        right = softmax_gradient(dout, p, v)
-        expect(call(answer, dout, p, v), right, _gradient_mistakes(dout, p, v))
+def heads_gradient(answer):
+    """answer(dout [Lq, H*K], q, k, v [L, H*K], mask bool[Lq, Lk], H) -> dq, dk, dv."""
+    for H, scale, sizes in ((2, 1, (7, 1, 4, 4, 6)), (3, 1, (8, 1, 3, 5, 6)),
+                            (2, 4000, (9, 1, 3, 4, 8))):  # fmt: skip
+        q, k, v = (x[0] for x in attention_case(*sizes))
+        dout = np.random.default_rng(sizes[0] + 100).normal(size=q.shape)
+        mask = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
+        q = scale * q  # exp(s) alone overflows
+        right = gradients(dout, q, k, v, mask, H)
+        got = several(call(answer, dout, q, k, v, mask, H), right, GRADIENTS)
+        for message, wrong in _gradient_mistakes(dout, q, k, v, mask, H):
+            if _all_same(got, wrong) and not _all_same(wrong, right):
+                raise Wrong(message)
+        for part, wanted, name in zip(got, right, GRADIENTS.split(", ")):
+            expect(part, wanted, (), named(name), OVERFLOW, loose=100 if scale > 1 else 1)
 
 
-def softmax_gradient(dout, p, v):
-    """Equation (8)."""
-    dp = dout @ v.T
-    return p * (dp - (p * dp).sum(axis=1, keepdims=True))
+def _all_same(parts, others):
+    return all(same(a, b) for a, b in zip(parts, others))
 
 
-def _gradient_mistakes(dout, p, v):
-    dp, right = dout @ v.T, softmax_gradient(dout, p, v)
+def gradients(dout, q, k, v, mask, H, root=np.sqrt, ds=None, axis=-1, split=split, merge=merge):
+    """Equation (8) for each head, with a place for each mistake."""
+    dout, q, k, v = (split(x, H) for x in (dout, q, k, v))
+    scale = root(q.shape[-1])
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+    p = softmax(np.where(mask, scores, -1e30))
+    dp = dout @ v.swapaxes(1, 2)
+    total = (p * dp).sum(axis=axis, keepdims=True)
+    d = p * (dp - total) if ds is None else ds(p, dp, total)
+    parts = d @ k / scale, d.swapaxes(1, 2) @ q / scale, p.swapaxes(1, 2) @ dout
+    return [merge(x) for x in parts]
+
+
+def _gradient_mistakes(dout, q, k, v, mask, H):
+    def wrong(**how):
+        return gradients(dout, q, k, v, mask, H, **how)
+
+    dq, dk, dv = right = wrong()
+    yield (
+        "this is ONE head of width H*K: split dout, q, k and v into H parts",
+        gradients(dout, q, k, v, mask, 1),
+    )
+    stacked = lambda x: x.reshape(x.shape[1], -1)  # noqa: E731
+    mixed = "a reshape to [H, L, K] mixes tokens with heads: reshape to [L, H, K], then swapaxes"
+    yield mixed, wrong(split=_scrambled)
+    yield mixed, wrong(split=_scrambled, merge=stacked)
+    yield (
+        "the way back is missing its swapaxes: [H, L, K] must become [L, H, K] before the reshape",
+        wrong(merge=stacked),
+    )
+    yield "the mask is missing", gradients(dout, q, k, v, np.ones_like(mask), H)
     yield (
         "the gradient lacks its sum: the weights compete, one can only grow at the others' cost",
-        (p * dp),
+        wrong(ds=lambda p, dp, total: p * dp),
     )
-    yield "this is dp: the softmax is still to be differentiated", dp
+    yield "this uses dp for ds: the softmax is to be differentiated", wrong(ds=lambda p, dp, _: dp)
     yield (
         "wrong axis: the sum in (8) is over the keys j', a number for each ROW",
-        p * (dp - (p * dp).sum(axis=0, keepdims=True)),
+        wrong(axis=-2),
     )
-    yield "one sum for all: (8) has one for each row, axis=1", p * (dp - (p * dp).sum())
+    yield "one sum for all: (8) has one for each row of each head", wrong(axis=None)
     yield (
         "the sum needs its weights: sum of p * dp, not of dp",
-        p * (dp - dp.sum(axis=1, keepdims=True)),
+        wrong(ds=lambda p, dp, _: p * (dp - dp.sum(axis=-1, keepdims=True))),
     )
     yield (
         "the mean of dp is right only where all weights are equal: sum p * dp",
-        p * (dp - dp.mean(axis=1, keepdims=True)),
+        wrong(ds=lambda p, dp, _: p * (dp - dp.mean(axis=-1, keepdims=True))),
     )
-    yield "the factor p in front is missing", dp - (p * dp).sum(axis=1, keepdims=True)
-    yield "wrong sign: a MINUS before the sum", p * (dp + (p * dp).sum(axis=1, keepdims=True))
-    yield "wrong sign of all of it", -right
+    yield "the factor p in front is missing", wrong(ds=lambda p, dp, total: dp - total)
+    yield "wrong sign: a MINUS before the sum", wrong(ds=lambda p, dp, total: p * (dp + total))
+    yield "wrong sign of all of it", [-x for x in right]
     yield (
         "p (1 - p) dp is the diagonal alone: a score also moves the OTHER weights",
-        p * (1 - p) * dp,
+        wrong(ds=lambda p, dp, _: p * (1 - p) * dp),
+    )
+    yield "the root of K is missing in dq and dk: (1) divides", wrong(root=lambda K: 1)
+    yield "the root of K once: not twice, and not K", wrong(root=lambda K: K)
+    yield (
+        "the root is that of the head's width K, not of H*K",
+        wrong(root=lambda K: np.sqrt(K * H)),
     )
     yield (
-        "this is the gradient of q @ k.T: (8) is that of the scores after the division",
-        (right / np.sqrt(v.shape[1])),
+        "the root divides dq and dk: dv has none",
+        (dq, dk, dv / np.sqrt(q.shape[1] // H)),
     )
+    if len(q) == len(k):
+        p_of_v = _values_by_rows(dout, q, k, mask, H)
+        yield (
+            "dv_j sums over the QUERIES that read it: p turned, p.swapaxes(1, 2)",
+            (dq, dk, p_of_v),
+        )
+    yield "dq and dk are exchanged", (dk, dq, dv)
+
+
+def _values_by_rows(dout, q, k, mask, H):
+    q, k, dout = (split(x, H) for x in (q, k, dout))
+    return merge(softmax(np.where(mask, q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5, -1e30)) @ dout)

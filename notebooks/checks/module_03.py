@@ -1,305 +1,269 @@
-"""Checks of module 03: convolution, standardised weights, deviations, the contrastive loss."""
+"""Checks of module 03: counting scores, reading inputs, taking turns, position codes."""
 
 import numpy as np
 
-from miniflamingo.functional import cross_entropy, cross_entropy_backward, log_softmax, softmax
-from miniflamingo.vision import conv2d, l2_normalise, standardise_weight
+from miniflamingo.attention import attention
+from miniflamingo.functional import softmax
 
-from .core import call, exercise, expect
+from .core import call, exercise, expect, expect_stable
 
-# --- 3.1: convolution ---------------------------------------------------------------------------
-
-
-def convolution_case(seed, kh, kw):
-    """x [2, 7, 6, 3] and weight [4, 3, kh, kw], random."""
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(2, 7, 6, 3)), rng.normal(size=(4, 3, kh, kw))
+# --- 3.1: counting --------------------------------------------------------------------------------
 
 
 @exercise("3.1")
-def convolution(answer):
-    """answer(x [B, H, W, C], weight [O, C, kh, kw], stride, padding) -> [B, h, w, O]."""
-    for seed, kernel, stride, padding in ((0, (3, 3), 2, 1), (1, (3, 2), 1, 1), (2, (1, 1), 1, 0)):
-        x, weight = convolution_case(seed, *kernel)
-        right = conv2d(x, weight, stride=stride, padding=padding)
-        out = call(answer, x, weight, stride, padding)
-        expect(out, right, _convolution_mistakes(x, weight, stride, padding))
+def scores(answer):
+    """answer(M int[...], R, J, P) -> int[...]."""
+    for M, R, J, P in (([100, 700, 5000], 8, 3, 5), ([[64], [90]], 16, 2, 4)):
+        M = np.array(M)
+        right = J * (M * R + P * R * R)
+        expect(call(answer, M, R, J, P), right, _count_mistakes(M, R, J, P), whole=True)
 
 
-def _convolution_mistakes(x, weight, stride, padding):
-    O, C, kh, kw = weight.shape
-    options = dict(stride=stride, padding=padding)
-    right = conv2d(x, weight, **options)
-    yield "the padding is missing: np.pad with zeros first", conv2d(x, weight, stride=stride)
-    yield "the stride is missing: take every stride-th window", conv2d(x, weight, padding=padding)
+def _count_mistakes(M, R, J, P):
     yield (
-        "the stride is missing along the columns: it leaves out windows along BOTH axes",
-        conv2d(x, weight, padding=padding)[:, ::stride],
+        "this is self-attention over the inputs: the latents read them, M R",
+        J * (M**2 + P * R**2),
     )
-    yield (
-        "padded with copies of the edge; equation (1) has zeros around the picture",
-        conv2d(_edge(x, padding), weight, stride=stride),
-    )
-    yield (
-        "the kernel is flipped: equation (1) does not turn it, x is read at i + u",
-        conv2d(x, weight[:, :, ::-1, ::-1], **options),
-    )
-    if kh == kw:
-        turned = conv2d(x, weight.swapaxes(2, 3), **options)
-        yield "rows and columns of the kernel are exchanged", turned
-    mixed = weight.reshape(O, kh, kw, C).transpose(0, 3, 1, 2)
-    yield (
-        "patches and filters list their numbers in different orders: patches (kh, kw, C), filters "
-        "(C, kh, kw)",
-        conv2d(x, mixed, **options),
-    )
-    mixed = weight.transpose(0, 2, 3, 1).reshape(weight.shape)
-    yield (
-        "patches and filters list their numbers in different orders: patches (C, kh, kw), filters "
-        "(kh, kw, C)",
-        conv2d(x, mixed, **options),
-    )
-    yield "the channels come last: [B, h, w, O]", np.moveaxis(right, -1, 1)
-    mean = right / (C * kh * kw)
-    yield "a mean over the patch; equation (1) is a sum", mean
+    yield "this is self-attention over the inputs: the latents read them, M R", M**2
+    yield "the self-attentions never see M: R^2 each", J * (M * R + P * M * R)
+    yield "the self-attentions never see M: R^2 each", J * (M * R + P * M**2)
+    yield "the turns are missing: J times both terms", M * R + P * R**2
+    yield "the latents read once in EVERY turn: J times M R, too", M * R + J * P * R**2
+    yield "every turn has its own self-attentions: J times P R^2", J * M * R + P * R**2
+    yield "a turn has P self-attentions, not one", J * (M * R + R**2)
+    yield "a turn has one cross-attention, not P", J * P * (M * R + R**2)
+    yield "the latents alone: the inputs are missing", M * 0 + J * P * R**2
+    yield "a self-attention of R latents has R^2 scores, not R", J * (M * R + P * R)
 
 
-def _edge(x, padding):
-    return np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="edge")
+# --- 3.2: reading ---------------------------------------------------------------------------------
 
 
-# --- 3.2: weight standardisation ----------------------------------------------------------------
+def read_case(seed=0, B=2, R=3, D=6, M=5, D_in=4, K=4):
+    """latents [R, D], inputs [B, M, D_in], Wq [K, D], Wk [K, D_in], Wv [D, D_in]: random."""
+    shapes = (R, D), (B, M, D_in), (K, D), (K, D_in), (D, D_in)
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+def projected(latents, inputs, Wq, Wk, Wv):
+    """q [R, K], k [B, M, K], v [B, M, D]."""
+    return latents @ Wq.T, inputs @ Wk.T, inputs @ Wv.T
+
+
+def read_inputs(latents, *others):
+    """Equation (1)."""
+    return latents + attention(*projected(latents, *others))
 
 
 @exercise("3.2")
-def standardise(answer):
-    """answer(weight [O, C, k, k], gain [O], eps) -> [O, C, k, k]."""
-    for seed, eps in ((0, 1e-4), (1, 0.1)):
-        rng = np.random.default_rng(seed)
-        weight, gain = rng.normal(0.4, 1, (3, 2, 3, 3)), rng.uniform(0.5, 2, 3)
-        right = standardise_weight(weight, gain, eps)
-        expect(call(answer, weight, gain, eps), right, _standard_mistakes(weight, gain, eps))
-    flat = np.full((2, 2, 3, 3), 0.5)  # filters of equal weights
-    expect(call(answer, flat, np.ones(2), 1e-4), np.zeros_like(flat))
+def read(answer):
+    """answer(latents [R, D], inputs [B, M, D_in], Wq, Wk, Wv) -> [B, R, D]."""
+    for case in (read_case(), read_case(1, 3, 2, 8, 7, 5, 4)):
+        expect(call(answer, *case), read_inputs(*case), _read_mistakes(*case))
+    latents, inputs, Wq, *others = read_case(2)
+    case = latents, inputs, 2000 * Wq, *others
+    expect_stable(call(answer, *case), read_inputs(*case))
 
 
-def _standard_mistakes(weight, gain, eps):
-    g, axes = gain[:, None, None, None], (1, 2, 3)
-    n = weight[0].size
-
-    def scaled(w, centre, total, extra=eps):
-        centred = w - centre
-        return centred / np.sqrt(total(centred) + extra) * g
-
-    def total(c):
-        return np.square(c).sum(axis=axes, keepdims=True)
-
-    mean = weight.mean(axis=axes, keepdims=True)
-    right = scaled(weight, mean, total)
+def _read_mistakes(latents, *others):
+    q, k, v = projected(latents, *others)
+    K, s = q.shape[-1], q @ k.swapaxes(1, 2)
+    yield "the residual is missing: latents + what they read", attention(q, k, v)
+    yield "the residual is there twice: latents + what they read", 2 * latents + attention(q, k, v)
+    yield "the residual is the LATENT, not its query", _added(q, attention(q, k, v))
+    yield "the scale is missing: divide the scores by sqrt(K)", latents + softmax(s) @ v
     yield (
-        "the mean is not subtracted: it lets the mean of the input through",
-        scaled(weight, 0, total),
+        "wrong scale: DIVIDE by sqrt(K), yours multiplies",
+        latents + softmax(s * np.sqrt(K)) @ v,
     )
-    yield "the mean is subtracted, but nothing is divided: the norm is free", (weight - mean) * g
+    yield "wrong scale: divide by sqrt(K), not by K", latents + softmax(s / K) @ v
+    for width in (latents.shape[1], others[0].shape[2]):
+        words = "wrong scale: K is the width of queries and keys, not of latents or inputs"
+        yield words, latents + softmax(s / np.sqrt(width)) @ v
+    s = s / np.sqrt(K)
     yield (
-        "divided by the deviation, a MEAN of squares: equation (4) has the sum",
-        scaled(weight, mean, lambda c: total(c) / n),
+        "wrong softmax axis: each latent shares itself out over the INPUTS, yours compete for each "
+        "input",
+        latents + softmax(s.swapaxes(1, 2)).swapaxes(1, 2) @ v,
     )
+    yield "the softmax is missing", latents + s @ v
     yield (
-        "the norm is that of the weights BEFORE the mean is subtracted",
-        (weight - mean) / np.sqrt(total(weight) + eps) * g,
-    )
-    yield (
-        "one mean and norm for all filters: each filter, axes 1, 2 and 3, has its own",
-        scaled(weight, weight.mean(), lambda c: np.square(c).sum()),
+        "the roles are exchanged: the LATENTS ask; the output has R rows, not M",
+        attention(k, np.broadcast_to(q, (len(k), *q.shape)), np.stack([latents] * len(k))),
     )
     yield (
-        "wrong axes: the mean and the sum run over axes 1, 2 and 3, not over the filters",
-        scaled(weight, weight.mean(axis=0), lambda c: np.square(c).sum(axis=0)),
+        "this is the first row of the batch for all",
+        np.broadcast_to((latents + attention(q, k[:1], v[:1])), (len(k), *latents.shape)),
     )
-    yield (
-        "only over the kernel, axes 2 and 3: the input channels, axis 1, belong to a filter too",
-        scaled(
-            weight,
-            weight.mean(axis=(2, 3), keepdims=True),
-            lambda c: np.square(c).sum(axis=(2, 3), keepdims=True),
-        ),
-    )
-    yield "the gain is missing", right / g
-    yield "the gain belongs to the filters, axis 0: gain[:, None, None, None]", right / g * gain
-    yield "eps is missing: a filter of equal weights would be 0/0", scaled(weight, mean, total, 0)
-    yield "eps stands under the root", (weight - mean) / (np.sqrt(total(weight - mean)) + eps) * g
-    yield (
-        "the square root is missing: this divides by the squared norm",
-        (weight - mean) / (total(weight - mean) + eps) * g,
-    )
+    yield "the inputs' mean: the weights are missing", latents + v.mean(axis=1, keepdims=True)
 
 
-# --- 3.3: the expected deviation ------------------------------------------------------------------
+def _added(q, read):
+    return q + read if q.shape[-1] == read.shape[-1] else np.full(1, np.nan)
+
+
+# --- 3.3: turns -----------------------------------------------------------------------------------
+
+
+def turns_case(seed=0, J=2, P=3):
+    """latents [1, R, D], inputs [1, M, D], J readings, J lists of P thoughts: small functions."""
+    rng = np.random.default_rng(seed)
+    latents, inputs = rng.normal(size=(1, 3, 4)), rng.normal(size=(1, 6, 4))
+
+    def reading(W):
+        return lambda z, x: z + attention(z @ W, x, x)
+
+    def thought(W):
+        return lambda z: z + np.tanh(attention(z, z, z) @ W)
+
+    cross = [reading(rng.normal(size=(4, 4))) for _ in range(J)]
+    blocks = [[thought(rng.normal(size=(4, 4))) for _ in range(P)] for _ in range(J)]
+    return latents, inputs, cross, blocks
 
 
 @exercise("3.3")
-def deviations(answer):
-    """answer(transition bool[L], a) -> float[L]."""
-    for flags, a in (((1, 0, 0, 1, 0), 0.2), ((0, 0, 1, 0, 0, 0), 0.5)):
-        transition = np.array(flags, bool)
-        right = expected_deviations(transition, a)
-        expect(call(answer, transition, a), right, _deviation_mistakes(transition, a))
+def perceive(answer):
+    """answer(latents, inputs, cross, blocks) -> latents [B, R, D] after all turns."""
+    for case in (turns_case(), turns_case(1, 3, 1), turns_case(2, 2, 0)):
+        expect(call(answer, *case), turns(*case), _turn_mistakes(*case))
 
 
-def expected_deviations(transition, a, after=False, restart=1.0, power=2, stay=True):
-    """Equation (6), and what is left of it under a mistake."""
-    found, v = [], 1.0
-    for restarts in transition:
-        before = v
-        v = (restart if restarts and stay else v) + a**power
-        found.append(v if after else before)
-    return np.sqrt(found)
+def turns(z, x, cross, blocks, again=False, feed=False):
+    """Equation (2); again: every turn from the first latents; feed: they replace the inputs."""
+    first = z
+    for read_them, thoughts in zip(cross, blocks):
+        z = read_them(first if again else z, x)
+        for think in thoughts:
+            z = think(z)
+        x = z if feed else x
+    return z
 
 
-def _deviation_mistakes(transition, a):
-    right = expected_deviations(transition, a)
-    after = expected_deviations(transition, a, after=True)
-    yield "these are variances: beta is the deviation, the square root", right**2
-    yield "this is the deviation AFTER each block: the input's is wanted, the first is 1", after
-    yield "variances, and after each block: the deviation of the input is wanted", after**2
+def _turn_mistakes(z, x, cross, blocks):
+    flat = [think for thoughts in blocks for think in thoughts]
+    none = [[] for _ in blocks]
+    twice = [lambda z, x, f=f: z + f(z, x) for f in cross]
+    inside = "the residual is inside the functions: z = read(z, x), without another z +"
+    yield inside, turns(z, x, twice, blocks)
+    blocks_twice = [[lambda z, f=f: z + f(z) for f in thoughts] for thoughts in blocks]
+    yield inside, turns(z, x, cross, blocks_twice)
+    yield inside, turns(z, x, twice, blocks_twice)
+    yield "one turn only: go through all J of them", turns(z, x, cross[:1], blocks[:1])
     yield (
-        "a transition starts the count again: 1 + a^2 after it",
-        expected_deviations(transition, a, stay=False),
+        "every turn starts from the FIRST latents: hand the new ones on",
+        turns(z, x, cross, blocks, again=True),
     )
     yield (
-        "after a transition the variance is 1 + a^2, not 1: its branch is added too",
-        expected_deviations(transition, a, restart=1 - a**2),
+        "the inputs are lost after turn 1: every turn reads the same, unchanged inputs",
+        turns(z, x, cross, blocks, feed=True),
+    )
+    yield "the latents read, but never think: the blocks are missing", turns(z, x, cross, none)
+    yield (
+        "all readings first, then all blocks: each turn reads AND thinks",
+        turns(z, x, cross, [*none[1:], flat]),
     )
     yield (
-        "after a transition the variance is 1 + a^2, not a^2: the shortcut carries 1",
-        expected_deviations(transition, a, restart=0.0),
+        "one block of each turn: a turn has P of them",
+        turns(z, x, cross, [b[:1] for b in blocks]),
     )
     yield (
-        "the branch is scaled by a, so its variance is a^2",
-        expected_deviations(transition, a, power=1),
+        "one block of each turn: a turn has P of them",
+        turns(z, x, cross, [b[-1:] for b in blocks]),
     )
-    yield "this is 1 / beta: the deviation itself is wanted", 1 / right
     yield (
-        "variances add, deviations do not: add a^2 to the variance, then take the root",
-        _linear(transition, a),
+        "think after reading, not before",
+        _thinking_first(z, x, cross, blocks),
     )
+    yield (
+        "the first turn's functions in every turn",
+        turns(z, x, cross[:1] * len(cross), blocks[:1] * len(cross)),
+    )
+    yield "the turns run backwards", turns(z, x, cross[::-1], blocks[::-1])
+    yield "nothing is read or thought: these are the latents as they came", z
 
 
-def _linear(transition, a):
-    found, d = [], 1.0
-    for restarts in transition:
-        found.append(d)
-        d = (1.0 if restarts else d) + a
-    return np.array(found)
+def _thinking_first(z, x, cross, blocks):
+    for read_them, thoughts in zip(cross, blocks):
+        for think in thoughts:
+            z = think(z)
+        z = read_them(z, x)
+    return z
 
 
-# --- 3.4: the two terms ---------------------------------------------------------------------------
-
-
-def pairs_case(seed, B=5, D=4):
-    """u, w [B, D] of unit length, random."""
-    return l2_normalise(np.random.default_rng(seed).normal(size=(2, B, D)))
+# --- 3.4: pictures with their places --------------------------------------------------------------
 
 
 @exercise("3.4")
-def two_terms(answer):
-    """answer(u [B, D], w [B, D], s) -> [2], picture to caption and caption to picture."""
-    for seed, s in ((0, 5.0), (1, 1000.0)):
-        u, w = pairs_case(seed)
-        own = np.arange(len(u))
-        z = s * u @ w.T
-        right = np.array([cross_entropy(z, own), cross_entropy(z.T, own)])
-        expect(call(answer, u, w, np.float64(s)), right, _term_mistakes(u, w, s, right))
+def places(answer):
+    """answer(pictures [B, h, w, C], F) -> [B, h * w, C + 2 * (2F + 1)]."""
+    for seed, shape, F in ((0, (2, 4, 5, 3), 2), (1, (1, 3, 3, 2), 3), (2, (3, 2, 6, 1), 1)):
+        pictures = np.random.default_rng(seed).uniform(size=shape)
+        right = with_places(pictures, F)
+        expect(call(answer, pictures, F), right, _place_mistakes(pictures, F))
 
 
-def _term_mistakes(u, w, s, right):
-    z = s * u @ w.T
-    rows, columns = log_softmax(z), log_softmax(z.T)
+def fourier(u, frequencies, turn=np.pi):
+    """Equation (4), for any frequencies."""
+    angles = turn * u[:, None] * frequencies
+    return np.concatenate([u[:, None], np.sin(angles), np.cos(angles)], axis=1)
 
-    def terms(take, first=rows, second=columns):
-        return np.array([take(first), take(second)])
 
-    def own(logp):
-        return -np.diagonal(logp).mean()
+def with_places(pictures, F, code=None, span=(-1, 1), spread=(np.repeat, np.tile), order=(0, 1, 2)):
+    """The right answer, with a place for each mistake; code makes [n, ...] of positions u [n]."""
+    B, h, w, C = pictures.shape
+    code = code or (lambda u: fourier(u, np.arange(1, F + 1)))
+    rows, columns = (code(np.linspace(*span, n)) for n in (h, w))
+    if spread[0] is np.repeat:
+        rows, columns = np.repeat(rows, w, axis=0), np.tile(columns, (h, 1))
+    else:
+        rows, columns = np.tile(rows, (w, 1)), np.repeat(columns, h, axis=0)
+    parts = [np.broadcast_to(x, (B, *x.shape)) for x in (rows, columns)]
+    parts = [pictures.reshape(B, h * w, C), *parts]
+    return np.concatenate([parts[i] for i in order], axis=2)
 
+
+def _place_mistakes(pictures, F):
+    f = np.arange(1, F + 1)
+
+    def wrong(code=None, **how):
+        return with_places(pictures, F, code, **how)
+
+    def columns_of(*order):
+        return lambda u: fourier(u, f)[:, [*order]]
+
+    sines, cosines = range(1, F + 1), range(F + 1, 2 * F + 1)
+    yield "pi is missing: sin(f pi u)", wrong(lambda u: fourier(u, f, 1))
     yield (
-        "one softmax only: the second term runs over the columns, logits.T",
-        terms(own, rows, rows),
+        "pi, not 2 pi: u runs from -1 to 1, one wave at f = 1",
+        wrong(lambda u: fourier(u, f, 2 * np.pi)),
     )
+    yield "the frequencies are 1 to F: yours begin at 0", wrong(lambda u: fourier(u, f - 1))
+    powers = "the frequencies are 1 to F, evenly spaced: yours are powers of two"
+    yield powers, wrong(lambda u: fourier(u, 2 ** (f - 1)))
+    yield powers, wrong(lambda u: fourier(u, 2**f))
+    yield "u itself is missing: it is the first code", wrong(columns_of(*sines, *cosines))
+    yield "u itself is the FIRST code", wrong(columns_of(*sines, *cosines, 0))
+    yield "the cosines are missing", wrong(columns_of(0, *sines))
+    yield "the sines come before the cosines", wrong(columns_of(0, *cosines, *sines))
+    pairs = [k for pair in zip(sines, cosines) for k in pair]
+    yield "first all sines, then all cosines: yours alternate", wrong(columns_of(0, *pairs))
+    yield "sines twice: the second half is cosines", wrong(columns_of(0, *sines, *sines))
+    yield "u runs from -1 to 1: yours from 0 to 1", wrong(span=(0, 1))
+    yield "u runs from -1 to 1: yours from 1 to -1", wrong(span=(1, -1))
+    yield "the codes of the ROW come first, then those of the column", wrong(order=(0, 2, 1))
     yield (
-        "one softmax only: the first term runs over the rows, the captions",
-        terms(own, columns, columns),
+        "pixels go row after row: REPEAT the row's code w times, TILE the column's",
+        wrong(spread=(np.tile, np.repeat)),
     )
-    yield "the terms are exchanged: pictures to captions, the rows, come first", right[::-1]
-    yield "the two terms are wanted apart, [2], not their sum", right.sum()
-    yield "the two terms are wanted apart, [2], not their mean", right.mean()
-    yield "one term only: the second is that of logits.T", right[0]
-    yield "the inverse temperature is missing", _of(u @ w.T, own)
-    yield "divided by s: it is the INVERSE temperature, it multiplies", _of(u @ w.T / s, own)
-    yield "s is used as its logarithm: the exp is undone", _of(np.log(s) * (u @ w.T), own)
-    yield "the sign: the loss is MINUS the log-probability", -right
-    yield "a sum over the batch: equation (8) divides by B", right * len(u)
+    yield "the colours come first, then the codes", wrong(order=(1, 2, 0))
+    yield "the colours are missing", wrong(order=(1, 2))
+    yield "the codes of the columns are missing: an image has two axes", wrong(order=(0, 1))
+    yield "the codes of the rows are missing: an image has two axes", wrong(order=(0, 2))
+    B, h, w, C = pictures.shape
+    turned = with_places(pictures.swapaxes(1, 2), F, order=(0, 2, 1))
+    yield "pixels go row after row: yours column after column", turned
     yield (
-        "the labels are off by one: picture i belongs to caption i, the diagonal",
-        terms(lambda logp: -np.mean([logp[i, i - 1] for i in range(len(logp))])),
-    )
-    yield (
-        "the labels are off by one: picture i belongs to caption i, the diagonal",
-        terms(lambda logp: -np.diagonal(logp, 1).mean()),
-    )
-    yield (
-        "a mean over all pairs: only the own pairs, the diagonal, count",
-        terms(lambda logp: -logp.mean()),
-    )
-    yield (
-        "the logarithm is missing: these are probabilities",
-        terms(lambda logp: -np.exp(np.diagonal(logp)).mean()),
-    )
-    yield (
-        "the logarithm of a mean; equation (8) is a mean of logarithms",
-        terms(lambda logp: -np.log(np.exp(np.diagonal(logp)).mean())),
-    )
-    every = -np.diagonal(log_softmax(z.ravel()).reshape(z.shape)).mean()
-    yield "one softmax over all B^2 pairs: rows and columns each have their own", [every, every]
-
-
-def _of(z, take):
-    return np.array([take(log_softmax(z)), take(log_softmax(z.T))])
-
-
-# --- 3.5: its gradient ----------------------------------------------------------------------------
-
-
-@exercise("3.5")
-def gradient(answer):
-    """answer(logits [B, B]) -> the gradient of equation (8), [B, B]."""
-    for seed, s in ((0, 3.0), (1, 8.0)):
-        u, w = pairs_case(seed)
-        z, own = s * u @ w.T, np.arange(len(u))
-        right = cross_entropy_backward(1.0, z, own)[0] + cross_entropy_backward(1.0, z.T, own)[0].T
-        expect(call(answer, z), right, _gradient_mistakes(z, right))
-
-
-def _gradient_mistakes(z, right):
-    B, p, q = len(z), softmax(z), softmax(z.T)
-    eye = np.eye(B)
-    yield "the division by B is missing: equation (8) is a mean", right * B
-    yield "divided by B twice", right / B
-    yield "halved: equation (8) adds its terms, it does not average them", right / 2
-    yield "the sign: probability minus truth", -right
-    yield "only the rows' term: add that of the columns", (p - eye) / B
-    yield "only the columns' term: add that of the rows", (q.T - eye) / B
-    yield "one softmax only, twice: the second runs over the columns", 2 * (p - eye) / B
-    yield (
-        "the softmax of the columns must be turned back: softmax(logits.T).T",
-        (p + q - 2 * eye) / B,
-    )
-    yield "the truth stands in both terms: minus 2 on the diagonal", (p + q.T - eye) / B
-    yield "the truth is missing: probability MINUS truth", (p + q.T) / B
-    yield "minus 2 from every number: the truth is 1 on the diagonal alone", (p + q.T - 2) / B
-    whole = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-    yield (
-        "one softmax over all B^2 pairs: rows and columns each have their own",
-        (2 * (whole - eye) / B),
+        "the picture's axes are mixed up: reshape [B, h, w, C] to [B, h * w, C]",
+        with_places(pictures.transpose(0, 3, 1, 2).reshape(B, h, w, C), F),
     )

@@ -1,248 +1,392 @@
-"""Checks of module 05: sight with a cache, top-k, the nucleus, a beam's step, log-likelihood."""
+"""Checks of module 05: frames and their time, a resampler's layer, its size, where it looks."""
+
+from functools import partial
 
 import numpy as np
 
-from miniflamingo.functional import log_softmax, softmax
+from miniflamingo.functional import layer_norm, softmax
+from miniflamingo.perceiver import time_weights
 
-from .core import call, exercise, expect
+from .core import call, exercise, expect, expect_stable
 
-# --- 5.1: sight -----------------------------------------------------------------------------------
+# --- 5.1: time ------------------------------------------------------------------------------------
 
 
 @exercise("5.1")
-def sight(answer):
-    """answer(positions int[B, L], num_keys) -> bool[B, L, Lk]."""
-    for positions, n in (([[2, 3], [5, 6]], 8), ([[0, 1, 2, 3]], 4), ([[4], [1], [0]], 6)):
-        positions = np.array(positions)
-        right = positions[:, :, None] >= np.arange(n)
-        expect(call(answer, positions, n), right, _sight_mistakes(positions, n))
+def with_time(answer):
+    """answer(x [T, S, D], time [T, D]) -> [T*S, D]."""
+    for T, S, D in ((3, 4, 2), (3, 3, 3)):
+        rng = np.random.default_rng(T * S)
+        x, time = rng.normal(size=(T, S, D)), rng.normal(size=(T, D))
+        right = (x + time[:, None]).reshape(T * S, D)
+        expect(call(answer, x, time), right, _time_mistakes(x, time))
 
 
-def _sight_mistakes(positions, n):
-    place, keys = positions[:, :, None], np.arange(n)
-    B, L = positions.shape
-    yield "off by one: a token sees itself, too", place > keys
+def _time_mistakes(x, time):
+    T, S, D = x.shape
+    right = (x + time[:, None]).reshape(T * S, D)
+    yield "the time embedding is off: nothing tells the frames apart", x.reshape(T * S, D)
+    yield "not flattened: [T*S, D] is wanted, frame after frame", right.reshape(T, S, D)
     yield (
-        "off by one: the token sees the one after it, which is what it is to predict",
-        (place + 1 >= keys),
+        "flattened place by place: frame after frame is wanted",
+        right.reshape(T, S, D).swapaxes(0, 1).reshape(T * S, D),
     )
-    yield "upside down: this shows the future and hides the past", place <= keys
-    yield "upside down: True means visible", place < keys
-    yield "the axes are exchanged: [B, L, Lk], tokens before keys", (place >= keys).swapaxes(1, 2)
-    own = np.broadcast_to(np.arange(L)[None, :, None] >= keys, (B, L, n))
-    yield "the token's position counts, not its place among the new ones", own
-    first = np.broadcast_to(place[:1] >= keys, (B, L, n))
-    yield "each row has positions of its own: this uses those of row 0", first
-    yield "everything is visible", np.ones((B, L, n), bool)
-    yield "only itself: the past is visible, too", place == keys
+    yield (
+        "flattened place by place: frame after frame is wanted",
+        x.swapaxes(0, 1).reshape(T * S, D) + np.repeat(time, S, axis=0),
+    )
+    if S == T:
+        wrong = (x + time).reshape(T * S, D)
+        yield "the embedding belongs to the FRAME, yours to the place: time[:, None]", wrong
+    tiled = x.reshape(T * S, D) + np.tile(time, (S, 1))
+    yield "np.tile gives neighbours different times: all S features of a frame share one", tiled
+    yield "every frame gets the first frame's time", (x + time[0]).reshape(T * S, D)
+    yield "times are added, not multiplied", (x * time[:, None]).reshape(T * S, D)
 
 
-# --- 5.2: temperature and top-k -------------------------------------------------------------------
+# --- 5.2: more frames than trained ----------------------------------------------------------------
 
 
 @exercise("5.2")
-def top_k(answer):
-    """answer(logits [B, V], k, t) -> [B, V]."""
-    for seed, (k, t) in enumerate(((3, 0.5), (2, 2.0), (7, 1.0), (1, 0.7))):
-        logits = np.random.default_rng(seed).normal(0, 2, (2, 7))
-        right = probabilities_of(logits, k, t)
-        expect(call(answer, logits, k, t), right, _top_k_mistakes(logits, k, t))
+def stretch(answer):
+    """answer(time [F, D], T) -> [T, D]."""
+    for F, T in ((8, 30), (8, 9), (8, 8), (8, 3), (8, 1), (5, 12), (5, 4)):
+        time = np.random.default_rng(F).normal(size=(F, 3))
+        right = time_weights(T, T, len(time)) @ time
+        expect(call(answer, time, T), right, _stretch_mistakes(time, T))
 
 
-def probabilities_of(logits, k, t):
-    """Equation (3) with the k likeliest words."""
-    least = np.sort(logits, axis=-1)[:, -k, None]
-    return softmax(np.where(logits >= least, logits, -np.inf) / t)
+def interpolated(time, place):
+    """[F, D] read off at the places [T], linearly, the ends held."""
+    columns = [np.interp(place, np.arange(len(time)), column) for column in time.T]
+    return np.stack(columns, axis=1)
 
 
-def _top_k_mistakes(logits, k, t):
-    ranked, V = np.sort(logits, axis=-1), logits.shape[1]
-    kept, p = logits >= ranked[:, -k, None], softmax(logits / t)
-    yield "not shared out anew: the k probabilities must sum to 1", p * kept
-    yield "nothing is cut: only the k likeliest may be chosen", p
-    yield "the temperature is missing", probabilities_of(logits, k, 1)
-    yield "multiplied by t: divide, a small t makes it sharper", probabilities_of(logits, k, 1 / t)
-    yield (
-        "a cut word gets -inf, not a logit of 0: that is a word like others",
-        softmax(np.where(kept, logits, 0) / t),
-    )
-    yield (
-        "these are the k LEAST likely words",
-        softmax(np.where(logits <= ranked[:, k - 1, None], logits, -np.inf) / t),
-    )
-    if k < V:
-        yield "one word too many: the k-th largest is [:, -k]", probabilities_of(logits, k + 1, t)
-    if k > 1:
-        yield "one word too few: the k-th largest is kept, too", probabilities_of(logits, k - 1, t)
-    flat = np.sort(logits.ravel())[-k]
-    with np.errstate(all="ignore"):
-        whole = np.where(logits >= flat, np.exp(logits / t), 0)
+def _stretch_mistakes(time, T):
+    F, t = len(time), np.arange(T)
+    if T <= F:
         yield (
-            "k words of EACH row: this cuts across the batch",
-            whole / whole.sum(-1, keepdims=True),
+            f"a clip of {T} frames, no more than were trained, takes the first {T} embeddings",
+            interpolated(time, np.linspace(0, F - 1, T)),
         )
-    divided = softmax(logits) * kept / t
-    yield "the temperature divides the logits, not the probabilities", divided
-    share = softmax(logits) * kept
-    yield "the temperature is missing", share / share.sum(axis=-1, keepdims=True)
-    yield "these are logits: probabilities are wanted", np.where(kept, logits, -np.inf) / t
+        yield f"[T, D] is wanted, for {T} frames, not all trained ones", time
+        return
+    place = np.linspace(0, F - 1, T)
+    yield (
+        "the ends do not lie on ends: the last frame has the last embedding, (F - 1) / (T - 1)",
+        interpolated(time, t * F / T),
+    )
+    yield (
+        "the ends do not lie on ends: divide by T - 1, the steps between T frames",
+        interpolated(time, t * (F - 1) / T),
+    )
+    yield (
+        "the ends do not lie on ends: this aligns the centres of frames",
+        interpolated(time, (t + 0.5) * F / T - 0.5),
+    )
+    yield "not interpolated: this takes the nearest embedding", time[place.round().astype(int)]
+    yield "not interpolated: this rounds down", time[place.astype(int)]
+    yield "these repeat from the start: frame 8 would stand at the time of frame 0", time[t % F]
+    yield "all frames past the last trained one get its time", time[np.minimum(t, F - 1)]
+    backwards = interpolated(time, place[::-1])
+    yield "the time runs backwards", backwards
+    i = np.minimum(place.astype(int), F - 2)
+    w = (place - i)[:, None]
+    yield (
+        "the weights are exchanged: near i, tau_i counts most",
+        w * time[i] + (1 - w) * time[i + 1],
+    )
 
 
-# --- 5.3: the nucleus -----------------------------------------------------------------------------
+# --- 5.3: a layer ---------------------------------------------------------------------------------
+
+
+def plain_norm(x):
+    """Layer norm without gain and bias."""
+    return layer_norm(x, np.ones(x.shape[-1]), np.zeros(x.shape[-1]))
+
+
+def layer_case(seed, R=4, M=7, D=5, K=3):
+    """x [R, D], f [M, D] at another size, and the three projections."""
+    rng = np.random.default_rng(seed)
+    x, f = rng.normal(0.5, 1, (R, D)), rng.normal(1, 3, (M, D))
+    wq, wk = rng.normal(size=(2, D, K))
+    return x, f, wq, wk, rng.normal(size=(D, D))
 
 
 @exercise("5.3")
-def nucleus(answer):
-    """answer(logits [B, V], p) -> [B, V]."""
-    for seed, p in enumerate((0.3, 0.9, 0.7, 1.0)):
-        logits = np.random.default_rng(seed + 10).normal(0, 1.5, (3, 8))
-        expect(call(answer, logits, p), nucleus_of(logits, p), _nucleus_mistakes(logits, p))
-
-
-def nucleus_of(logits, p, keep=lambda before, after, p: before < p, order=None, share=True):
-    """The distribution of a nucleus; what may vary are the typical mistakes."""
-    q = softmax(logits)
-    order = np.argsort(-q, axis=-1) if order is None else order
-    ranked = np.take_along_axis(q, order, axis=-1)
-    after = np.cumsum(ranked, axis=-1)
-    kept = np.zeros_like(q)
-    np.put_along_axis(kept, order, ranked * keep(after - ranked, after, p), axis=-1)
-    with np.errstate(invalid="ignore"):
-        return kept / kept.sum(axis=-1, keepdims=True) if share else kept
-
-
-def _nucleus_mistakes(logits, p):
-    q, V = softmax(logits), logits.shape[1]
-    message = "one word too few: the word with which p is reached belongs to the nucleus"
-    few = nucleus_of(logits, p, lambda before, after, p: after < p)
-    yield message, few
-    yield message, np.nan_to_num(few)  # a row of which nothing is left
-    yield (
-        "not shared out anew: the kept probabilities must sum to 1",
-        nucleus_of(logits, p, share=False),
-    )
-    yield "nothing is cut", q
-    rising = np.argsort(q, axis=-1)
-    yield "sorted upwards: begin with the likeliest word", nucleus_of(logits, p, order=rising)
-    plain = np.broadcast_to(np.arange(V), q.shape)
-    yield "not sorted: add up from the likeliest word downwards", nucleus_of(logits, p, order=plain)
-    right = nucleus_of(logits, p)
-    yield (
-        "in the order of likelihood: put them back into that of the vocabulary",
-        (-np.sort(-right, axis=-1)),
-    )
-    yield (
-        "order is where each rank comes FROM: put_along_axis puts it back",
-        np.take_along_axis(-np.sort(-right, axis=-1), np.argsort(-q, axis=-1), axis=-1),
-    )
-    large = q * (q >= p)
-    yield "p bounds the SUM of the kept probabilities, not each of them", large
-    with np.errstate(invalid="ignore"):
-        yield (
-            "p bounds the SUM of the kept probabilities, not each of them",
-            large / large.sum(axis=-1, keepdims=True),
+def layer(answer):
+    """answer(x [R, D], f [M, D], norm, wq, wk, wv) -> [R, D]."""
+    for seed, M in ((0, 7), (1, 4)):
+        x, f, *w = layer_case(seed, M=M)
+        expect(
+            call(answer, x, f, plain_norm, *w), layer_by_parts(x, f, *w), _layer_mistakes(x, f, *w)
         )
-    small = q * (q >= 1 - p)
+    x, f, wq, *w = layer_case(2)
+    right = layer_by_parts(x, f, 1000 * wq, *w)
+    expect_stable(call(answer, x, f, plain_norm, 1000 * wq, *w), right)
+
+
+def _same(x):
+    return x
+
+
+def layer_by_parts(
+    x, f, wq, wk, wv, norm_x=plain_norm, norm_f=plain_norm, norm_own=plain_norm, append=True,
+    scale=None, begin=_same, end=_same, axis=-1, values=None,
+):  # fmt: skip
+    """Equations (3) and (4), with a place for each mistake."""
+    context = np.concatenate([norm_f(f), norm_own(x)]) if append else norm_f(f)
+    q, k, v = norm_x(x) @ wq, context @ wk, context @ (wv if values is None else values)
+    scores = q @ k.T * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = softmax(scores) if axis == -1 else softmax(scores.T).T
+    return end(begin(x) + weights @ v)
+
+
+def _layer_mistakes(x, f, *w):
+    make, K = partial(layer_by_parts, x, f, *w), w[0].shape[-1]
+    yield "the latents are not appended: keys and values are [norm(f); norm(x)]", make(append=False)
     yield (
-        "p bounds the SUM: a threshold of 1 - p for each word is another method",
-        small / np.maximum(small.sum(axis=-1, keepdims=True), 1e-30),
+        "the latents are not appended, and the features are not normalised",
+        make(append=False, norm_f=_same),
     )
+    yield (
+        "no norm at all: f and x are normalised before the projections",
+        make(norm_x=_same, norm_f=_same, norm_own=_same),
+    )
+    yield "the features are not normalised: their size decides the softmax", make(norm_f=_same)
+    yield "the appended latents are not normalised: [norm(f); norm(x)]", make(norm_own=_same)
+    yield "the queries are not normalised: norm(x) @ wq", make(norm_x=_same)
+    yield (
+        "only the features are normalised: queries and appended latents are norm(x)",
+        make(norm_x=_same, norm_own=_same),
+    )
+    yield (
+        "the norm comes too late: it stands before the projections, not after the sum",
+        make(norm_x=_same, norm_f=_same, norm_own=_same, end=plain_norm),
+    )
+    yield "the sum is normalised as well: x goes on as it is", make(end=plain_norm)
+    yield "the sum begins with x itself, not with norm(x)", make(begin=plain_norm)
+    yield "x + is missing: the attention is ADDED to the latents", make(begin=np.zeros_like)
+    yield "the scale is missing: divide the scores by sqrt(K)", make(scale=1)
+    yield "the scale is sqrt(K), not K", make(scale=1 / K)
+    yield "the scale is sqrt(K), of the projected width, not sqrt(D)", make(scale=len(w[0]) ** -0.5)
+    yield "wrong softmax axis: each latent spreads over the keys, the last axis", make(axis=0)
+    yield "the values are made of what is normalised, as the keys are", _places_of_values(x, f, *w)
+    yield "the features read the latents: the queries are the latents", _exchanged(x, f, *w)
 
 
-# --- 5.4: a step of a beam ------------------------------------------------------------------------
+def _places_of_values(x, f, wq, wk, wv):
+    weights = softmax(plain_norm(x) @ wq @ (np.concatenate([*map(plain_norm, (f, x))]) @ wk).T
+                      / np.sqrt(wq.shape[1]))  # fmt: skip
+    return x + weights @ (np.concatenate([f, x]) @ wv)
+
+
+def _exchanged(x, f, wq, wk, wv):
+    return layer_by_parts(f, x, wq, wk, wv)
+
+
+# --- 5.4: parameters ------------------------------------------------------------------------------
 
 
 @exercise("5.4")
-def beam_step(answer):
-    """answer(scores [W], logp [W, V]) -> int[W, 2]."""
-    for seed, (W, V) in enumerate(((3, 6), (2, 5), (4, 4))):
-        rng = np.random.default_rng(seed + 3)
-        logp, scores = log_softmax(rng.normal(0, 2, (W, V))), -np.arange(W) * 0.9 - 0.3
-        right = step_of_beam(scores, logp)
-        expect(call(answer, scores, logp), right, _beam_mistakes(scores, logp))
-    first = np.array([0.0, -np.inf, -np.inf])  # all beams are equal at the start: only one counts
-    logp = np.tile(logp[:1], (3, 1))
-    mistakes = [
-        ("beams of -inf must not come into it", np.stack([[0, 1, 2], [logp[0].argmax()] * 3], 1))
-    ]
-    expect(call(answer, first, logp), step_of_beam(first, logp), mistakes)
+def count(answer):
+    """answer(D_in, D, R, F, layers, H, K) -> int[5]."""
+    for sizes in ((7, 5, 3, 2, 4, 2, 6), (3072, 1536, 64, 8, 6, 16, 128)):
+        expect(call(answer, *sizes), counted(*sizes), _count_mistakes(*sizes), whole=True)
 
 
-def step_of_beam(scores, logp, most=None):
-    """The `most` (W by default) best ways to go on, best first: int[most, 2], (beam, word)."""
-    total = (scores[:, None] + logp).ravel()
-    best = np.argsort(-total, kind="stable")[: most or len(scores)]
-    return np.stack(np.divmod(best, logp.shape[1]), axis=1)
+def counted(D_in, D, R, F, layers, H, K, matrices=4, last=True, per_layer=3, bias=2, up=2):
+    """Equation (6), part by part, with a place for each mistake."""
+    norms = layers * per_layer * bias * D + last * bias * D
+    attention = layers * matrices * D * H * K
+    return np.array([D_in * D, (R + F) * D, attention, layers * up * 4 * D * D, norms])
 
 
-def _beam_mistakes(scores, logp):
-    (W, V), right = logp.shape, step_of_beam(scores, logp)
-    total = scores[:, None] + logp
-    flat = np.argsort(-total.ravel())[:W]
-    yield "the scores so far are missing: add them", step_of_beam(0 * scores, logp)
+def _count_mistakes(*sizes):
+    D_in, D, R, F, layers, H, K = sizes
+    make, right = partial(counted, *sizes), counted(*sizes)
+    yield "five numbers are wanted, not their sum", right.sum()
+    yield "the output projection is missing: attention has four matrices", make(matrices=3)
     yield (
-        "add log-probabilities: a product of logarithms is none",
-        step_of_beam(0 * scores, scores[:, None] * logp),
+        "heads need not add up to D: the inner width is H * K",
+        np.array([*right[:2], layers * 4 * D * D, *right[3:]]),
     )
-    own = np.stack([np.arange(W), total.argmax(axis=1)], axis=1)
-    yield "each beam keeps its own best: the W best of ALL W * V are wanted", own
-    best_first = own[np.argsort(-total.max(axis=1))]
-    yield "each beam keeps its own best: the W best of ALL W * V are wanted", best_first
-    worst = np.stack(np.divmod(np.argsort(total.ravel())[:W], V), axis=1)
-    yield "these are the WORST ways to go on", worst
-    yield "best first: these are in rising order", right[::-1]
-    yield "(beam, word), in this order", right[:, ::-1]
-    yield "places in the flat array: divide by V, with the rest as the word", flat
-    yield "divide by V, the number of words, not by W", np.stack(np.divmod(flat, W), axis=1)
-    yield "[W, 2] is wanted: one row for each new beam", right.T
-    column = np.stack([total.argmax(axis=0), np.arange(V)], axis=1)[:W]
-    yield "this is the best beam for each word", column
+    yield "K is the width of ONE head: all together are H * K", make(matrices=4 / H)
+    yield "the feed-forward has two matrices, up and down", make(up=1)
+    yield (
+        "the hidden width is 4 * D",
+        np.array([*right[:3], layers * 2 * D * D, right[4]]),
+    )
+    yield "a norm has a gain AND a bias", make(bias=1)
+    yield "the last norm is missing", make(last=False)
+    yield (
+        "a layer has three norms: on the features, on the latents, in the feed-forward",
+        make(per_layer=2),
+    )
+    one = counted(D_in, D, R, F, 1, H, K)
+    yield "this is one layer: there are more", one
+    for i in (2, 3):
+        words = f"{('attention', 'feed-forward')[i - 2]}: this is one layer, there are more"
+        yield words, np.where(np.arange(5) == i, one, right)
+    yield "the latents are missing", make() - np.array([0, R * D, 0, 0, 0])
+    yield "the time embeddings are missing", make() - np.array([0, F * D, 0, 0, 0])
 
 
-# --- 5.5: log-likelihood --------------------------------------------------------------------------
+# --- 5.5: the share of each frame -----------------------------------------------------------------
+
+
+def looks_case(seed, T, B=3, H=3, R=2, S=4, D=5, K=2):
+    """queries [R, D], context [B, T*S + R, D], wq and wk [D, H*K], H, T, frames: random."""
+    rng = np.random.default_rng(seed)
+    queries, context = rng.normal(size=(R, D)), rng.normal(size=(B, T * S + R, D))
+    frames = np.arange(B) % T + 1
+    for b, n in enumerate(frames):
+        context[b, n * S : T * S] *= 5  # what stands in the padding is no feature of a picture
+    return queries, context, *rng.normal(size=(2, D, H * K)), H, T, frames
+
+
+OVER_NOTHING = "a softmax over nothing is 0 / 0: is it over the keys, the last axis?"
 
 
 @exercise("5.5")
-def likelihood(answer):
-    """answer(first [V], logits [C, M, V], tokens int[C, M], lengths int[C]) -> [C]."""
-    for seed, lengths in enumerate(([3, 1, 2], [4, 4], [1, 2, 2, 1])):
-        rng, lengths = np.random.default_rng(seed), np.array(lengths)
-        C, M, V = len(lengths), lengths.max(), 6
-        case = rng.normal(size=V), rng.normal(size=(C, M, V)), rng.integers(0, V, (C, M)), lengths
-        expect(call(answer, *case), sum_of(*case), _likelihood_mistakes(*case))
+def shares(answer):
+    """answer(queries [R, D], context [B, M, D], wq, wk [D, H*K], H, T, frames) -> [R, T + 1]."""
+    cases = dict(T=3, B=2), dict(T=4, S=3, R=3, H=2, K=3), dict(T=1, B=1, H=1, K=4), dict(T=2)
+    for seed, sizes in enumerate(cases):
+        queries, *others = looks_case(seed, **sizes)
+        judge = partial(expect, infinite=OVER_NOTHING)
+        if seed == 3:
+            queries, judge = 2000 * queries, expect_stable
+        case = queries, *others
+        judge(call(answer, *case), shares_of(*case), _share_mistakes(*case))
 
 
-def sum_of(first, logits, tokens, lengths, of=log_softmax, shift=1, reduce="sum", padded=False):
-    """Equation (1); what may vary are the typical mistakes."""
-    (C, M, V), before = logits.shape, logits
-    if shift:
-        before = np.concatenate([np.broadcast_to(first, (C, 1, V)), logits[:, :-1]], axis=1)
-    own = np.take_along_axis(of(before), tokens[..., None], axis=-1)[..., 0]
-    counted = np.ones((C, M), bool) if padded else np.arange(M) < lengths[:, None]
-    if reduce == "product":
-        return np.where(counted, own, 1).prod(axis=1)
-    return (own * counted).sum(axis=1) / (lengths if reduce == "mean" else 1)
+def real_keys(R, M, T, frames):
+    """bool [B, 1, 1, M]: the features of each clip's own frames, and the latents."""
+    frame = np.minimum(np.arange(M) // ((M - R) // T), T)
+    return ((frame < frames[:, None]) | (frame == T))[:, None, None]
 
 
-def _likelihood_mistakes(first, logits, tokens, lengths):
-    case = first, logits, tokens, lengths
-    yield "the padding is counted: only the first lengths[c] tokens", sum_of(*case, padded=True)
-    yield "not shifted: the logits AT a token speak of the next one", sum_of(*case, shift=0)
-    yield "these are sums of logits: take log_softmax first", sum_of(*case, of=lambda z: z)
-    yield "these are sums of probabilities: their logarithms are wanted", sum_of(*case, of=softmax)
+def looks_of(
+    queries, context, wq, wk, H, T, frames, scale=None, split=None, soft=softmax, real=None
+):  # -> [B, H, R, M]
+    """The weights of (4), with a place for each mistake."""
+    split = split or (lambda x: x.reshape(*x.shape[:-1], H, -1).swapaxes(-2, -3))
+    q, k = split(queries @ wq), split(context @ wk)
+    scores = q @ k.swapaxes(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale(q.shape[-1]))
+    real = real_keys(len(queries), context.shape[1], T, frames) if real is None else real
+    return soft(np.where(real, scores, -1e30))
+
+
+def shares_of(*case, over=np.sum, mean=None, **how):
+    """[R, T + 1]: the frames, then the latents themselves."""
+    looks, R, T = looks_of(*case, **how), len(case[0]), case[5]
+    looks = looks.mean(axis=(0, 1)) if mean is None else mean(looks)
+    frames = over(looks[:, :-R].reshape(R, T, -1), axis=-1)
+    return np.column_stack([frames, over(looks[:, -R:], axis=-1)])
+
+
+def _share_mistakes(*case):
+    queries, _, wq, _, H, T, frames = case
+    right, R = shares_of(*case), len(queries)
+    mean = looks_of(*case).mean(axis=(0, 1))
+
+    def wrong(**how):
+        return shares_of(*case, **how)
+
+    yield "the last column, the latents, is missing: [R, T + 1]", right[:, :-1]
+    yield "the latents come last: they stand behind the features", np.roll(right, 1, axis=1)
+    yield "shares are sums over the S features of a frame, not means", wrong(over=np.mean)
     yield (
-        "the logarithm is missing: this is the probability",
-        sum_of(*case, of=softmax, reduce="product"),
+        "summed over the heads: take the mean, a row sums to 1",
+        wrong(mean=lambda a: a.mean(axis=0).sum(axis=0)),
     )
-    yield "a mean over the length; equation (1) is a sum", sum_of(*case, reduce="mean")
-    yield "minus: the LOSS is negative, the log-likelihood is not turned round", -sum_of(*case)
     yield (
-        "softmax over the wrong axis: over the V words",
-        sum_of(*case, of=lambda z: log_softmax(z.swapaxes(1, 2)).swapaxes(1, 2)),
+        "summed over the clips: take the mean, a row sums to 1",
+        wrong(mean=lambda a: a.sum(axis=0).mean(axis=0)),
     )
-    start = log_softmax(first)[tokens[:, 0]]
-    yield "the first token is left out: `first` speaks of it", sum_of(*case) - start
-    yield "only the first token is counted", start
-    best = log_softmax(logits).max(axis=-1)
-    yield "this scores the likeliest words; those of the candidate are wanted", best.sum(axis=1)
-    yield "one number for each candidate, not for all", sum_of(*case).sum()
+    yield (
+        "this is the first head alone: take the mean of all",
+        wrong(mean=lambda a: a[:, 0].mean(0)),
+    )
+    yield "this is the first clip alone: take the mean of all", wrong(mean=lambda a: a[0].mean(0))
+    yield from _padding_mistakes(*case)
+    yield "the scale is missing: divide the scores by sqrt(K)", wrong(scale=lambda K: 1)
+    yield "the scale is sqrt(K), not K", wrong(scale=lambda K: 1 / K)
+    yield (
+        "the scale is by the width of ONE head, K, not of all",
+        wrong(scale=lambda K: wq.shape[1] ** -0.5),
+    )
+    yield "the scale is by K, not by D", wrong(scale=lambda K: len(wq) ** -0.5)
+    yield (
+        "this is ONE head of width H*K: split both projections into H parts",
+        shares_of(*case[:4], 1, T, frames),
+    )
+    mixed = "a reshape to [H, R, K] mixes rows with heads: reshape to [R, H, K], then swapaxes"
+    yield mixed, wrong(split=lambda x: x.reshape(*x.shape[:-2], H, x.shape[-2], -1))
+    yield (
+        "head h owns K columns side by side: reshape(R, H, K), not (R, K, H)",
+        wrong(split=lambda x: np.moveaxis(x.reshape(*x.shape[:-1], -1, H), -1, -3)),
+    )
+    yield (
+        "wrong softmax axis: each latent spreads over the keys, the last axis",
+        wrong(soft=lambda a: softmax(a.swapaxes(-1, -2)).swapaxes(-1, -2)),
+    )
+    features = softmax(looks_of(*case, soft=lambda a: a)[..., :-R]).mean(axis=(0, 1))
+    alone = features.reshape(R, T, -1).sum(axis=-1)
+    yield "the latents are keys, too: cut them off AFTER the softmax", alone
+    yield (
+        "the latents are keys, too: cut them off AFTER the softmax",
+        np.column_stack([alone, right[:, -1]]),
+    )
+    frames = mean[:, :-R].reshape(R, -1, T).sum(axis=1)
+    yield (
+        "the features stand frame after frame: reshape to [R, T, S], then sum over S",
+        np.column_stack([frames, right[:, -1]]),
+    )
+    front = mean[:, R:].reshape(R, T, -1).sum(axis=-1)
+    yield (
+        "the latents' columns are the LAST R, not the first",
+        np.column_stack([front, mean[:, :R].sum(axis=-1)]),
+    )
+    yield "the axes are exchanged: [R, T + 1], a row for each latent", right.T
+
+
+def _padding_mistakes(*case):
+    queries, context, _, _, _, T, frames = case
+    (B, M, _), R = context.shape, len(queries)
+    real, latent = real_keys(R, M, T, frames), np.arange(M) >= M - R
+
+    def wrong(real, **how):
+        return shares_of(*case, real=real, **how)
+
+    yield "the padding is looked at, too: clip b has frames[b] frames", wrong(np.array(True))
+    yield (
+        "the mask comes too late: mask the scores before the softmax, or a row does not sum to 1",
+        wrong(np.array(True), soft=lambda s: softmax(s) * real),
+    )
+    yield (
+        "a score of 0 is no mask: exp(0) = 1",
+        wrong(np.array(True), soft=lambda s: softmax(np.where(real, s, 0))),
+    )
+    yield "the latents are always there: only features are masked", wrong(real & ~latent)
+    yield (
+        "off by one: the frames 0 to frames[b] - 1 are real",
+        wrong(real_keys(R, M, T, np.minimum(frames + 1, T))),
+    )
+    yield "each clip has a length of its own: this takes clip 0's", wrong(real[:1])
+    yield (
+        "the real frames come first, the padding behind them",
+        wrong(np.concatenate([real[..., : M - R][..., ::-1], real[..., M - R :]], axis=-1)),
+    )
+    yield "upside down: what is real is looked at, the padding is masked", wrong(~real | latent)
+    S = (M - R) // T
+    tiled = np.tile(np.arange(T) < frames[:, None], (1, S))
+    tiled = np.concatenate([tiled, np.ones((B, R), bool)], axis=1)[:, None, None]
+    yield "the S features of a frame stand side by side: np.repeat, not np.tile", wrong(tiled)
+    weigh = frames[:, None, None] / frames.sum()
+    yield (
+        "each clip counts alike, however long it is",
+        wrong(None, mean=lambda a: (a.mean(axis=1) * weigh).sum(axis=0)),
+    )

@@ -1,320 +1,364 @@
-"""Checks of module 08: which tokens count, the mixture, clipping, the gate's gradient, a log."""
+"""Checks of module 08: the gate, slopes by differences, one layer, all layers, the folded gate."""
+
+import math
 
 import numpy as np
 
-from miniflamingo.worlds.datasets import IGNORED
-from miniflamingo.xattn import tanh_gate_backward
+from .core import Wrong, apart, as_array, call, exercise, expect, named, several
 
-from .core import Wrong, as_array, call, exercise, expect
+TAN = "`tan` where `tanh` was meant: beyond alpha = 1.57 it jumps to the opposite sign"
 
-# --- 8.1: which tokens count ----------------------------------------------------------------------
-
-# two documents, <pad> = 0, <BOS> = 1, <EOC> = 2, <image> = 3: two pictures; one, padded
-TOKENS = np.array([[1, 3, 5, 6, 2, 3, 7, 2], [1, 8, 3, 9, 2, 0, 0, 0]])
+# --- 8.1: the gate --------------------------------------------------------------------------------
 
 
 @exercise("8.1")
-def targets(answer):
-    """answer(tokens int[B, L], image, pad) -> int[B, L-1]."""
-    other = np.array([[4, 1, 9, 6, 4, 9, 3, 0], [4, 9, 0, 3, 4, 1, 1, 1]])  # <image> = 9, <pad> = 1
-    for tokens, image, pad in ((TOKENS, 3, 0), (other, 9, 1)):
-        right = targets_of(tokens, image, pad)
-        expect(call(answer, tokens, image, pad), right, _target_mistakes(tokens, image, pad))
+def gate(answer):
+    """answer(y [...], alpha [], branch [...]) -> [...]."""
+    rng = np.random.default_rng(0)
+    for alpha, shape in ((0.8, (2, 3, 4)), (-2.1, (5,)), (0.0, (3, 2))):
+        y, branch = rng.normal(size=(2, *shape))
+        right = y + np.tanh(alpha) * branch
+        expect(call(answer, y, np.array(alpha), branch), right, _gate_mistakes(y, alpha, branch))
 
 
-def targets_of(tokens, image, pad):
-    """The token to predict at each place but the last; IGNORED where that is no text."""
-    following = tokens[:, 1:]
-    return np.where((following == image) | (following == pad), IGNORED, following)
-
-
-def _target_mistakes(tokens, image, pad):
-    following, here = tokens[:, 1:], tokens[:, :-1]
-    text, text_here = ((t != image) & (t != pad) for t in (following, here))
-    right = targets_of(tokens, image, pad)
-    yield "no token is left out: <image> and <pad> must not count", following
+def _gate_mistakes(y, alpha, branch):
+    t = np.tanh(alpha)
+    yield TAN, y + np.tan(alpha) * branch
+    yield "this is alpha itself: the gate is tanh(alpha), never above 1", y + alpha * branch
+    yield "tanh is taken of alpha alone, not of the branch", y + np.tanh(alpha * branch)
+    yield "y is missing: the gated branch is ADDED to it", t * branch
+    yield "y goes past the gate: only the branch is scaled", t * (y + branch)
+    yield "the gate stands on y: it belongs on the branch", t * y + branch
     yield (
-        "<image> counts here: the model would learn to predict where pictures stand",
-        np.where(following == pad, IGNORED, following),
+        "a sigmoid is half open at alpha = 0; tanh is shut there",
+        y + branch / (1 + np.exp(-alpha)),
     )
-    yield "<pad> counts here: it is no text", np.where(following == image, IGNORED, following)
-    yield (
-        "one place too early: leave out by the token that is to be PREDICTED, not by the one read",
-        np.where(text_here, following, IGNORED),
-    )
-    yield (
-        "not shifted: token l predicts token l + 1, so the targets are tokens[:, 1:]",
-        np.where(text_here, here, IGNORED),
-    )
-    yield (
-        "no token predicts the first one: the targets are [B, L-1], from tokens[:, 1:]",
-        np.where((tokens == image) | (tokens == pad), IGNORED, tokens),
-    )
-    for mark in (0, -1, pad):
-        yield (
-            f"left out is what has the target {IGNORED} (IGNORED); {mark} is none of that",
-            np.where(text, following, mark),
-        )
-    yield "these are the tokens that count, as truths: their ids are wanted", text
-    yield "upside down: this keeps <image> and <pad>", np.where(text, IGNORED, following)
-    if (image, pad) != (3, 0):
-        kept = (following != 3) & (following != 0)
-        yield "the ids are the arguments image and pad", np.where(kept, following, IGNORED)
-    yield "the last target is missing or repeated", np.roll(right, 1, axis=1)
+    yield "no mixture: y keeps its full weight, whatever the gate is", (1 - t) * y + t * branch
+    yield "the gate is missing", y + branch
+    yield "the sign is plus", y - t * branch
 
 
-# --- 8.2: the mixture -----------------------------------------------------------------------------
+# --- 8.2: slopes by differences -------------------------------------------------------------------
 
 
-def mixture_case(seed=0):
-    """{dataset: the gradient of each example, [B_m, P]} and {dataset: lambda}."""
-    rng = np.random.default_rng(seed)
-    sizes = {"documents": 5, "captions": 3, "pairs": 2, "clips": 4}
-    gradients = {m: rng.normal(i, 1, (B, 6)) for i, (m, B) in enumerate(sizes.items())}
-    return gradients, dict(zip(sizes, (1.0, 0.2, 0.3, 0.6)))
+def differences(loss, alphas, h=1e-6):
+    """The slope of a function of one number at each of alphas [n], by central differences: [n]."""
+    return np.array([(loss(a + h) - loss(a - h)) / (2 * h) for a in alphas])
 
 
 @exercise("8.2")
-def mixture(answer):
-    """answer({m: [B_m, P]}, {m: lambda_m}) -> [P]."""
-    for seed in (0, 1):
-        gradients, weights = mixture_case(seed)
-        right = sum(weights[m] * g.mean(axis=0) for m, g in gradients.items())
-        expect(call(answer, gradients, weights), right, _mixture_mistakes(gradients, weights))
-    only = {"clips": gradients["clips"]}  # a dataset alone
-    expect(call(answer, only, {"clips": 0.5}), 0.5 * only["clips"].mean(axis=0))
+def slopes(answer):
+    """answer(loss, a function of one number; alphas [n]) -> [n]."""
+    kink = np.array([-1.0, 0.0, 2.0])
+    at_kink = as_array(call(answer, abs, kink))
+    for side in (1.0, -1.0):
+        if at_kink.shape == (3,) and np.allclose(at_kink, [-1, side, 1], atol=1e-3):
+            raise Wrong("one-sided: go as far down as up; at the kink of |alpha| that is slope 0")
+    alphas = np.array([-1.3, 0.0, 0.4, 2.0])
+    value, right = np.array([_curve(a) for a in alphas]), 2 * np.cos(2 * alphas) + alphas
+    mistakes = [
+        ("divide by 2h: the two points are 2h apart", 2 * right),
+        ("the sign: f(alpha + h) comes first", -right),
+        ("these are the values of the loss, not its slopes", value),
+        *[(f"h = {h} is too large for this curve", differences(_curve, alphas, h))
+          for h in (1.0, 0.5, 0.1, 0.01)],
+    ]  # fmt: skip
+    expect(call(answer, _curve, alphas), right, mistakes, _slope_in_words)
+    expect(at_kink, np.array([-1.0, 0.0, 1.0]))
 
 
-def _mixture_mistakes(gradients, weights):
-    means = {m: g.mean(axis=0) for m, g in gradients.items()}
-    right, M = sum(weights[m] * g for m, g in means.items()), len(means)
-    every = np.concatenate(list(gradients.values()))
-    weighted = np.concatenate([weights[m] * g for m, g in gradients.items()])
-    last = list(means)[-1]
-    yield "the weights are missing: each dataset's mean counts lambda_m times", sum(means.values())
-    yield "the weights are missing, and this is a mean over datasets", sum(means.values()) / M
-    yield (
-        "a sum over the examples: a dataset would count more for a larger batch; take the mean",
-        weighted.sum(axis=0),
-    )
-    yield (
-        "this MERGES the datasets: all examples in one batch count the same, lambda is lost",
-        every.mean(axis=0),
-    )
-    yield "divided by the sum of all examples: take each dataset's mean", weighted.mean(axis=0)
-    yield "equation (2) is a sum over datasets, not their mean: do not divide by M", right / M
-    yield (
-        "equation (2) does not divide by the sum of the weights",
-        right / sum(weights.values()),
-    )
-    yield (
-        "only the last dataset is left: ADD its gradient to the sum, this overwrites it",
-        weights[last] * means[last],
-    )
-    first = next(iter(means))
-    yield "only the first dataset is here: go through all of them", weights[first] * means[first]
-    yield (
-        "not summed over the datasets: one gradient for the one update",
-        np.stack([weights[m] * g for m, g in means.items()]),
-    )
+def _curve(a):
+    return math.sin(2 * a) + a * a / 2 + 3
 
 
-# --- several arrays at once -----------------------------------------------------------------------
+def _slope_in_words(got, right):
+    factor = got / right
+    if np.ptp(factor) < 1e-2 * abs(factor[0]) and abs(factor[0] - 1) > 0.1:
+        return f"off by a factor of {factor.mean():.2g} everywhere: move both points, divide by 2h"
+    if np.allclose(got, right, rtol=0.3, atol=0.3):
+        return (
+            "close, but no gradient check: h is too large for the curve, or too small for 16 digits"
+        )
+    place = int(np.argmax(abs(got - right)))
+    wanted, found = apart(right[place], got[place])
+    return f"wrong slope at place {place}: {wanted} is right, got {found}"
 
 
-def _several(out, right, names):
-    """The arrays of a result that must be a tuple or list of len(right); Wrong when it is not."""
-    if not isinstance(out, (tuple, list)) or len(out) != len(right):
-        as_array(out)
-        raise Wrong(f"wrong shape: {names} is wanted, got {type(out).__name__}")
-    arrays = [as_array(part) for part in out]
-    for i, (got, wanted) in enumerate(zip(arrays, right)):
-        if got.shape != np.shape(wanted):
-            shapes = f"{list(np.shape(wanted))} is wanted, got {list(got.shape)}"
-            raise Wrong(f"wrong shape of number {i + 1} in {names}: {shapes}")
-    return arrays
-
-
-def _flat(arrays):
-    return np.concatenate([np.ravel(a) for a in arrays])
-
-
-# --- 8.3: clipping --------------------------------------------------------------------------------
-
-
-def clip_case(scale):
-    """Gradients of three parameters of different shapes and sizes."""
-    rng = np.random.default_rng(3)
-    shapes = ((2, 3), (4,), ())
-    return [scale * (i + 1) * np.asarray(rng.normal(size=s)) for i, s in enumerate(shapes)]
+# --- 8.3: the layer -------------------------------------------------------------------------------
 
 
 @exercise("8.3")
-def clipping(answer):
-    """answer(gradients, a list of arrays, most) -> the list, clipped to a global norm of most."""
-    for scale, most in ((1.0, 1.0), (20.0, 2.5), (0.01, 1.0)):
-        gradients = clip_case(scale)
-        right = clipped(gradients, most)
-        out = _several(call(answer, gradients, most), right, "a list of three gradients")
-        mistakes = [(m, _flat(wrong)) for m, wrong in _clip_mistakes(gradients, most)]
-        expect(_flat(out), _flat(right), mistakes)
+def layer(answer):
+    """answer(y [B, L, D], alpha_xattn, alpha_dense, attend, ffw) -> [B, L, D]."""
+    y = np.random.default_rng(1).normal(size=(2, 3, 4))
+    for gates in ((0.7, -0.4), (-1.9, 1.8), (0.0, 0.0)):
+        case = (y, *map(np.array, gates), _attend, _ffw)
+        expect(call(answer, *case), layer_of(*case), _layer_mistakes(*case))
 
 
-def clipped(gradients, most):
-    """Equation (3)."""
-    norm = np.sqrt(sum((g * g).sum() for g in gradients))
-    return [g * min(1, most / norm) for g in gradients]
+def layer_of(y, alpha_xattn, alpha_dense, attend, ffw):
+    """Equation (2)."""
+    y = y + np.tanh(alpha_xattn) * attend(y)
+    return y + np.tanh(alpha_dense) * ffw(y)
 
 
-def _clip_mistakes(gradients, most):
-    flat = _flat(gradients)
-    norm, separate = np.sqrt(flat @ flat), [np.sqrt((g * g).sum()) for g in gradients]
+def _attend(y):
+    return np.sin(y)[..., ::-1] + 0.5
 
-    def scaled(by):
-        return [g * min(1, most / by) for g in gradients]
 
-    yield "nothing is clipped", gradients
+def _ffw(y):
+    return np.maximum(y, 0) ** 2 - 0.3
+
+
+def _layer_mistakes(y, xattn, dense, attend, ffw):
+    t, d = np.tanh(xattn), np.tanh(dense)
+    first = y + t * attend(y)
     yield (
-        "each gradient is clipped by itself: the norm is that of ALL of them together, or the "
-        "direction changes",
-        [g * min(1, most / n) for g, n in zip(gradients, separate)],
+        "the feed-forward sees the OLD y here: overwrite y after the first gate",
+        first + d * ffw(y),
     )
     yield (
-        "clipped number by number: equation (3) scales them all by one factor",
-        [np.clip(g, -most, most) for g in gradients],
+        "the first branch is lost: the second one is added to y AFTER the first gate",
+        y + d * ffw(first),
     )
-    yield (
-        "a small gradient is left as it is: the factor is at most 1",
-        [g * most / norm for g in gradients],
-    )
-    yield "the square root is missing: this divides by the square of the norm", scaled(norm**2)
-    yield (
-        "the norm of all is no sum of norms: add up the squares, then take the root",
-        scaled(sum(separate)),
-    )
-    yield "this is the norm of the largest gradient alone", scaled(max(separate))
-    yield "this scales by the largest number; the norm is wanted", scaled(abs(flat).max())
-    yield (
-        "the norm needs squares, or at least absolute values: yours is of the sum",
-        scaled(abs(flat.sum())),
-    )
-    yield "divided by the norm, but `most` is missing", [g / max(1, norm) for g in gradients]
+    yield "the two gates are exchanged", layer_of(y, dense, xattn, attend, ffw)
+    yield "both branches have the gate of the attention", layer_of(y, xattn, xattn, attend, ffw)
+    yield "both branches have the gate of the feed-forward", layer_of(y, dense, dense, attend, ffw)
+    yield "the attention comes first, then the feed-forward", layer_of(y, dense, xattn, ffw, attend)
+    yield "the second y is missing: it goes past the feed-forward", d * ffw(first)
+    yield "the feed-forward is missing", first
+    yield "no gate", y + attend(y) + ffw(y + attend(y))
+    yield "the feed-forward is not gated", first + ffw(first)
+    yield "the attention is not gated", y + attend(y) + d * ffw(y + attend(y))
+    tan = y + np.tan(xattn) * attend(y)
+    yield TAN, tan + np.tan(dense) * ffw(tan)
+    yield "a gate is tanh(alpha), not alpha", (z := y + xattn * attend(y)) + dense * ffw(z)
+    yield "the feed-forward works on y, not on the branch alone", y + d * ffw(t * attend(y))
 
 
-# --- 8.4: the gate's gradient ---------------------------------------------------------------------
-
-GRADIENTS = "the three gradients (dy, dalpha, dbranch)"
+# --- 8.4: a Flamingo of functions -----------------------------------------------------------------
 
 
-def gate_case(alpha, seed=0):
-    """dout, y, alpha, branch of a gate: float64, random."""
-    dout, y, branch = np.random.default_rng(seed).normal(size=(3, 2, 3, 4))
-    return dout, y, np.array(alpha), branch
+def flamingo_case(depth, every, seed=0, L=4, D=3):
+    """y [2, L, D], blocks, layers, every, sees bool [2, L]: functions that mind their order."""
+    rng = np.random.default_rng(seed)
+
+    def step(weight, size):
+        return lambda y: y + size * np.tanh(y @ weight)
+
+    blocks = [step(rng.normal(size=(D, D)), 1) for _ in range(depth)]
+    layers = [step(rng.normal(size=(D, D)), 0.5) for _ in range(-(-depth // every))]
+    sees = np.array([[False, False] + [True] * (L - 2), [True] * L])
+    return rng.normal(size=(2, L, D)), blocks, layers, every, sees
 
 
 @exercise("8.4")
-def gate_backward(answer):
-    """answer(dout [...], y, alpha [], branch) -> dy, dalpha, dbranch."""
-    for alpha in (0.8, 0.0, -1.7):
-        case = gate_case(alpha)
-        right = tanh_gate_backward(*case)
-        arrays = _several(call(answer, *case), right, GRADIENTS)
-        for i, got in enumerate(arrays):  # dy first, so that the message is about one of them
-            expect(got, right[i], _gate_mistakes(i, *case))
+def run(answer):
+    """answer(y [B, L, D], blocks, layers, every, sees bool[B, L]) -> ([B, L, D], float[layers])."""
+    for seed, (depth, every) in enumerate(((5, 2), (4, 1), (7, 3))):
+        case = flamingo_case(depth, every, seed)
+        right = flamingo_of(*case)
+        names = "the pair (y [B, L, D], shares [layers])"
+        y, shares = several(call(answer, *case), right, names, shapes=False)
+        expect(y, right[0], _stream_mistakes(*case), named("the first, the stream"))
+        expect(shares, right[1], _added_mistakes(*case), named("the second, the shares"))
 
 
-def _gate_mistakes(i, dout, y, alpha, branch):
-    """What typical mistakes give for gradient i of (dy, dalpha, dbranch)."""
-    t, product = np.tanh(alpha), np.vdot(dout, branch)
-    if i == 0:
-        yield "dy: y also goes straight through, y + ..., so its gradient is dout", t * dout
-        yield "dy: y is not in the gated branch; its gradient is dout alone", (1 + t) * dout
-        yield "dy: y is left out: its gradient is dout, not 0", np.zeros_like(dout)
-    if i == 1:
-        yield "dalpha: the factor 1 - tanh(alpha)^2 is missing", product
-        yield "dalpha: `tan` where `tanh` was meant: 1 + tan(alpha)^2", _tan_factor(alpha) * product
-        yield "dalpha: 1 - tanh(alpha), without the square", (1 - t) * product
-        yield "dalpha: 1 - alpha^2: the square is of tanh(alpha)", (1 - alpha**2) * product
-        yield "dalpha: 1 + tanh(alpha)^2: the sign is minus", (1 + t * t) * product
-        yield "dalpha: tanh(alpha) where its derivative was meant", t * product
-        yield (
-            "dalpha: alpha scales the branch, not y: <dout, branch>",
-            (1 - t * t) * np.vdot(dout, y),
-        )
-        mean = (1 - t * t) * product / dout.size
-        yield "dalpha: a mean; alpha acts on every number, so the gradients are summed", mean
-        yield "dalpha: the sum of the branch, without dout", (1 - t * t) * branch.sum()
-        yield "dalpha: the sum of dout, without the branch", (1 - t * t) * dout.sum()
-    if i == 2:
-        yield "dbranch: the gate is missing: tanh(alpha) * dout, which is 0 at alpha = 0", dout
-        yield "dbranch: `tan` where `tanh` was meant", np.tan(alpha) * dout
-        yield "dbranch: alpha * dout, but the gate is tanh(alpha)", alpha * dout
-        yield "dbranch: the derivative of the gate belongs to dalpha alone", (1 - t * t) * dout
-        yield "dbranch: multiply dout by the gate, not the branch by it", t * branch
+def flamingo_of(y, blocks, layers, every, sees, here=lambda i, n: i % n == 0, after=False,
+                which=None, skip=None, share=None):  # fmt: skip
+    """Blocks with a layer before every n-th, and each layer's share; with places for mistakes."""
+    skip = skip or (lambda new, y: np.where(sees[..., None], new, y))
+    share = share or (lambda new, y: np.linalg.norm(new - y) / np.linalg.norm(y))
+    shares = []
+    for i, block in enumerate(blocks):
+        y = block(y) if after else y
+        if here(i, every):
+            layer = layers[which(i, len(shares)) if which else len(shares)]
+            new = skip(layer(y), y)
+            shares.append(share(new, y))
+            y = new
+        y = y if after else block(y)
+    return y, np.array(shares)
 
 
-def _tan_factor(alpha):
-    return 1 + np.tan(alpha) ** 2
+def _stream_mistakes(y, blocks, layers, every, sees):
+    def wrong(**how):
+        return flamingo_of(y, blocks, layers, every, sees, **how)[0]
+
+    n = len(layers)
+    yield "the layer stands BEFORE its block: yours stands after it", wrong(after=True)
+    yield (
+        "this is open-flamingo's (i + 1) % n == 0: block 0 must have a layer",
+        wrong(here=lambda i, n: (i + 1) % n == 0),
+    )
+    yield (
+        "this is open-flamingo's (i + 1) % n == 0: block 0 must have a layer, and each its own",
+        wrong(here=lambda i, n: (i + 1) % n == 0, which=lambda i, count: i // every),
+    )
+    yield "block 0 must have a layer", wrong(here=lambda i, n: i > 0 and i % n == 0)
+    yield (
+        "block 0 must have a layer, and it is layer 0",
+        wrong(here=lambda i, n: i > 0 and i % n == 0, which=lambda i, _: i // every),
+    )
+    yield (
+        "there is a layer before EVERY block here; before every n-th is wanted",
+        wrong(here=lambda i, n: True, which=lambda i, _: min(i, n - 1)),
+    )
+    yield (
+        "there is a layer before EVERY block here; before every n-th is wanted",
+        wrong(here=lambda i, n: True, which=lambda i, _: i // every),
+    )
+    yield "every layer is layer 0 here", wrong(which=lambda i, _: 0)
+    yield "the layers are taken from the last to the first", wrong(which=lambda i, m: n - 1 - m)
+    yield (
+        "the layers are counted apart from the blocks: before block i stands layer i // n",
+        wrong(which=lambda i, _: i % n),
+    )
+    yield (
+        "the skip is missing: a token that sees no image goes past the layer",
+        wrong(skip=lambda new, y: new),
+    )
+    yield (
+        "upside down: here the tokens WITH an image go past the layer",
+        wrong(skip=lambda new, y: np.where(sees[..., None], y, new)),
+    )
+    yield (
+        "a token that sees no image keeps its row; yours becomes 0",
+        wrong(skip=lambda new, y: new * sees[..., None]),
+    )
+    yield (
+        "the layer has added its branches to y already: y is in it",
+        wrong(skip=lambda new, y: np.where(sees[..., None], y + new, y)),
+    )
+    yield "the layers are missing: these are the blocks alone", wrong(here=lambda i, n: False)
+    yield (
+        "block and layer, one after the other: here a block with a layer is left out",
+        _either(y, blocks, layers, every, sees),
+    )
+    yield "the last block is missing", flamingo_of(y, blocks[:-1], layers, every, sees)[0]
 
 
-# --- 8.5: reading a log ---------------------------------------------------------------------------
+def _either(y, blocks, layers, every, sees):
+    for i, block in enumerate(blocks):
+        new = layers[i // every](y)
+        y = block(y) if i % every else np.where(sees[..., None], new, y)
+    return y
 
 
-def log_case(seed=0):
-    """Records of a made-up log: every eighth step, four layers; one gate shuts again, one stays."""
-    rng, steps = np.random.default_rng(seed), np.arange(1, 90, 8)
-    s = steps / 89
-    curves = np.stack([1.2 * s * (1.4 - s), -1.1 * s, 0.4 * s, 1.1 * np.sin(3 * s) ** 2], axis=1)
-    curves = curves * (1 + 0.01 * rng.normal(size=4))
-    dense = curves[:, ::-1] * 0.9
-    return [
-        {"step": int(t), "loss": 1.0, "alpha_xattn": list(a), "alpha_dense": list(d)}
-        for t, a, d in zip(steps, curves, dense)
-    ]
+def _added_mistakes(y, blocks, layers, every, sees):
+    def wrong(share, skip=None):
+        return flamingo_of(y, blocks, layers, every, sees, share=share, skip=skip)[1]
+
+    norm = np.linalg.norm
+    yield (
+        "this is |y'| / |y|: only what the layer ADDS, y' - y",
+        wrong(lambda n, y: norm(n) / norm(y)),
+    )
+    yield (
+        "the share is of the stream BEFORE the layer, y",
+        wrong(lambda n, y: norm(n - y) / norm(n)),
+    )
+    yield "not divided by |y|: a share is wanted", wrong(lambda n, y: norm(n - y))
+    yield "these are squares: take the root", wrong(lambda n, y: (norm(n - y) / norm(y)) ** 2)
+    yield (
+        "this is the difference of two sizes; the size of the difference is wanted",
+        wrong(lambda n, y: norm(n) / norm(y) - 1),
+    )
+    yield "this is |y| / |y' - y|", wrong(lambda n, y: norm(y) / norm(n - y))
+    yield (
+        "|.| is the root of the sum of squares, not the sum of sizes",
+        wrong(lambda n, y: abs(n - y).sum() / abs(y).sum()),
+    )
+    yield (
+        "one share for a layer, of all numbers together; yours is a mean over the tokens",
+        wrong(lambda n, y: (norm(n - y, axis=-1) / norm(y, axis=-1)).mean()),
+    )
+    yield (
+        "one share for a layer, of all numbers together; yours is a mean over the pages",
+        wrong(lambda n, y: np.mean([norm(a - b) / norm(b) for a, b in zip(n, y)])),
+    )
+    seen = sees[..., None]
+    yield (
+        "the share is of the WHOLE stream, also of tokens that see no image",
+        wrong(lambda n, y: norm(n - y) / norm(y * seen)),
+    )
+    right, whole = flamingo_of(y, blocks, layers, every, sees)[1], []
+    stream = y
+    for i, block in enumerate(blocks):
+        before = stream
+        if i % every == 0:
+            stream = np.where(seen, layers[i // every](stream), stream)
+            whole.append(norm(block(stream) - before) / norm(before))
+        stream = block(stream)
+    yield "this is what layer and block add together: measure before the block", np.array(whole)
+    yield "one share for each layer, not one for each block", _spread(right, every, len(blocks))
+    yield "one share for each layer is wanted, not their mean", right.mean()
+
+
+def _spread(shares, every, depth):
+    out = np.zeros(depth)
+    out[::every] = shares
+    return out
+
+
+# --- 8.5: the gated feed-forward, backwards -------------------------------------------------------
+
+FIVE = "a tuple (out, dy, dup, ddown, dalpha)"
+NAMES = ("out", "dy", "dup", "ddown", "dalpha")
+
+
+def feed_forward_case(alpha, L, D, I, seed):
+    """dout and y [L, D], up [I, D], down [D, I], alpha []: float64, random."""
+    rng = np.random.default_rng(seed)
+    dout, y = rng.normal(size=(2, L, D))
+    return dout, y, rng.normal(size=(I, D)), rng.normal(size=(D, I)), np.array(alpha)
 
 
 @exercise("8.5")
-def opening(answer):
-    """answer(records, level) -> int[layers], the first step with |tanh(alpha_xattn)| >= level."""
-    for seed, level in ((0, 0.5), (1, 0.3), (2, 0.45)):
-        records = log_case(seed)
-        right = opened(records, level)
-        expect(call(answer, records, level), right, _opening_mistakes(records, level))
+def feed_forward_gradients(answer):
+    """answer(dout [L, D], y [L, D], up [I, D], down [D, I], alpha []) -> out, four gradients."""
+    for seed, (alpha, *sizes) in enumerate(((0.8, 5, 4, 7), (-1.3, 3, 3, 3), (0.0, 2, 4, 3))):
+        case = feed_forward_case(alpha, *sizes, seed)
+        right = gated_backward(*case)
+        arrays = several(call(answer, *case), right, FIVE)
+        for i in (0, 4, 3, 2, 1):  # forward first, then the way back
+            mistakes = [(f"{NAMES[i]}: {words}", gated_backward(*case, **how)[i])
+                        for only, words, how in BACKWARD_MISTAKES if i in only]  # fmt: skip
+            expect(arrays[i], right[i], mistakes, named(NAMES[i]))
 
 
-def opened(records, level, gate=lambda alpha: abs(np.tanh(alpha)), name="alpha_xattn"):
-    """The first step at which each layer's gate is at least `level`; 0 where it never is."""
-    steps = np.array([r["step"] for r in records])
-    reached = gate(np.array([r[name] for r in records])) >= level  # [records, layers]
-    return np.where(reached.any(axis=0), steps[reached.argmax(axis=0)], 0)
+def gated_backward(dout, y, up, down, alpha, slope=lambda a: 1 - np.tanh(a) ** 2, gate=np.tanh,
+                   gate_in_dalpha=False, inner=1, through=True, straight=1, act=2, weights=None,
+                   reduce=np.sum):  # fmt: skip
+    """Equations (3) and (4) for y + tanh(alpha) relu(y up^T)^2 down^T; places for mistakes."""
+    before = y @ up.T
+    positive = np.maximum(before, 0)
+    hidden = positive**act
+    full = dout.T @ hidden  # dW' of equation (4), as if the gate stood at 1
+    share = gate(alpha) if gate_in_dalpha else 1
+    dalpha = slope(alpha) * share * reduce((down if weights is None else weights) * full)
+    dhidden = gate(alpha) ** inner * dout @ down
+    local = (2 * positive if act == 2 else before > 0) if through else 1
+    dbefore = dhidden * local
+    out = straight * y + gate(alpha) * hidden @ down.T
+    return out, straight * dout + dbefore @ up, dbefore.T @ y, gate(alpha) * full, dalpha
 
 
-def _opening_mistakes(records, level):
-    steps = np.array([r["step"] for r in records])
-    reached = abs(np.tanh([r["alpha_xattn"] for r in records])) >= level
-    never, first = ~reached.any(axis=0), reached.argmax(axis=0)
-    last = len(steps) - 1 - reached[::-1].argmax(axis=0)
-    yield (
-        "the sign is arbitrary: take |tanh(alpha)|, or a negative gate never opens",
-        opened(records, level, np.tanh),
-    )
-    yield "this looks at alpha; the gate is tanh(alpha)", opened(records, level, np.abs)
-    yield (
-        "this looks at alpha, and with its sign; the gate is |tanh(alpha)|",
-        opened(records, level, np.asarray),
-    )
-    yield (
-        "these are the gates of the feed-forward: alpha_xattn is asked for",
-        opened(records, level, name="alpha_dense"),
-    )
-    yield (
-        "0 for a gate that never opens: argmax of a column without a True is 0, the first step",
-        (steps[first]),
-    )
-    yield "these are places in the log: it holds every eighth step, look up record['step']", first
-    yield "places in the log, not steps: look up record['step']", np.where(never, 0, first + 1)
-    yield "places in the log, not steps: look up record['step']", np.where(never, 0, first)
-    yield "the FIRST step is asked for, this is the last", np.where(never, 0, steps[last])
-    yield "0 for a gate that never opens, not -1", np.where(never, -1, steps[first])
-    yield "this counts the records with an open gate", reached.sum(axis=0)
-    yield "one step for each layer is wanted, not one for all", steps[first[~never].min()]
+BACKWARD_MISTAKES = [
+    ((0,), "y is missing: y + tanh(alpha) branch", {"straight": 0}),
+    ((0, 3), "the gate is missing", {"gate": lambda a: 1}),
+    ((0, 3), "`tan` where `tanh` was meant", {"gate": np.tan}),
+    ((0, 3, 4), "the square of the ReLU is missing", {"act": 1}),
+    ((4,), "the factor 1 - tanh(alpha)^2 is missing", {"slope": lambda a: 1}),
+    ((4,), "`tan` where `tanh` was meant", {"slope": lambda a: 1 + np.tan(a) ** 2}),
+    ((4,), "tanh(alpha) where its derivative was meant", {"slope": np.tanh}),
+    ((4,), "1 - alpha^2: the square is of tanh(alpha)", {"slope": lambda a: 1 - a * a}),
+    ((4,), "dW' is taken as if the gate stood at 1: no tanh(alpha) in it", {"gate_in_dalpha": 1}),
+    ((4,), "the weight is missing: <W, dW'>, not the sum of dW'", {"weights": 1}),
+    ((4,), "a mean: alpha acts on every number, so sum", {"reduce": np.mean}),
+    ((1, 2), "the gate is missing on the way back", {"inner": 0}),
+    ((1, 2), "the gate acts twice on the way back", {"inner": 2}),
+    ((1, 2), "the ReLU's square has a slope, too: 2 relu(y up^T)", {"through": False}),
+    ((1, 2), "that is the slope of the ReLU, not of its square", {"act": 1}),
+    ((1,), "y goes straight through, too: add dout", {"straight": 0}),
+]

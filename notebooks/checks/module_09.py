@@ -1,266 +1,416 @@
-"""Checks of module 09: a prompt, ranking, RICES, the standard error, ensembling."""
+"""Checks of module 09: which tokens count, the mixture, clipping, a training loop, a log."""
 
 import numpy as np
 
-from miniflamingo.functional import log_softmax
-from miniflamingo.prompt import BOS, EOC, IMAGE
+from miniflamingo.worlds.datasets import IGNORED
 
-from .core import call, exercise, expect
+from .core import apart, call, close, exercise, expect, several
 
-# --- 9.1: the prompt ------------------------------------------------------------------------------
+# --- 9.1: which tokens count ----------------------------------------------------------------------
 
-NAMES = np.array([[20, 21, 20, 22], [30, 31, 32, 33]])  # the last column is the query's own
+# two documents, <pad> = 0, <BOS> = 1, <EOC> = 2, <image> = 3: two pictures; one, padded
+TOKENS = np.array([[1, 3, 5, 6, 2, 3, 7, 2], [1, 8, 3, 9, 2, 0, 0, 0]])
 
 
 @exercise("9.1")
-def prompt(answer):
-    """answer(names int[B, k + 1], this) -> int[B, 1 + 4 k + 2]."""
-    for names, this in ((NAMES, 7), (NAMES[:, 1:], 9), (NAMES[:, 3:], 7)):
-        mistakes = _prompt_mistakes(names, this)
-        expect(call(answer, names, this), prompt_of(names, this), mistakes)
+def targets(answer):
+    """answer(tokens int[B, L], image, pad) -> int[B, L-1]."""
+    other = np.array([[4, 1, 9, 6, 4, 9, 3, 0], [4, 9, 0, 3, 4, 1, 1, 1]])  # <image> = 9, <pad> = 1
+    for tokens, image, pad in ((TOKENS, 3, 0), (other, 9, 1)):
+        right = targets_of(tokens, image, pad)
+        expect(call(answer, tokens, image, pad), right, _target_mistakes(tokens, image, pad))
 
 
-def prompt_of(names, this):
-    """<BOS>, k chunks <image> this NAME <EOC>, and <image> this."""
-    return _prompt(names[:, :-1], this, [IMAGE, this])
+def targets_of(tokens, image, pad):
+    """The token to predict at each place but the last; IGNORED where that is no text."""
+    following = tokens[:, 1:]
+    return np.where((following == image) | (following == pad), IGNORED, following)
 
 
-def _prompt(names, this, end, bos=True, chunk=(IMAGE, None, "name", EOC)):
-    rows = []
-    for row in names:
-        tokens = [BOS] * bos
-        for name in row:
-            tokens += [{None: this, "name": name}.get(t, t) for t in chunk]
-        rows.append(tokens + list(end))
-    return np.array(rows, int)
-
-
-def _prompt_mistakes(names, this):
-    shots, end = names[:, :-1], [IMAGE, this]
-    leak = np.concatenate([prompt_of(names, this), names[:, -1:]], axis=1)
-    closed = np.pad(leak, ((0, 0), (0, 1)), constant_values=EOC)
-    yield "the query's own name is in the prompt: the answer is given away", leak
-    yield "the query's own name is in the prompt: the answer is given away", closed
+def _target_mistakes(tokens, image, pad):
+    following, here = tokens[:, 1:], tokens[:, :-1]
+    text, text_here = ((t != image) & (t != pad) for t in (following, here))
+    right = targets_of(tokens, image, pad)
+    yield "no token is left out: <image> and <pad> must not count", following
     yield (
-        "the query's name is among the shots: names[:, -1] is the answer, leave it out",
-        _prompt(names, this, end),
+        "<image> counts here: the model would learn to predict where pictures stand",
+        np.where(following == pad, IGNORED, following),
+    )
+    yield "<pad> counts here: it is no text", np.where(following == image, IGNORED, following)
+    yield (
+        "one place too early: leave out by the token that is to be PREDICTED, not by the one read",
+        np.where(text_here, following, IGNORED),
     )
     yield (
-        "the last shot is missing: k shots are all columns but the last",
-        _prompt(names[:, :-2], this, end),
-    )
-    yield "the query is missing: end with <image> this", _prompt(shots, this, [])
-    yield (
-        "the query's <image> is missing: the model would look at the last shot's picture",
-        _prompt(shots, this, [this]),
-    )
-    yield "the prompt must end with `this`: the name comes next", _prompt(shots, this, [IMAGE])
-    yield "<BOS> is missing at the start", _prompt(shots, this, end, bos=False)
-    yield (
-        "<EOC> is missing at the end of each shot",
-        _prompt(shots, this, end, chunk=(IMAGE, None, "name")),
+        "not shifted: token l predicts token l + 1, so the targets are tokens[:, 1:]",
+        np.where(text_here, here, IGNORED),
     )
     yield (
-        "<EOC> behind the query: a closed chunk is not gone on with",
-        _prompt(shots, this, [*end, EOC]),
+        "no token predicts the first one: the targets are [B, L-1], from tokens[:, 1:]",
+        np.where((tokens == image) | (tokens == pad), IGNORED, tokens),
     )
-    yield (
-        "text before its picture: a chunk is <image> this NAME <EOC>",
-        _prompt(shots, this, end, chunk=(None, "name", IMAGE, EOC)),
-    )
+    for mark in (0, -1, pad):
+        yield (
+            f"left out is what has the target {IGNORED} (IGNORED); {mark} is none of that",
+            np.where(text, following, mark),
+        )
+    yield "these are the tokens that count, as truths: their ids are wanted", text
+    yield "upside down: this keeps <image> and <pad>", np.where(text, IGNORED, following)
+    if (image, pad) != (3, 0):
+        kept = (following != 3) & (following != 0)
+        yield "the ids are the arguments image and pad", np.where(kept, following, IGNORED)
+    yield "the last target is missing or repeated", np.roll(right, 1, axis=1)
 
 
-# --- 9.2: ranking ---------------------------------------------------------------------------------
+# --- 9.2: the mixture -----------------------------------------------------------------------------
 
 
-def ranking_case(seed=0):
-    """Logits [C, L, V] of prompt and candidates, tokens int[C, L], start, lengths int[C]."""
+def mixture_case(seed=0):
+    """{dataset: the gradient of each example, [B_m, P]} and {dataset: lambda}."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(4, 9, (4, 8))
-    start, lengths = 4 - seed, np.array([5, 6, 8, 6])
-    tokens[:, :start] = tokens[0, :start]  # one prompt
-    tokens[np.arange(8) >= lengths[:, None]] = 0
-    return 2 * rng.normal(size=(4, 8, 9)), tokens, start, lengths
+    sizes = {"documents": 5, "captions": 3, "pairs": 2, "clips": 4}
+    gradients = {m: rng.normal(i, 1, (B, 6)) for i, (m, B) in enumerate(sizes.items())}
+    weights = {"documents": 1.0, "captions": 0.2, "pairs": 0.3, "clips": 0.6}
+    return gradients, weights if seed == 0 else dict(reversed(weights.items()))
 
 
 @exercise("9.2")
-def ranking(answer):
-    """answer(logits [C, L, V], tokens int[C, L], start, lengths int[C]) -> [C]."""
+def mixture(answer):
+    """answer({m: [B_m, P]}, {m: lambda_m}) -> [P]."""
     for seed in (0, 1):
-        case = ranking_case(seed)
-        expect(call(answer, *case), scored(*case), _ranking_mistakes(*case))
+        gradients, weights = mixture_case(seed)
+        right = sum(weights[m] * g.mean(axis=0) for m, g in gradients.items())
+        expect(call(answer, gradients, weights), right, _mixture_mistakes(gradients, weights))
+    only = {"clips": gradients["clips"]}  # a dataset alone
+    expect(call(answer, only, {"clips": 0.5}), 0.5 * only["clips"].mean(axis=0))
 
 
-def scored(logits, tokens, start, lengths, shift=1, read=log_softmax, pad=False, of=np.sum):
-    """Equation (2): the sum of each candidate's log-probabilities; places for mistakes."""
-    scores = []
-    for row, ids, length in zip(read(logits), tokens, lengths):
-        places = np.arange(start, len(ids) if pad else length)
-        scores.append(of(row[np.clip(places - shift, 0, len(ids) - 1), ids[places]]))
-    return np.array(scores)
-
-
-def _ranking_mistakes(*case):
-    logits, tokens, start, lengths = case
+def _mixture_mistakes(gradients, weights):
+    means = {m: g.mean(axis=0) for m, g in gradients.items()}
+    right, M = sum(weights[m] * g for m, g in means.items()), len(means)
+    every = np.concatenate(list(gradients.values()))
+    weighted = np.concatenate([weights[m] * g for m, g in gradients.items()])
+    last, turned = list(means)[-1], zip(weights.values(), means.values())
     yield (
-        "wrong offset: the logits at l say what comes at l + 1, so token l is scored at l - 1",
-        scored(*case, shift=0),
+        "by name, not by place: the weights stand in another order here, weights[m]",
+        sum(weight * g for weight, g in turned),
     )
-    yield "wrong offset: one place too far back", scored(*case, shift=2)
-    yield "wrong offset, the other way: token l is scored at l - 1", scored(*case, shift=-1)
-    yield "the padding behind a shorter candidate counts, too", scored(*case, pad=True)
+    yield "the weights are missing: each dataset's mean counts lambda_m times", sum(means.values())
+    yield "the weights are missing, and this is a mean over datasets", sum(means.values()) / M
     yield (
-        "these are logits: log_softmax makes log-probabilities of them",
-        scored(*case, read=lambda x: x),
+        "a sum over the examples: a dataset would count more for a larger batch; take the mean",
+        weighted.sum(axis=0),
     )
     yield (
-        "a sum of probabilities: the log is missing",
-        scored(*case, read=lambda x: np.exp(log_softmax(x))),
+        "this MERGES the datasets: all examples in one batch count the same, lambda is lost",
+        every.mean(axis=0),
+    )
+    yield "divided by the sum of all examples: take each dataset's mean", weighted.mean(axis=0)
+    yield "equation (2) is a sum over datasets, not their mean: do not divide by M", right / M
+    yield (
+        "equation (2) does not divide by the sum of the weights",
+        right / sum(weights.values()),
     )
     yield (
-        "a probability; its log is wanted, or long candidates underflow",
-        np.exp(scored(*case)),
+        "only the last dataset is left: ADD its gradient to the sum, this overwrites it",
+        weights[last] * means[last],
     )
-    yield "a mean over the tokens: equation (2) is a sum", scored(*case, of=np.mean)
-    yield "minus sign: the log-likelihood is wanted, not the loss", -scored(*case)
+    first = next(iter(means))
+    yield "only the first dataset is here: go through all of them", weights[first] * means[first]
     yield (
-        "softmax runs over the words, the last axis",
-        scored(*case, read=lambda x: np.stack([log_softmax(row.T).T for row in x])),
+        "not summed over the datasets: one gradient for the one update",
+        np.stack([weights[m] * g for m, g in means.items()]),
     )
-    yield "the prompt's tokens count, too: begin at start", scored(logits, tokens, 1, lengths)
-    yield "the candidate's first token is left out", scored(logits, tokens, start + 1, lengths)
 
 
-# --- 9.4: RICES -----------------------------------------------------------------------------------
+# --- 9.3: clipping --------------------------------------------------------------------------------
 
 
-@exercise("9.4")
-def rices(answer):
-    """answer(features [n, D], query int[B], k) -> int[B, k], most similar last, never itself."""
-    for seed, k in ((0, 3), (1, 4)):
-        rng = np.random.default_rng(seed)
-        features = rng.normal(size=(12, 5)) * rng.uniform(0.2, 5, (12, 1))
-        query = np.array([7, 0, 11])
-        right = similar(features, query, k)
-        expect(call(answer, features, query, k), right, _rices_mistakes(features, query, k))
-
-
-def similar(features, query, k, normalise=True, itself=False, sign=1):
-    """Equation (3): indices of the k most similar, the most similar last; places for mistakes."""
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = features / length if normalise else features
-    likeness = sign * unit[query] @ unit.T
-    if not itself:
-        likeness[np.arange(len(query)), query] = -np.inf
-    return np.argsort(likeness, axis=1)[:, -k:]
-
-
-def _rices_mistakes(features, query, k):
-    case = features, query, k
-    right = similar(*case)
-    distance = -((features[query][:, None] - features) ** 2).sum(axis=-1)
-    leaked = similar(*case, itself=True)
-    yield "the query picks itself: its own picture, label and all, is in the prompt", leaked
-    yield (
-        "the query picks itself, and the most similar stands first: it must come LAST",
-        leaked[:, ::-1],
-    )
-    yield "the most similar stands first: it must come LAST, next to the query", right[:, ::-1]
-    yield "these are the LEAST similar pictures", similar(*case, sign=-1)
-    yield "these are the LEAST similar pictures", similar(*case, sign=-1)[:, ::-1]
-    yield (
-        "inner products: divide by both lengths, or long features win",
-        similar(*case, normalise=False),
-    )
-    yield (
-        "inner products, and the query itself is in: divide by the lengths",
-        similar(*case, normalise=False, itself=True),
-    )
-    for drop in (False, True):
-        if drop:
-            distance[np.arange(len(query)), query] = -np.inf
-        yield (
-            "Euclidean distance: likeness is the cosine here",
-            np.argsort(distance, axis=1)[:, -k:],
-        )
-    full = np.argsort(np.where(np.eye(len(features), dtype=bool)[query], -np.inf, 0), axis=1)
-    yield "this does not look at the features", full[:, -k:]
-    yield f"k = {k} pictures are wanted, not all", np.argsort(_cosine(features, query), axis=1)
-
-
-def _cosine(features, query):
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return unit[query] @ unit.T
-
-
-# --- 9.3: the standard error ----------------------------------------------------------------------
+def clip_case(scale):
+    """Gradients of three parameters of different shapes and sizes."""
+    rng = np.random.default_rng(3)
+    shapes = ((2, 3), (4,), ())
+    return [np.array(scale * (i + 1) * rng.normal(size=s)) for i, s in enumerate(shapes)]
 
 
 @exercise("9.3")
-def standard_error(answer):
-    """answer(correct bool[C, n]) -> [C]."""
-    for seed, shape in ((0, (3, 40)), (1, (2, 150))):
-        rng = np.random.default_rng(seed)
-        correct = rng.random(shape) < np.array([0.9, 0.5, 0.2])[: shape[0], None]
-        expect(call(answer, correct), error_of(correct), _error_mistakes(correct))
+def clipping(answer):
+    """answer(gradients, a list of arrays, most) -> the list, clipped to a global norm of most."""
+    for scale, most in ((1.0, 1.0), (20.0, 2.5), (0.01, 1.0)):
+        gradients = clip_case(scale)
+        right = clipped(gradients, most)
+        out = several(call(answer, gradients, most), right, "a list of three gradients")
+        mistakes = [(m, _flat(wrong)) for m, wrong in _clip_mistakes(gradients, most)]
+        expect(_flat(out), _flat(right), mistakes)
 
 
-def error_of(correct):
-    """Equation (4)."""
-    p = correct.mean(axis=-1)
-    return np.sqrt(p * (1 - p) / correct.shape[-1])
+def _flat(arrays):
+    return np.concatenate([np.ravel(a) for a in arrays])
 
 
-def _error_mistakes(correct):
-    p, n = correct.mean(axis=-1), correct.shape[-1]
-    q = correct.mean(axis=0)
-    yield "the square root is missing: this is a variance", p * (1 - p) / n
-    yield "divide by n under the root: this is the spread of ONE answer", np.sqrt(p * (1 - p))
-    yield "divided by n outside the root: it is sqrt(n)", np.sqrt(p * (1 - p)) / n
-    yield "this is the accuracy; its standard error is wanted", p
-    yield "p / n: the variance of one answer is p (1 - p)", np.sqrt(p / n)
-    yield "wrong axis: the n samples are the last one", np.sqrt(q * (1 - q) / len(correct))
+def clipped(gradients, most):
+    """Equation (3)."""
+    norm = np.sqrt(sum((g * g).sum() for g in gradients))
+    return [g * min(1, most / norm) for g in gradients]
+
+
+def _clip_mistakes(gradients, most):
+    flat = _flat(gradients)
+    norm, separate = np.sqrt(flat @ flat), [np.sqrt((g * g).sum()) for g in gradients]
+
+    def scaled(by):
+        return [g * min(1, most / by) for g in gradients]
+
     yield (
-        "one number for all curves: keep the first axis",
-        np.sqrt(correct.mean() * (1 - correct.mean()) / correct.size),
+        "nothing is clipped (`for g in gradients: g = ...` puts nothing into the list)",
+        gradients,
     )
-    yield "n is the samples of one curve, not of all", np.sqrt(p * (1 - p) / correct.size)
-    yield "that is the half-width of a 95 % interval: leave out 1.96", 1.96 * error_of(correct)
+    yield (
+        "each gradient is clipped by itself: the norm is that of ALL of them together, or the "
+        "direction changes",
+        [g * min(1, most / n) for g, n in zip(gradients, separate)],
+    )
+    yield (
+        "clipped number by number: equation (3) scales them all by one factor",
+        [np.clip(g, -most, most) for g in gradients],
+    )
+    yield (
+        "a small gradient is left as it is: the factor is at most 1",
+        [g * most / norm for g in gradients],
+    )
+    yield "the square root is missing: this divides by the square of the norm", scaled(norm**2)
+    yield (
+        "the norm of all is no sum of norms: add up the squares, then take the root",
+        scaled(sum(separate)),
+    )
+    yield "this is the norm of the largest gradient alone", scaled(max(separate))
+    yield "this scales by the largest number; the norm is wanted", scaled(abs(flat).max())
+    yield (
+        "the norm needs squares, or at least absolute values: yours is of the sum",
+        scaled(abs(flat.sum())),
+    )
+    yield "divided by the norm, but `most` is missing", [g / max(1, norm) for g in gradients]
 
 
-# --- 9.5: ensembling ------------------------------------------------------------------------------
+# --- 9.4: a training loop -------------------------------------------------------------------------
 
 
-def orders_case(seed):
-    """Log-probabilities [orders, B, V]; an order may be sure of the wrong word."""
+def loop_case(seed, P=5):
+    """Gradients of three quadratic losses, their weights, and the rest of train's arguments."""
     rng = np.random.default_rng(seed)
-    return log_softmax(3 * rng.standard_t(2, size=(5, 12, 6)))
+    centres, sizes = rng.normal(size=(3, P)), (4.0, 0.7, 1.5)
+
+    def gradient_of(centre, size):
+        return lambda theta: size * (theta - centre)
+
+    gradients = {m: gradient_of(c, s) for m, c, s in zip("abc", centres, sizes)}
+    weights = {"a": 1.0, "b": 0.2, "c": 0.5}
+    return gradients, weights, rng.normal(size=P), 6, 0.05, 3, 2.0 + 4 * seed, 0.1
+
+
+@exercise("9.4")
+def training_loop(answer):
+    """answer(gradients, weights, theta [P], steps, rate, warm, most, decay) -> [steps + 1, P]."""
+    for seed in (0, 1):
+        case = loop_case(seed)
+        mistakes = [(words, trained(*case, **how)) for words, how in LOOP_MISTAKES]
+        right = trained(*case)
+        mistakes.append(("every row is the last one: theta is changed in place, and path holds it "
+                         "many times; theta = theta - ...", right[-1:] + 0 * right))  # fmt: skip
+        expect(call(answer, *case), right, mistakes, _update_in_words)
+
+
+def trained(gradients, weights, theta, steps, rate, warm, most, decay, weigh=True, clip="whole",
+            hats=True, first=1, warmed=True, l2=False, decayed="rated", sign=1, each=False,
+            root="outside", mean=False):  # fmt: skip
+    """Equations (2) to (5), as in the notebook; what may vary are the typical mistakes."""
+    m, v, path, t = 0, 0, [theta], first
+    total = sum(weights.values()) if mean else 1
+    for _ in range(steps):
+        parts = {n: (weights[n] if weigh else 1) / total * g(theta) for n, g in gradients.items()}
+        for g in parts.values() if each else [sum(parts.values())]:
+            if clip == "each dataset":
+                g = sum(_clipped(part, most) for part in parts.values())
+            elif clip == "each number":
+                g = np.clip(g, -most, most)
+            elif clip == "whole":
+                g = _clipped(g, most)
+            g = g + decay * theta * l2
+            m, v, u = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, max(t, 1)
+            a, b = (1 - 0.9**u, 1 - 0.999**u) if hats else (1, 1)
+            step = m / a / (np.sqrt(v / b) + 1e-8)
+            pace = rate * (min(1, t / warm) if warmed else 1)
+            shrink = {"rated": pace, "never": 0, "bare": 1}[decayed] * (not l2)
+            theta = theta - sign * pace * step - shrink * decay * theta
+        path.append(theta)
+        t += 1
+    return np.array(path)
+
+
+def _clipped(g, most):
+    return g * min(1, most / np.sqrt((g * g).sum()))
+
+
+LOOP_MISTAKES = [
+    ("the weights lambda are missing", {"weigh": False}),
+    ("nothing to divide by: equation (2) is a sum, not a mean", {"mean": True}),
+    ("not clipped: equation (3)", {"clip": "never"}),
+    ("each number is clipped: the whole gradient is, so that its direction stays",
+     {"clip": "each number"}),
+    ("each dataset is clipped alone: first add up, then clip", {"clip": "each dataset"}),
+    ("an update for each dataset: add up first, then ONE update", {"each": True}),
+    ("the hats are missing: divide by 1 - beta^t", {"hats": False}),
+    ("updates are counted from 1: the first one must not have the rate 0", {"first": 0}),
+    ("the warm-up is missing: equation (5)", {"warmed": False}),
+    ("the decay is no part of g: it pulls at the weight itself", {"l2": True}),
+    ("the weight decay is missing", {"decayed": "never"}),
+    ("the decay is multiplied by the rate, too", {"decayed": "bare"}),
+    ("uphill: theta MINUS the step", {"sign": -1}),
+]  # fmt: skip
+
+
+def _update_in_words(got, right):
+    row, place = np.argwhere(~close(got, right))[0]
+    wanted, found = apart(right[row, place], got[row, place])
+    where = "before any update" if row == 0 else f"after update {row}"
+    return f"{where}: {wanted} is right at [{row}, {place}], got {found}"
+
+
+# --- 9.5: reading a log ---------------------------------------------------------------------------
+
+
+def log_case(seed=0):
+    """Records of a made-up log: not every step, four layers.
+
+    Of the gates one opens and shuts, one opens, shuts and opens again, and one hardly opens.
+    """
+    rng, steps = np.random.default_rng(seed), np.arange(1, 90, 8)
+    s = steps / 89
+    steps = steps if seed < 2 else 3 + np.cumsum(rng.integers(1, 9, len(steps)))
+    curves = np.stack([1.2 * s * (1.4 - s), -1.1 * s, 0.4 * s, 1.1 * np.sin(4.5 * s) ** 2], axis=1)
+    curves = curves * (1 + 0.01 * rng.normal(size=4))
+    dense = curves[:, ::-1] * 0.9
+    return [
+        {"step": int(t), "loss": 1.0, "alpha_xattn": list(a), "alpha_dense": list(d)}
+        for t, a, d in zip(steps, curves, dense)
+    ]
+
+
+def interrupted(records, at, back=3):
+    """The log of a run that was interrupted after `at` records, and lost the last `back`."""
+    lost = [
+        r | {name: list(np.multiply(r[name], (0.1, 0.1, 4, 0.1)))}
+        for r in records[at - back : at]
+        for name in ("alpha_xattn",)
+    ]
+    return records[: at - back] + lost + records[at - back :]
 
 
 @exercise("9.5")
-def ensemble(answer):
-    """answer(logp [orders, B, V]) -> int[B]."""
-    for seed in (0, 1, 2):
-        logp = orders_case(seed)
-        right = logp.mean(axis=0).argmax(axis=-1)
-        expect(call(answer, logp), right, _ensemble_mistakes(logp))
+def opening(answer):
+    """answer(records, level) -> int[layers]: from which step on |tanh(alpha_xattn)| >= level."""
+    cases = [(log_case(0), 0.5), (interrupted(log_case(1), 8), 0.3)]
+    cases += [(interrupted(log_case(2), 11), 0.45), (interrupted(log_case(4), 11, 2), 0.3)]
+    cases += [(log_case(2)[10:], 0.4)]  # a log that begins when a gate is open
+    cases += [(_from_shut(log_case(3)), 0.0)]  # exactly at the level
+    for records, level in cases:
+        mistakes = *_edge_mistakes(records, level), *_opening_mistakes(records, level)
+        expect(call(answer, records, level), opened(records, level), mistakes, whole=True)
 
 
-def votes(logp):
-    """The word that most orders choose."""
-    return np.array([np.bincount(v).argmax() for v in logp.argmax(axis=-1).T])
+def _from_shut(records):
+    """A log whose first gates are exactly 0."""
+    shut = {"alpha_xattn": [0.0] * 4, "alpha_dense": [0.0] * 4}
+    return [records[0] | shut, *records[1:]]
 
 
-def _ensemble_mistakes(logp):
-    yield "the first order alone", logp[0].argmax(axis=-1)
-    yield "the last order alone: take the mean over axis 0", logp[-1].argmax(axis=-1)
-    yield "a vote: take the mean of the log-likelihoods, then the best word", votes(logp)
+def _open_to_the_end(gate):
+    """The place from which on all of gate is true; its length where the last is not."""
+    return len(gate) - int(np.logical_and.accumulate(gate[::-1]).sum())
+
+
+def opened(records, level, gate=lambda alpha: abs(np.tanh(alpha)), name="alpha_xattn", keep="last",
+           at=_open_to_the_end, never=0, least=np.greater_equal):  # fmt: skip
+    """The step from which on each layer's gate is at least `level`; `never` where it is not so."""
+    if keep == "last":
+        records = [*{r["step"]: r for r in records}.values()]
+    if keep == "first":
+        records = [*{r["step"]: r for r in records[::-1]}.values()]
+        records = sorted(records, key=lambda r: r["step"])
+    steps = [r["step"] for r in records]
+    reached = least(gate(np.array([r[name] for r in records])), level)  # [records, layers]
+    places = [at(column) for column in reached.T]
+    return np.array([steps[i] if i < len(steps) else never for i in places])
+
+
+def _opening_mistakes(records, level):
+    run = [*{r["step"]: r for r in records}.values()]
+    steps = np.array([r["step"] for r in run])
+    reached = abs(np.tanh([r["alpha_xattn"] for r in run])) >= level
+    places = np.array([_open_to_the_end(column) for column in reached.T])
+    shut, right = places == len(steps), opened(records, level)
+
+    def wrong(**how):
+        return opened(records, level, **how)
+
     yield (
-        "a mean of probabilities: the log-likelihoods are averaged, so every order has a veto",
-        np.exp(logp).mean(axis=0).argmax(axis=-1),
+        "the sign is arbitrary: take |tanh(alpha)|, or a negative gate never opens",
+        wrong(gate=np.tanh),
     )
-    yield "the surest order alone: the mean is wanted", logp.max(axis=0).argmax(axis=-1)
-    yield "the least likely word: argmax is wanted", logp.mean(axis=0).argmin(axis=-1)
-    yield "one word for each row is wanted, not for each order", logp.argmax(axis=-1)
-    yield "the mean runs over the orders, axis 0, not over the rows", logp.mean(axis=1).argmax(-1)
-    yield "these are the mean scores; the best word of each row is wanted", logp.mean(axis=0)
+    yield "this looks at alpha; the gate is tanh(alpha)", wrong(gate=np.abs)
+    yield (
+        "this looks at alpha, and with its sign; the gate is |tanh(alpha)|",
+        wrong(gate=np.asarray),
+    )
+    yield (
+        "these are the gates of the feed-forward: alpha_xattn is asked for",
+        wrong(name="alpha_dense"),
+    )
+    first = np.where(reached.any(axis=0), reached.argmax(axis=0), len(steps))
+    again = "this is the FIRST step at which a gate is open, but it shuts again: when does it stay?"
+    yield again, np.append(steps, 0)[first]
+    yield (
+        f"{again} (and of a step that stands in the log twice the later record counts)",
+        wrong(keep="all", at=lambda gate: int(gate.argmax()) if gate.any() else 10**6),
+    )
+    yield (
+        "a step that stands in the log twice: the later record counts, yours takes the earlier one",
+        wrong(keep="first"),
+    )
+    yield (
+        "a lost part of the run counts here: of a step that stands in the log twice only the later "
+        "record is part of it",
+        wrong(keep="all"),
+    )
+    yield "these are places in the log: look up the step", np.where(shut, 0, places)
+    yield "these are places in the log: look up the step", places
+    yield "a gate that is shut in the last record: 0, not the last step", wrong(never=steps[-1])
+    yield "0 for a gate that is not open at the end, not -1", wrong(never=-1)
+    yield "0 for a gate that is not open at the end, not the first step", wrong(never=steps[0])
+    yield "this counts the records at the end with an open gate", len(steps) - places
+    yield "this counts the records with an open gate", reached.sum(axis=0)
+    yield "one step for each layer is wanted, not one for all", right.max()
+
+
+def _edge_mistakes(records, level):
+    right = opened(records, level)
+    run = [*{r["step"]: r for r in records}.values()]
+    steps = np.array([r["step"] for r in run])
+    gates = abs(np.tanh([r["alpha_xattn"] for r in run])) >= level
+    places = np.array([_open_to_the_end(column) for column in gates.T])
+    yield (
+        "a gate that is open in all records: it stays open from the first step on, not from 0",
+        np.where(places == 0, 0, right),
+    )
+    yield "at LEAST the level: >=, not >", opened(records, level, least=np.greater)
+    before = steps[np.maximum(places - 1, 0)]
+    yield (
+        "this is the last step at which it was SHUT; the next one in the log is asked for",
+        before,
+    )
+    yield (
+        "this is the last step at which it was SHUT; the next one in the log is asked for",
+        np.where(places == len(steps), 0, before),
+    )
+    at_the_end = np.where(places < len(steps), steps[-1], 0)
+    yield "this is the LAST step of those at which it is open", at_the_end

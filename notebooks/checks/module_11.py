@@ -1,247 +1,215 @@
-"""Checks of module 11: vector add, softmax of rows, a tile of attention, a program's offsets."""
+"""Checks of module 11: an overall score, a difference, all divisions, abstaining."""
+
+from itertools import combinations
 
 import numpy as np
 
-from miniflamingo.attention import attention
-from miniflamingo.functional import softmax
+from miniflamingo.functional import log_softmax
 
-from .core import call, exercise, expect
-from .kernel_runs import expect_stored
+from .core import Wrong, call, exercise, expect
 
-# --- 11.1: vector add -----------------------------------------------------------------------------
+# --- 11.1: the overall score ----------------------------------------------------------------------
 
 
 @exercise("11.1")
-def add(answer):
-    """answer: a kernel (x_ptr, y_ptr, out_ptr, n, BLOCK)."""
-    for n, BLOCK in ((10, 4), (8, 8), (13, 2)):
-        x, y = np.random.default_rng(n).normal(size=(2, n)).astype(np.float32)
-        programs = -(-n // BLOCK)
-        arguments = {"x_ptr": x, "y_ptr": y, "out_ptr": None, "n": n}
-        mistakes = list(_add_mistakes(x, y, BLOCK, programs))
-        hint = ": mask both loads and the store with i < n, where i = pid * BLOCK + 0, 1, 2, ..."
-        expect_stored(answer, programs, arguments, x + y, mistakes, hint, BLOCK=BLOCK)
+def overall(answer):
+    """answer(scores [E, 5], tuned [5]) -> [E], in per cent."""
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        scores, tuned = rng.uniform(20, 90, (3 + seed, 5)), rng.uniform(60, 140, 5)
+        right = overall_of(scores, tuned)
+        expect(call(answer, scores, tuned), right, _overall_mistakes(scores, tuned))
 
 
-def _add_mistakes(x, y, BLOCK, programs):
-    right = x + y
+def overall_of(scores, tuned):
+    """Equation (1)."""
+    return 100 * (scores / tuned).mean(axis=1)
+
+
+def _overall_mistakes(scores, tuned):
+    yield "in per cent: multiply by 100", (scores / tuned).mean(axis=1)
     yield (
-        "pid is not multiplied by BLOCK: program 1 begins at place 1, and the end is never written",
-        _written(right, BLOCK + programs - 1),
+        "the mean of the ratios is wanted, not the ratio of the means: a benchmark with large "
+        "numbers would count more",
+        100 * scores.mean(axis=1) / tuned.mean(),
     )
+    yield "the plain mean of scores of different kinds: divide each by `tuned`", scores.mean(axis=1)
+    yield "upside down: score / tuned", 100 * (tuned / scores).mean(axis=1)
+    yield "a sum: the mean over the benchmarks is wanted", 100 * (scores / tuned).sum(axis=1)
     yield (
-        "every program does the same places: tl.program_id(0) says which program this is",
-        _written(right, BLOCK),
+        "wrong axis: one number for each row, not for each benchmark",
+        100 * (scores / tuned).mean(axis=0),
     )
-    yield "one place a program: tl.arange(0, BLOCK) is missing", _written(right, programs)
-    yield "y is read at one place only: add the offsets i to y_ptr, too", x + y[0]
-    yield "x is read at one place only: add the offsets i to x_ptr, too", x[0] + y
-    yield "this is a copy of x: y is not added", x
-    yield "this is a copy of y: x is not added", y
-    yield "out = x - y, but x + y is asked for", x - y
-    yield "out = x * y, but x + y is asked for", x * y
+    yield "one number for each row is wanted", 100 * (scores / tuned).mean()
+    yield "the median; the paper takes the mean", 100 * np.median(scores / tuned, axis=1)
 
 
-def _written(right, count):
-    """`right`, of which only the first `count` rows are stored."""
-    out = np.array(right, float)
-    out[count:] = np.nan
-    return out
-
-
-# --- 11.2: the softmax of rows --------------------------------------------------------------------
-
-
-def softmax_case(rows, n, gap, shift):
-    """x float32 [rows, n], a view of a wider matrix; row 1 is `shift` higher than the others."""
-    wide = 3 * np.random.default_rng(n).normal(size=(rows, n + gap)).astype(np.float32)
-    wide[1] += shift
-    return wide[:, :n]
+# --- 11.2: a difference and its error -------------------------------------------------------------
 
 
 @exercise("11.2")
-def row_softmax(answer):
-    """answer: a kernel (x_ptr, out_ptr, x_row, n, BLOCK); out [rows, n] is contiguous."""
-    for rows, n, BLOCK, gap, shift in ((3, 5, 8, 4, 0), (3, 5, 8, 4, 200), (4, 8, 8, 0, 0)):
-        x = softmax_case(rows, n, gap, shift)
-        arguments = {"x_ptr": x, "out_ptr": None, "x_row": n + gap, "n": n}
-        mistakes = list(_softmax_mistakes(x, BLOCK))
-        hint = ": is the mask column < n there, and is the row's stride right (x_row for x, n for "
-        hint += "out)?"
-        right = softmax(x.astype(float))
-        expect_stored(answer, rows, arguments, right, mistakes, hint, BLOCK=BLOCK)
+def difference(answer):
+    """answer(a [n], b [m]) -> [2], the difference of the means and its standard error."""
+    for seed, n, m in ((0, 3, 4), (1, 5, 3)):
+        rng = np.random.default_rng(seed)
+        a, b = rng.uniform(0.5, 0.9, n), rng.uniform(0.1, 0.8, m)
+        expect(call(answer, a, b), difference_of(a, b), _difference_mistakes(a, b))
 
 
-def _softmax_mistakes(x, BLOCK):
-    (rows, n), right, e = x.shape, softmax(x.astype(float)), np.exp(x)
-    shifted = np.exp(x - x.max(axis=1, keepdims=True))
-    padded = np.pad(x, ((0, 0), (0, BLOCK - n)))
+def difference_of(a, b, ddof=1, root=np.sqrt):
+    """Equation (2)."""
+    error = root(a.var(ddof=ddof) / len(a) + b.var(ddof=ddof) / len(b))
+    return np.array([a.mean() - b.mean(), error])
+
+
+def _difference_mistakes(a, b):
+    d, e = difference_of(a, b)
+    single = [np.sqrt(x.var(ddof=1) / len(x)) for x in (a, b)]
+    yield "a minus b, not b minus a", np.array([-d, e])
     yield (
-        "the maximum is not subtracted: exp of 200 is infinite in float32",
-        e / e.sum(axis=1, keepdims=True),
+        "divide by n - 1 in the variance (ddof=1): with three runs that is no detail",
+        difference_of(a, b, ddof=0),
     )
+    yield "this is the variance: take the square root", difference_of(a, b, root=lambda x: x)
+    yield from _pooled(a, b, d)
+    yield "errors do not add up, their squares do", np.array([d, sum(single)])
     yield (
-        "the padding takes part in the softmax as zeros: load with other=-inf",
-        softmax(padded)[:, :n],
+        "divide each variance by its number of runs: the error of a mean is wanted",
+        np.array([d, np.sqrt(a.var(ddof=1) + b.var(ddof=1))]),
     )
-    flat = x.base.ravel()
-    packed = np.stack([flat[r * n : (r + 1) * n] for r in range(rows)])
-    yield "wrong stride: row r of x begins at r * x_row, not at r * n", softmax(packed)
-    yield "all rows are the first one: add pid * x_row to x_ptr", right[[0] * rows]
+    yield "that is the half-width of a 95 % interval: leave out 1.96", np.array([d, 1.96 * e])
     yield (
-        "only the first row is written: add pid * n to out_ptr",
-        _written(right[[rows - 1]].repeat(rows, 0), 1),
+        "this is how many errors the difference is: the error itself is wanted",
+        np.array([d, d / e]),
     )
-    yield "not divided by the sum of the row", shifted
-    yield "the exponentials without the maximum, not divided by their sum", e
-    two = np.exp2(x - x.max(axis=1, keepdims=True))
+    for n in (len(a), len(b)):
+        words = "each has a number of runs of its own: a's variance by len(a), b's by len(b)"
+        yield words, np.array([d, np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / n)])
+    yield "the error of a alone: b is uncertain, too", np.array([d, single[0]])
+    yield "the error of b alone: a is uncertain, too", np.array([d, single[1]])
     yield (
-        "exp2 is a power of 2: multiply by log2(e) first, or use tl.exp",
-        two / two.sum(axis=1, keepdims=True),
+        "variances of independent numbers ADD, also in a difference",
+        np.array([d, np.sqrt(abs(single[0] ** 2 - single[1] ** 2))]),
     )
-    yield "this is the maximum subtracted, without exp", x - x.max(axis=1, keepdims=True)
+    yield "the difference alone: its standard error comes second", d
+    yield "the error comes second", np.array([e, d])
 
 
-# --- 11.3: a tile of attention --------------------------------------------------------------------
+def _pooled(a, b, d):
+    n, m = len(a), len(b)
+    pooled = ((n - 1) * a.var(ddof=1) + (m - 1) * b.var(ddof=1)) / (n + m - 2)
+    for var in (pooled, np.concatenate([a, b]).var(ddof=1)):
+        yield (
+            "pooled: this takes ONE variance for both, equation (2) each one's own, as a and b may "
+            "spread differently",
+            np.array([d, np.sqrt(var * (1 / n + 1 / m))]),
+        )
 
 
-def attention_case(M, R, K):
-    """q [M, K], k and v [R, K], float32."""
-    rng = np.random.default_rng(R)
-    return [rng.normal(size=shape).astype(np.float32) for shape in ((M, K), (R, K), (R, K))]
+# --- 11.3: all ways to divide the runs ------------------------------------------------------------
 
 
 @exercise("11.3")
-def tile(answer):
-    """answer: a kernel (q_ptr, k_ptr, v_ptr, out_ptr, M, R, K, BLOCK_M, BLOCK_R)."""
-    for M, R, K in ((21, 5, 16), (16, 16, 32)):
-        q, k, v = attention_case(M, R, K)
-        arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": None, "M": M, "R": R}
-        constants = dict(K=K, BLOCK_M=16, BLOCK_R=16)
-        mistakes = [*_tile_mistakes(q, k, v), *_axis_mistakes(q, k, v)]
-        hint = ": mask the rows, m < M for q and out, r < R for k and v; a row has K elements"
-        right = attention(*(x.astype(float) for x in (q, k, v)))
-        expect_stored(answer, -(-M // 16), arguments, right, mistakes, hint, **constants)
+def dividing(answer):
+    """answer(rows, a list of E arrays, baseline [m]) -> p [E]."""
+    for seed, counts, m in ((0, (3, 3), 3), (1, (2, 4, 3), 4), (2, (5, 1), 3)):
+        rng = np.random.default_rng(seed)
+        rows = [rng.uniform(0.2, 0.8, n) + 0.3 * (i % 2) for i, n in enumerate(counts)]
+        case = rows, rng.uniform(0.3, 0.9, m)
+        mistakes = [(words, divided(*case, **how)) for words, how in DIVIDING_MISTAKES]
+        expect(call(answer, *case), divided(*case), mistakes)
 
 
-def _tile_mistakes(q, k, v, BLOCK=16):
-    (M, K), R = q.shape, len(k)
-    scores = q @ k.T / np.sqrt(K)
-    with_padding = np.pad(scores, ((0, 0), (0, BLOCK - R)))  # padded keys: score 0, value 0
-    yield (
-        "padded keys take part in the softmax: their score is 0, it must be -inf (tl.where, r < R)",
-        softmax(with_padding)[:, :R] @ v,
-    )
-    yield "the scale is missing: divide the scores by sqrt(K)", softmax(q @ k.T) @ v
-    yield (
-        "the scale is missing, and padded keys take part with a score of 0",
-        softmax(with_padding * np.sqrt(K))[:, :R] @ v,
-    )
-    yield "divide the scores by sqrt(K), not by K", softmax(q @ k.T / K) @ v
-    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    yield "not divided by the sum of the row", shifted @ v
-    yield (
-        "the weights belong on the VALUES, this multiplies them with the keys",
-        softmax(scores) @ k,
-    )
-    two = np.exp2(scores - scores.max(axis=1, keepdims=True))
-    yield (
-        "exp2 is a power of 2: multiply by log2(e) first, or use tl.exp",
-        two / two.sum(axis=1, keepdims=True) @ v,
-    )
-    yield "all weights are equal: are the scores used?", np.broadcast_to(v.mean(axis=0), (M, K))
+def divided(rows, baseline, two_sided=True, least=True, alone=False, by=np.mean, how=np.mean):
+    """The share of all divisions whose difference is as large as the one observed, for each row."""
+    found = []
+    for a in rows:
+        a, b = np.asarray(a), np.asarray(baseline)
+        size = abs if two_sided else (lambda x: x)
+        observed, scores = size(by(b) - by(a)), np.concatenate([a, b])
+        hits = []
+        for chosen in combinations(range(len(scores)), len(a)):
+            mine = np.isin(np.arange(len(scores)), chosen)
+            d = size(by(scores[~mine]) - by(scores[mine])) if (~mine).any() else -1
+            hits.append(d >= observed - 1e-9 if least else d > observed + 1e-9)
+        found.append(how(hits[1:] if alone else hits))
+    return np.array(found, float)
 
 
-def _axis_mistakes(q, k, v, BLOCK=16):
-    (M, K), R = q.shape, len(k)
-    scores = q @ k.T / np.sqrt(K)
-    tiles = np.pad(scores, ((0, -M % BLOCK), (0, 0))).reshape(-1, BLOCK, R)
-    columns = softmax(tiles.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, R)[:M]
-    yield (
-        "softmax over the wrong axis: a row of scores is one query's, so reduce over axis 1",
-        columns @ v,
-    )
-    yield (
-        "everything is NaN: is the softmax over the wrong axis? A padded key's column holds only "
-        "-inf; a row, over axis 1, never does",
-        np.full((M, K), np.nan),
-    )
-    right, programs = softmax(scores) @ v, -(-M // BLOCK)
-    yield "pid is not multiplied by BLOCK_M", _written(right, BLOCK + programs - 1)
-    yield "every program does the same rows: tl.program_id(0)", _written(right, BLOCK)
+DIVIDING_MISTAKES = [
+    ("one-sided: a difference in either direction counts, so take its size", {"two_sided": False}),
+    ("as large as the one observed, or larger: >=. The division that was observed counts, too",
+     {"least": False}),
+    ("the division that was observed is one of all of them", {"alone": True}),
+    ("sums of groups of different counts: compare their MEANS", {"by": np.sum}),
+    ("the number of divisions; their share is wanted", {"how": np.sum}),
+    ("medians: the means are compared", {"by": np.median}),
+    ("this is the share of the SMALLER differences: 1 - p", {"how": lambda x: 1 - np.mean(x)}),
+]  # fmt: skip
 
 
-# --- 11.4: the offsets of a program ---------------------------------------------------------------
+# --- 11.4: abstaining -----------------------------------------------------------------------------
 
 
-def item_case():
-    """A work list of two rows, without its empty items: H, items, order, strides of q and k.
-
-    phi = [2, 1, 1, 2, 0, 2, 1, 2], [0, 1, 1, 0, 1, 0, 0, 1] and at most 3 tokens an item.
-    """
-    order = np.array([[4, 1, 2, 6, 0, 3, 5, 7], [0, 3, 5, 6, 1, 2, 4, 7]])
-    first = [[0, 0, 0, 1, -1], [0, 1, 1, 4, -1], [0, 2, 4, 7, 0], [0, 2, 7, 8, 1]]
-    second = [[1, 0, 0, 3, -1], [1, 0, 3, 4, -1], [1, 1, 4, 7, 2], [1, 1, 7, 8, 3]]
-    items = np.array(first + second)
-    return 3, items, order, (8 * 48 + 7, 48, 16), (2 * 240 + 5, 240, 48, 16)
+def answers_case(seed=0):
+    """Log-probabilities [B, V] of the next word, sure and unsure ones, and the truth int[B]."""
+    rng = np.random.default_rng(seed)
+    logp = log_softmax(rng.uniform(0.5, 6, (40, 1)) * rng.normal(size=(40, 5)))
+    return logp, np.where(rng.random(40) < 0.6, logp.argmax(axis=1), rng.integers(0, 5, 40))
 
 
 @exercise("11.4")
-def offsets(answer):
-    """answer(pid, H, items, order, q_strides, k_strides) -> int[tokens, 2]."""
-    case = item_case()
-    for pid in (4, 7, 8, 11, 20, 22):
-        right = offsets_of(pid, *case)
-        mistakes = [*_lookup_mistakes(pid, *case), *_term_mistakes(pid, *case)]
-        expect(call(answer, pid, *case), right, mistakes)
+def abstaining(answer):
+    """answer(logp [B, V], truth int[B], level) -> [2]: share answered, accuracy of those."""
+    for seed, level in ((0, 0.6), (1, 0.9), (2, 0.75)):
+        logp, truth = answers_case(seed)
+        right = abstained(logp, truth, level)
+        expect(call(answer, logp, truth, level), right, _abstaining_mistakes(logp, truth, level))
+    # words of probability 1 and 0: exactly at the level; and above it, where nothing is answered
+    logp, truth = np.where(np.eye(5)[[0, 1, 1, 2]] > 0, 0.0, -800.0), np.array([0, 1, 2, 2])
+    exact = [("at LEAST the level: >=, not >", [0.0, bad]) for bad in (0.0, 1.0, np.nan)]
+    expect(call(answer, logp, truth, 1.0), [1.0, 0.75], exact)
+    try:
+        out = call(answer, logp, truth, 1.5)
+    except Wrong as wrong:
+        raise Wrong(f"{wrong}, where nothing is answered: then the accuracy is NaN") from None
+    words = "the accuracy of no answers at all is 0 / 0, NaN: 0 would say that all are wrong"
+    expect(out, [0.0, np.nan], [(words, [0.0, bad]) for bad in (0.0, 1.0, 0.75)], _nobody)
 
 
-def offsets_of(pid, H, items, order, q_strides, k_strides, split=divmod, image_at=-1, by="order"):
-    """Equation (5), with places for mistakes."""
-    item, h = split(pid, H)
-    b, image, begin, end, _ = items[min(item, len(items) - 1)]
-    token = np.arange(begin, end) if by == "place" else order[b if by == "order" else 0, begin:end]
-    q = b * q_strides[0] + token * q_strides[1] + h * q_strides[2]
-    k = b * k_strides[0] + (image + image_at) * k_strides[1] + h * k_strides[3]
-    return np.stack([q, np.full(len(q), k)], axis=1)
-
-
-def _lookup_mistakes(pid, *case):
-    def with_(**mistake):
-        return offsets_of(pid, *case, **mistake)
-
-    yield (
-        "the items come first: item = pid // H, head = pid % H; here they are exchanged",
-        with_(split=lambda pid, H: (pid % H, pid // H)),
+def _nobody(got, right):
+    return (
+        f"where nothing is answered, share and accuracy are 0 and NaN (0 / 0), got {got.tolist()}"
     )
-    yield (
-        "one program an item AND head: pid is not the item, pid // H is",
-        with_(split=lambda pid, H: (pid, pid % H)),
-    )
-    yield (
-        "images are counted from 1: the keys of image j stand at (j - 1) * k_n",
-        with_(image_at=0),
-    )
-    yield (
-        "begin..end are places in order, not tokens: look them up, order[b, begin:end]",
-        with_(by="place"),
-    )
-    yield "order has a row for each page: look up row b, not row 0", with_(by="row 0")
 
 
-def _term_mistakes(pid, H, items, order, q_strides, k_strides):
-    right = offsets_of(pid, H, items, order, q_strides, k_strides)
-    (b, *_), h = items[pid // H], pid % H
-    (q_b, _, q_h), (k_b, _, k_r, k_h) = q_strides, k_strides
-    yield "the batch row is missing in both columns", right - [b * q_b, b * k_b]
-    yield "the batch row is missing in q's offset: b * q_b", right - [b * q_b, 0]
-    yield "the batch row is missing in k's offset: b * k_b", right - [0, b * k_b]
-    yield "the head is missing: h * q_h for q and h * k_h for k", right - [h * q_h, h * k_h]
-    yield "the head is missing in q's offset: h * q_h", right - [h * q_h, 0]
-    yield "the head is missing in k's offset: h * k_h", right - [0, h * k_h]
+def abstained(logp, truth, level):
+    """How many questions are answered with a probability of at least `level`, and how well."""
+    sure = np.exp(logp.max(axis=1)) >= level
+    return np.array([sure.mean(), (logp.argmax(axis=1) == truth)[sure].mean()])
+
+
+def _abstaining_mistakes(logp, truth, level):
+    sure, right = np.exp(logp.max(axis=1)) >= level, logp.argmax(axis=1) == truth
+    share, accuracy = abstained(logp, truth, level)
     yield (
-        "k's head stride is the last of k_strides = (k_b, k_n, k_r, k_h); this takes k_r",
-        right - [0, h * (k_h - k_r)],
+        "divided by all questions: the accuracy of those that are ANSWERED is wanted",
+        np.array([share, (right & sure).mean()]),
     )
-    yield "the columns are exchanged: first q's offsets, then k's", right[:, ::-1]
-    yield "one row for each token of the item, two columns; this is turned", right.T
+    yield "the accuracy of all answers, unsure ones, too", np.array([share, right.mean()])
+    yield "these are the answers below the level", np.array([1 - share, right[~sure].mean()])
+    yield "the share left out; the share answered is wanted", np.array([1 - share, accuracy])
+    yield "the share answered comes first", np.array([accuracy, share])
+    yield (
+        "logp is compared with a probability: take exp, or compare with log(level)",
+        np.array([(logp.max(axis=1) >= level).mean(), np.nan]),
+    )
+    true = np.exp(np.take_along_axis(logp, truth[:, None], axis=1)[:, 0]) >= level
+    yield (
+        "this looks at the probability of the TRUTH, which nobody knows when answering",
+        np.array([true.mean(), right[true].mean()]),
+    )
+    yield "the share of errors; the accuracy is wanted", np.array([share, 1 - accuracy])
+    yield "a number of questions; their share is wanted", np.array([sure.sum(), accuracy])
+    yield "two numbers are wanted: the accuracy is missing", share
+    yield "numbers of questions; shares are wanted", np.array([sure.sum(), right[sure].sum()])

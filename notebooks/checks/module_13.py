@@ -1,266 +1,354 @@
-"""Checks of module 13: bytes and flops, floors, what fusing saves, occupancy, honest timing."""
+"""Checks of module 13: dS, a tile of dV, adding up partial sums, a work list, the gate."""
 
 import numpy as np
 
-from .core import call, exercise, expect
+from miniflamingo.functional import softmax
 
-# --- 13.1: bytes and flops of the forward pass ----------------------------------------------------
+from .core import call, exercise, expect, named, several
+from .kernel_runs import expect_stored
+from .module_12 import HIGH, attention_case, raised
 
-ATTENTIONS = ((2, 14, 3, 4, 2, 8, 2), (3, 7, 2, 5, 4, 6, 4))  # B, L, N, R, H, K, bytes a number
+# --- 13.1: through the softmax --------------------------------------------------------------------
 
 
 @exercise("13.1")
-def forward_work(answer):
-    """answer(B, L, N, R, H, K, size) -> int[2]: bytes, flops."""
-    for case in ATTENTIONS:
-        expect(call(answer, *case), attention_work(*case), _work_mistakes(*case))
+def dscores(answer):
+    """answer(p [.., L, R], dp [.., L, R]) -> [.., L, R]."""
+    for shape in ((4, 3), (2, 3, 5), (3, 3)):
+        scores, dp = np.random.default_rng(len(shape)).normal(size=(2, *shape))
+        p = softmax(scores)
+        expect(call(answer, p, dp), dscores_of(p, dp), _dscores_mistakes(p, dp))
 
 
-def attention_work(B, L, N, R, H, K, size):
-    """Equation (3) for every token with an image: [bytes, flops]."""
-    tokens, media = B * L * H * K, B * N * R * H * K
-    return np.array([size * (2 * tokens + 2 * media), 4 * R * tokens])
+def dscores_of(p, dp):
+    """Equation (3)."""
+    return p * (dp - (p * dp).sum(axis=-1, keepdims=True))
 
 
-def _work_mistakes(B, L, N, R, H, K, size):
-    moved, flops = attention_work(B, L, N, R, H, K, size)
-    tokens, media = B * L * H * K, B * N * R * H * K
-    byte = [
-        ("numbers, not bytes: `size` bytes each", 2 * tokens + 2 * media),
-        ("the output is written, too: 2 arrays of the tokens' size", size * (tokens + 2 * media)),
-        ("keys AND values are read: 2 arrays of the images' size", size * (2 * tokens + media)),
-        ("keys and values are missing", size * 2 * tokens),
-        ("queries and outputs are missing", size * 2 * media),
-        ("each image is read once, not once a token", size * (2 * tokens + 2 * R * tokens)),
-        ("keys and values of ALL N images are read, not of one", size * 2 * (tokens + media // N)),
-        ("the scores stay on the chip: they are no traffic", moved + size * B * H * L * R),
-    ]
-    yield from ((f"bytes: {message}", [wrong, flops]) for message, wrong in byte)
-    flop = [
-        ("two products, and in each a multiplication AND an addition", 2 * R * tokens),
-        ("this is the dense mask: a token attends to R keys, not to N*R", N * flops),
-        ("all heads count", flops // H),
-        ("one product and one flop a number: 4 times too few", R * tokens),
-        ("the number of keys R is missing", 4 * tokens),
-        ("the batch is missing", flops // B),
-    ]
-    yield from ((f"flops: {message}", [moved, wrong]) for message, wrong in flop)
-    yield "the order is: bytes, flops", [flops, moved]
-    yield "two numbers are wanted, this is their quotient", flops / moved
+def _dscores_mistakes(p, dp):
+    delta = (p * dp).sum(axis=-1, keepdims=True)
+    yield (
+        "delta is missing: raising one score lowers all other weights of its row, subtract "
+        "delta = sum(p * dp)",
+        p * dp,
+    )
+    yield "dp is not yet dS: it must go through the softmax, equation (3)", dp
+    yield (
+        "delta is not multiplied by p: P * (dP - delta), with the brackets",
+        p * dp - delta,
+    )
+    yield "the sign of all of it: P * (dP - delta)", -dscores_of(p, dp)
+    yield (
+        "the scale 1 / sqrt(K) comes later, in dq and dk",
+        dscores_of(p, dp) / np.sqrt(p.shape[-1]),
+    )
+    yield "the sign of delta: P * (dP - delta)", p * (dp + delta)
+    yield (
+        "delta over the wrong axis: it is summed over the R keys of a token, the last axis",
+        p * (dp - (p * dp).sum(axis=-2, keepdims=True)),
+    )
+    yield (
+        "delta over everything: each token has its own, sum over the last axis",
+        p * (dp - (p * dp).sum()),
+    )
+    yield "delta is the sum of P * dP; yours sums dP alone", p * (dp - dp.sum(-1, keepdims=True))
+    yield "delta is a mean here, and must be a sum", p * (dp - (p * dp).mean(-1, keepdims=True))
+    yield "P outside the brackets is missing: P * (dP - delta)", dp - delta
+    yield (
+        "this is the derivative of a sigmoid, number by number: a softmax's row hangs together",
+        p * (1 - p) * dp,
+    )
 
 
-# --- 13.2: the floor ------------------------------------------------------------------------------
+# --- 13.2: a tile of dV ---------------------------------------------------------------------------
 
 
 @exercise("13.2")
-def floor(answer):
-    """answer(bytes [n], flops [n], bandwidth, peak) -> float[n], seconds."""
-    for moved, flops, bandwidth, peak in (
-        (np.array([8.0, 100.0, 3.0]), np.array([90.0, 20.0, 600.0]), 2.0, 30.0),
-        (np.array([5.0, 1.0]), np.array([7.0, 400.0]), 0.5, 10.0),
-    ):
-        case = moved, flops, bandwidth, peak
-        right = np.maximum(moved / bandwidth, flops / peak)
-        expect(call(answer, *case), right, _floor_mistakes(*case))
+def dv_tile(answer):
+    """answer: a kernel (q_ptr, k_ptr, dout_ptr, out_ptr, L, R, K, BLOCK_M, BLOCK_R); out is dV."""
+    for L, R, K, high in ((37, 5, 16, False), (16, 16, 32, False), (19, 5, 16, True)):
+        q, k, _ = attention_case(L, R, K)
+        q, k = raised(q, k) if high else (q, k)
+        dout = np.random.default_rng(L).normal(size=(L, K)).astype(np.float32)
+        arguments = {"q_ptr": q, "k_ptr": k, "dout_ptr": dout, "out_ptr": None, "L": L, "R": R}
+        constants = dict(K=K, BLOCK_M=16, BLOCK_R=16)
+        hint = ": mask the rows, token < L in q, dout, r < R in k, out; a row has K elements"
+        right = softmax((q @ k.T).astype(float) / np.sqrt(K)).T @ dout
+        mistakes = [(HIGH, np.full(k.shape, np.nan))] if high else list(_dv_mistakes(q, k, dout))
+        loose = 30 if high else 1
+        expect_stored(answer, 1, arguments, right, mistakes, hint, loose, **constants)
 
 
-def _floor_mistakes(moved, flops, bandwidth, peak):
-    memory, arithmetic = moved / bandwidth, flops / peak
-    yield "the two overlap on a GPU: the longer of them, not their sum", memory + arithmetic
-    yield "the LONGER of the two is the floor", np.minimum(memory, arithmetic)
-    yield "this is the memory's time alone", memory
-    yield "this is the arithmetic's time alone", arithmetic
+def _dv_mistakes(q, k, dout, BLOCK=16):
+    (L, K), R = q.shape, len(k)
+    scores = q @ k.T / np.sqrt(K)
+    p = softmax(scores)
+    last = (L - 1) // BLOCK * BLOCK
+    padded = softmax(np.pad(scores, ((0, 0), (0, BLOCK - R))))[:, :R]
+    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
     yield (
-        "upside down: bytes / (bytes a second) are seconds",
-        np.maximum(bandwidth / moved, peak / flops),
+        "only the last tile of tokens is left: ADD each tile's product to dv, `dv += ...`",
+        p[last:].T @ dout[last:],
     )
-    yield "upside down: this is a rate, flops a second", np.minimum(bandwidth * flops / moved, peak)
     yield (
-        "mixed up: bytes over bandwidth, flops over peak",
-        np.maximum(moved / peak, flops / bandwidth),
+        "only the first tile of tokens: loop over all of them, range(0, L, BLOCK_M)",
+        p[:BLOCK].T @ dout[:BLOCK],
     )
-    yield "the mean of both is no bound", (memory + arithmetic) / 2
+    yield "the scale is missing in the recomputed scores: / sqrt(K)", softmax(q @ k.T).T @ dout
     yield (
-        "one floor for each pair is wanted, not the largest of all",
-        max(memory.max(), arithmetic.max()),
+        "padded keys take part in the recomputed softmax: their score must be -inf",
+        padded.T @ dout,
     )
-    yield "seconds are wanted, not microseconds", 1e6 * np.maximum(memory, arithmetic)
-    yield "this is the intensity, flops a byte", flops / moved
+    yield "P is not divided by its row's sum: here it cannot wait till the end", shifted.T @ dout
+    yield "dV = P^T dO; this takes the scores, not P", scores.T @ dout
+    yield "dV = P^T dO; this takes Q, not dO", p.T @ q
+    tiles = np.pad(scores, ((0, -L % BLOCK), (0, 0))).reshape(-1, BLOCK, R)
+    columns = softmax(tiles.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, R)[:L]
+    yield "softmax over the wrong axis: each TOKEN's weights sum to 1", columns.T @ dout
 
 
-# --- 13.3: what a fused epilogue saves ------------------------------------------------------------
+# --- 13.3: partial sums ---------------------------------------------------------------------------
+
+LEFT = 777.0  # what lay in memory before
+
+
+def partials_case():
+    """parts [7, 3], of which slots 0, 1, 2 are image 1's and 3, 4 image 3's; out [5, 3]; splits."""
+    parts = np.random.default_rng(3).normal(size=(7, 3))
+    parts[5:] = LEFT
+    out = np.random.default_rng(4).normal(size=(5, 3))
+    splits = np.array([[0, 0], [0, 3], [3, 0], [3, 2], [5, 0]])
+    out[splits[:, 1] > 0] = LEFT
+    return parts, out, splits
 
 
 @exercise("13.3")
-def gate_bytes(answer):
-    """answer(M, D, I, size) -> int[3]: as the paper writes it, addmm, fused."""
-    for case in ((7, 3, 5, 2), (4, 6, 9, 4)):
-        expect(call(answer, *case), gated_bytes(*case), _gate_mistakes(*case))
+def partials(answer):
+    """answer(parts [slots, size], out [images, size], splits int[images, 2]) -> [images, size]."""
+    parts, out, splits = partials_case()
+    for case in ((parts, out, splits), (parts[::-1][2:], out[[0, 1, 3]], splits[[0, 1, 3]])):
+        mistakes = [*_partial_mistakes(*case), *_slot_mistakes(*case)]
+        expect(call(answer, *case), added(*case), mistakes)
 
 
-def gated_bytes(M, D, I, size):
-    """Equation (5), with what every way moves."""
-    common = M * I + D * I + M * D
-    return size * np.array([common + 5 * M * D, common + 3 * M * D + 2 * D * I, common + M * D])
+def added(parts, out, splits, reduce=np.sum):
+    """The sums of the images with slots; the others as they are."""
+    result = out.copy()
+    for image, (slot, slots) in enumerate(splits):
+        if slots:
+            result[image] = reduce(parts[slot : slot + slots], axis=0)
+    return result
 
 
-def _gate_mistakes(M, D, I, size):
-    right = gated_bytes(M, D, I, size)
-    y, weight = size * M * D, size * D * I
-    yield "numbers, not bytes: `size` bytes each", right // size
-    yield "the output is written in every way: M * D", right - y
+def _partial_mistakes(parts, out, splits):
+    right, split = added(parts, out, splits), (splits[:, 1] > 0)[:, None]
+    yield "nothing is added up: this is out as it was", out
     yield (
-        "the product's inputs are read in every way: M * I and D * I",
-        right - size * M * I - weight,
+        "only an image's last slot is left: ADD the slots up",
+        added(parts, out, splits, lambda x, axis: x[-1]),
     )
-    yield "the weight is read in every way: D * I", right - weight
-    yield "the input a is read in every way: M * I", right - size * M * I
-    yield "the residual x is read in every way: M * D", right - [y, 0, y]
     yield (
-        "the paper's way writes AND reads the branch, and gate * branch too",
-        right - [2 * y, 0, 0],
+        "only an image's first slot: add up all of its slots",
+        added(parts, out, splits, lambda x, axis: x[0]),
     )
-    yield "the paper's way reads what it wrote: the branch, and gate * branch", right - [y, 0, 0]
     yield (
-        "addmm folds the gate into a COPY of the weight: read and written",
-        (right - [0, 2 * weight, 0]),
+        "a sum over tokens is wanted, this is the mean of the slots",
+        added(parts, out, splits, np.mean),
     )
-    yield "addmm folds the gate into a COPY of the weight: read AND written", right - [0, weight, 0]
-    yield "addmm copies x first: read, written, and read again", right - [0, 2 * y, 0]
-    yield "fused, the branch never leaves the chip", right + np.array([0, 0, 2 * y])
-    yield "fused, the residual must still be read: M * D", right - [0, 0, y]
     yield (
-        "fused, the gate scales the sums, no copy of the weight",
-        right + np.array([0, 0, 2 * weight]),
+        "added to what lay in out: that memory holds anything, 777 here; store the sum",
+        np.where(split, right + LEFT, right),
     )
-    yield "the order is: the paper's, addmm, fused", right[::-1]
-    yield "three totals are wanted, not what is saved", right[0] - right
+    yield (
+        "images without slots are lost: theirs was stored by their only item, leave it",
+        np.where(split, right, 0),
+    )
 
 
-# --- 13.4: occupancy ------------------------------------------------------------------------------
+def _slot_mistakes(parts, out, splits):
+    split = (splits[:, 1] > 0)[:, None]
+    yield (
+        "every image gets the sum of ALL slots: its own are slot to slot + slots - 1",
+        np.where(split, parts.sum(axis=0), out),
+    )
+    ends = [(s, max(n - s, 0)) for s, n in splits]
+    wrong = [parts[s : s + n].sum(axis=0) for s, n in ends]
+    yield (
+        "the second number of splits is how many slots, not where they end",
+        np.where(split, wrong, out),
+    )
+    wrong = [parts[s : s + n + 1].sum(axis=0) for s, n in splits]
+    yield (
+        "one slot too many: slot + slots is the first of the next image",
+        np.where(split, wrong, out),
+    )
+    most = splits[:, 1].max()
+    wrong = [parts[s : s + most].sum(axis=0) for s, _ in splits]
+    yield (
+        "each image has a number of slots of its own: yours adds the largest number for all",
+        np.where(split, wrong, out),
+    )
+    wrong = [parts[:n].sum(axis=0) for _, n in splits]
+    yield "an image's slots begin at splits[image, 0], not at 0", np.where(split, wrong, out)
+
+
+# --- 13.4: an audit of a work list ----------------------------------------------------------------
+
+PAGES = np.array([[0, 0, 1, 1, 1, 3, 3, 1], [2, 2, 2, 4, 4, 0, 2, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def listed(phi, N, chunk=2):
+    """A work list without a fault: order int[B, L], items int[n, 5] without their slots."""
+    order = np.argsort(phi, axis=1, kind="stable")
+    items = []
+    for b, row in enumerate(phi):
+        for image in range(N + 1):
+            begin, end = np.searchsorted(np.sort(row), [image, image + 1])
+            cuts = [*range(begin, max(end, begin + 1), chunk)]
+            items += [[b, image, cut, min(cut + chunk, end), -1] for cut in cuts]
+    return order, np.array(items)
+
+
+def work_lists():
+    """phi, N, order and items, the first without a fault, the others with some."""
+    order, items = listed(PAGES, 4)
+    yield PAGES, 4, order, items
+    some = np.delete(items, [3, 4, 9], axis=0)  # tokens, and an image without any, are forgotten
+    yield PAGES, 4, order, some
+    yield PAGES, 4, order, np.concatenate([items, items[[1, 1, 2, 12]]])  # held by several
+    other = items.copy()
+    other[[0, 2, 8], 1] = [4, 2, 1]  # another image's items
+    yield PAGES, 4, order, other
+    yield PAGES[:2], 5, order[1::-1], items[items[:, 0] < 2]
+    order, items = listed(PAGES[:2, ::-1], 4, 3)
+    yield PAGES[:2], 4, order, items[::2]
 
 
 @exercise("13.4")
-def resident_warps(answer):
-    """answer(registers int[n], num_warps) -> int[n]: warps that an SM holds."""
-    registers = np.array([16, 33, 64, 80, 97, 104, 127, 128, 159, 255])
-    for num_warps in (4, 8, 2):
-        right = warps_held(registers, num_warps)
-        mistakes = _warp_mistakes(registers, num_warps)
-        expect(call(answer, registers, num_warps), right, mistakes)
+def audit(answer):
+    """answer(phi int[B, L], N, order int[B, L], items int[n, 5]) -> int[4]."""
+    for case in work_lists():
+        expect(call(answer, *case), faults_of(*case), _audit_mistakes(*case), _which, whole=True)
 
 
-def warps_held(registers, num_warps, step=8, most=64):
-    """Equation (6): 4 schedulers of 512 registers a lane; whole programs; at most 64 warps."""
-    rounded = -(-registers // step) * step
-    warps = np.minimum(4 * (512 // rounded), most)
-    return warps // num_warps * num_warps
+FAULTS = (
+    "tokens that no item holds",
+    "tokens that several items hold",
+    "places of items whose token looks at another image",
+    "images that no item names",
+)
 
 
-def _warp_mistakes(registers, num_warps):
-    rounded = -(-registers // 8) * 8
-    yield (
-        "a warp gets a multiple of 8 registers a thread, rounded UP",
-        warps_held(registers, num_warps, 1),
-    )
-    yield "rounded up, not down", warps_held(np.maximum(registers // 8 * 8, 8), num_warps)
-    yield "an SM holds at most 64 warps", warps_held(registers, num_warps, most=10**6)
-    yield "only whole programs fit: a multiple of num_warps", np.minimum(4 * (512 // rounded), 64)
-    yield "only whole programs fit, and at most 64 warps", 4 * (512 // rounded)
-    yield (
-        "programs are counted here: warps are wanted",
-        warps_held(registers, num_warps) // num_warps,
-    )
-    yield "an SM has four schedulers", np.minimum(512 // rounded, 64) // num_warps * num_warps
-    pooled = np.minimum(2048 // rounded, 64) // num_warps * num_warps
-    yield (
-        "each scheduler has 512 registers a lane of its own: round down for one, then times 4",
-        pooled,
-    )
-    yield "a share of 64 is no number of warps", warps_held(registers, num_warps) / 64
-    yield "these are threads: a warp has 32", warps_held(registers, num_warps) * 32
-    spent = np.minimum(65536 // rounded, 64) // num_warps * num_warps
-    yield "a warp has 32 threads, and each needs its registers", spent
+def faults_of(phi, N, order, items, look=True, row=True, last=0, empty=True):
+    """The four numbers of faults, with places for mistakes."""
+    held, named, astray = np.zeros(phi.shape, int), np.zeros((len(phi), N + 1), bool), 0
+    for b, image, begin, end, _ in items:
+        place = np.arange(begin, min(max(end + last, begin), phi.shape[1]))
+        token = order[b if row else 0, place] if look else place
+        held[b, token] += 1
+        named[b, image] |= empty or begin < end
+        astray += np.sum(phi[b, token] != image)
+    return np.array([np.sum(held == 0), np.sum(held > 1), astray, np.sum(~named[:, 1:])])
 
 
-# --- 13.5: honest timing --------------------------------------------------------------------------
+def _audit_mistakes(phi, N, order, items):
+    def wrong(**how):
+        return faults_of(phi, N, order, items, **how)
 
-HOST = 5.0  # microseconds that a launch costs the host
+    right = wrong()
+    yield "begin..end are places in order, not tokens: order[b, begin:end]", wrong(look=False)
+    yield "order has a row for each page: look up row b, not row 0", wrong(row=False)
+    yield "end is the place BEHIND the item's last token: begin:end", wrong(last=1)
+    yield "the item's last token is missing: begin:end ends before end by itself", wrong(last=-1)
+    named, counts = np.zeros((len(phi), N + 1), bool), np.zeros(phi.shape, int)
+    for b, image, begin, end, _ in items:
+        named[b, image] = True
+        counts[b, order[b, begin:end]] += 1
+    for words, i, number in (
+        ("an empty item names its image, too, for which it stores zeros", 3, wrong(empty=False)[3]),
+        ("images are counted from 1, and 0 is none of them", 3, np.sum(~named)),
+        ("images are counted from 1, and 0 is none of them", 3, np.sum(~named[:, :-1])),
+        ("an image of one page may be forgotten while another page has its own", 3,
+         np.sum(~named[:, 1:].any(axis=0))),
+        ("that no token looks at an image is no fault: count those that no item names", 3,
+         np.sum((phi[:, :, None] != np.arange(1, N + 1)).all(axis=1))),
+        ("a token without an image needs an item, too: its program stores zeros", 0,
+         np.sum((counts == 0) & (phi > 0))),
+        ("count the tokens that are held several times, not how often", 1,
+         np.sum(np.maximum(counts - 1, 0))),
+        ("held by two or MORE: > 1, not == 2", 1, np.sum(counts == 2)),
+        ("these are the tokens that some item holds", 0, np.sum(counts > 0)),
+        ("these are all that are held at least once", 1, np.sum(counts > 0)),
+        ("this counts items, not their places", 2,
+         sum((phi[b, order[b, i:j]] != image).any() for b, image, i, j, _ in items)),
+        ("tokens without an image are astray, too, in an item of an image", 2,
+         sum(((phi[b, order[b, i:j]] != image) & (phi[b, order[b, i:j]] > 0)).sum()
+             for b, image, i, j, _ in items)),
+    ):  # fmt: skip
+        changed = right.copy()
+        changed[i] = number
+        yield f"{FAULTS[i]}: {words}", changed
+    yield "numbers of faults are wanted, not whether there are some", np.minimum(right, 1)
+    yield "one number for each kind of fault is wanted, not their sum", right.sum()
+    yield "the order is: forgotten, held by several, astray, images", right[[1, 0, 2, 3]]
 
 
-class Device:
-    """A GPU in miniature, with a clock of its own, in microseconds.
+def _which(got, right):
+    kind = int(np.flatnonzero(got != right)[0])
+    return f"{FAULTS[kind]}: {right[kind]} is right, got {got[kind]}"
 
-    launch() returns as soon as the work is in the queue; wait() returns when the queue is empty.
-    The first two launches are slow (code is loaded, memory is fetched).
-    """
 
-    def __init__(self, cost=(90.0, 110.0, 100.0), first=(5000.0, 700.0)):
-        self.now, self.busy_until, self.launched = 0.0, 0.0, 0
-        self.cost, self.first = cost, first
+# --- 13.5: the gate -------------------------------------------------------------------------------
 
-    def clock(self):
-        """The time now."""
-        return self.now
 
-    def launch(self):
-        """Put one call into the queue."""
-        n, self.launched = self.launched, self.launched + 1
-        cost = self.first[n] if n < len(self.first) else self.cost[n % len(self.cost)]
-        self.now += HOST
-        self.busy_until = max(self.busy_until, self.now) + cost
-
-    def wait(self):
-        """Return when all work is done."""
-        self.now = max(self.now, self.busy_until)
+def gated_case(alpha, seed=0):
+    """dout [6, 4], a [6, 3], alpha, weight [4, 3]."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), alpha, rng.normal(size=(4, 3))
 
 
 @exercise("13.5")
-def measure(answer):
-    """answer(device, warm_up, repeats) -> float[repeats], microseconds of each call."""
-    for costs, warm_up, repeats in (((90.0, 110.0, 100.0), 3, 6), ((50.0, 40.0), 5, 4)):
-        right = measured(Device(costs), warm_up, repeats)
-        mistakes = _timing_mistakes(costs, warm_up, repeats)
-        expect(call(answer, Device(costs), warm_up, repeats), right, mistakes)
+def gate(answer):
+    """answer(dout [L, D], a [L, I], alpha, weight [D, I]) -> dalpha [], dweight [D, I]."""
+    for alpha in (0.8, 0.0, -1.7):
+        case = gated_case(alpha)
+        out = call(answer, *case)
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            several(out, (0, 0), "a pair (dalpha, dweight)")
+        dalpha, dweight, t = *gate_of(*case), np.tanh(alpha)
+        expect(out[0], dalpha, _dalpha_mistakes(*case), named("dalpha"))
+        expect(out[1], dweight, _dweight_mistakes(dweight, t, *case), named("dweight"))
 
 
-def measured(device, warm_up, repeats, before=True, after=True):
-    """The microseconds of each call; without a wait before or after it, a lie."""
-    for _ in range(warm_up):
-        device.launch()
-    taken = []
-    for _ in range(repeats):
-        if before:
-            device.wait()
-        start = device.clock()
-        device.launch()
-        if after:
-            device.wait()
-        taken.append(device.clock() - start)
-    return np.array(taken)
+def gate_of(dout, a, alpha, weight):
+    """Equation (8)."""
+    dw = dout.T @ a
+    t = np.tanh(alpha)
+    return (1 - t * t) * (weight * dw).sum(), t * dw
 
 
-def _timing_mistakes(costs, warm_up, repeats):
-    case, right = (warm_up, repeats), measured(Device(costs), warm_up, repeats)
-    yield "no warm-up: the first calls are slow", measured(Device(costs), 0, repeats)
+def _dalpha_mistakes(dout, a, alpha, weight):
+    dw, t = dout.T @ a, np.tanh(alpha)
+    inner = (weight * dw).sum()
+    yield "(dalpha, dweight), in this order", t * dw
+    yield "dalpha: the factor 1 - tanh(alpha)^2 is missing", inner
+    yield "dalpha: `tan` where `tanh` was meant: 1 + tan(alpha)^2", (1 + np.tan(alpha) ** 2) * inner
+    yield "dalpha: 1 - tanh(alpha), without the square", (1 - t) * inner
+    yield "dalpha: 1 - alpha^2: the square is of tanh(alpha)", (1 - alpha**2) * inner
     yield (
-        "you timed the LAUNCH: wait before you look at the clock again",
-        measured(Device(costs), *case, after=False),
+        "dalpha: <W, dW'> with dW' = dout^T a, BEFORE it is multiplied by tanh(alpha)",
+        (1 - t * t) * t * inner,
     )
-    yield (
-        "you timed the LAUNCH: wait before you look at the clock again",
-        measured(Device(costs), *case, before=False, after=False),
-    )
-    yield (
-        "the warm-up is still in the queue when the clock starts: wait first",
-        measured(Device(costs), *case, before=False),
-    )
-    yield (
-        "no warm-up, and you timed the LAUNCH: wait before you look at the clock again",
-        measured(Device(costs), 0, repeats, before=False, after=False),
-    )
-    yield "one time for each call is wanted, not their mean", right.mean()
-    yield "one time for each call is wanted, not their median", np.median(right)
-    yield "one time for each call is wanted, not their sum", right.sum()
-    yield "these are points in time: end minus start of each call", np.cumsum(right)
-    yield "the warm-up's calls are timed too", measured(Device(costs), 0, warm_up + repeats)
+    yield "dalpha: tanh(alpha) where its derivative was meant", t * inner
+    yield "dalpha: <W, dW'>; this sums dW' without W", (1 - t * t) * dw.sum()
+    yield "dalpha: a mean; alpha acts on every number, so sum", (1 - t * t) * inner / dw.size
+    yield "dalpha: one number is wanted: sum over all of W * dW'", (1 - t * t) * weight * dw
+
+
+def _dweight_mistakes(dweight, t, dout, a, alpha, weight):
+    dw = dout.T @ a
+    yield "dweight: the gate is missing: tanh(alpha) * dout^T a", dw
+    yield "dweight: alpha * dW', but the gate is tanh(alpha)", alpha * dw
+    yield "dweight: `tan` where `tanh` was meant", np.tan(alpha) * dw
+    yield "dweight: the derivative of the gate belongs to dalpha alone", (1 - t * t) * dw
+    yield "dweight: turned; like weight it is [D, I]: dout^T a, not a^T dout", dweight.T

@@ -4,7 +4,7 @@
     python -m miniflamingo.course.site.build --no-lite    without JupyterLite, see lite.py
 
 Pages are first written aside, as Sphinx wants them: from the committed notebooks, which are not
-executed, the two READMEs and the library's docstrings. Pages ask nothing of another
+executed, the project's pages and the library's docstrings. Pages ask nothing of another
 host; MathJax is copied beside them (vendor.py).
 """
 
@@ -28,8 +28,26 @@ from . import vendor
 
 HERE, ROOT = Path(__file__).resolve().parent, render.HERE.parent
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^()\s]+)\)")
 LIBRARY = ("miniflamingo", "kernels")  # folders
+PAGES = {  # of the repository -> their names on the site
+    "README.md": "project",
+    "miniflamingo/README.md": "library",
+    "miniflamingo/INSTALL.md": "installing",
+    "miniflamingo/real/README.md": "real",
+    "miniflamingo/fewshot/README.md": "never-seen",
+    "miniflamingo/interop/README.md": "interop",
+    "kernels/README.md": "kernels",
+    "kernels/model/README.md": "own-model",
+    "tests/README.md": "tests",
+    "notebooks/README.md": "teaching",
+}
 DIRECTIONS = ("forward", "forward + backward")  # bench_entries.py has them, and torch
+SPEED = """# Speed of the kernels
+
+How fast the fused kernels are beside plain torch and other projects' kernels, as figures of
+measured times.
+"""
 NOT_MEASURED = """Not measured yet. On a machine with an NVIDIA GPU
 
     python -m miniflamingo bench --json kernels/results/NAME.json
@@ -43,8 +61,10 @@ measures them; the next `make site` draws what it wrote.
 
 def page_of(path):
     """The page that shows a file of the repository, from the site's root, or None."""
-    if path.name == "README.md":
-        return {ROOT: "/project.md", render.HERE: "/teaching.md"}.get(path.parent)
+    if path.is_dir():
+        path = next(filter(Path.exists, (path / "README.md", path / "__init__.py")), path)
+    if path.is_relative_to(ROOT) and path.relative_to(ROOT).as_posix() in PAGES:
+        return f"/{PAGES[path.relative_to(ROOT).as_posix()]}.md"
     if path.suffix == ".ipynb" and path.parent.name == "student":
         return f"/course/{path.name}"
     name = dotted(path)
@@ -78,6 +98,18 @@ def relink(text, folder, shown):
     return LINK.sub(replace, text)
 
 
+def with_pictures(text, folder, pages):
+    """Copy the pictures of a page, which stood in `folder`, into pages/, and point to them."""
+
+    def copy(found):
+        path = (folder / found[2]).resolve()
+        (pages / "pictures").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, pages / "pictures" / path.name)
+        return f"![{found[1]}](/pictures/{path.name})"
+
+    return PICTURE.sub(copy, text)
+
+
 # --- pages --------------------------------------------------------------------------------------
 
 
@@ -92,20 +124,38 @@ def write_pages(folder, paths, lite=False):
     targets = render.HERE / "student" / "targets"
     if targets.exists():
         shutil.copytree(targets, folder / "course" / "targets")
-    table = "| module | asks | minutes |\n|---|---|---|\n" + "".join(
-        f"| [{m.title}](student/{m.path.stem}.ipynb) | {m.question} | {m.minutes} |\n"
+    table = "| module | asks | minutes | more |\n|---|---|---|---|\n" + "".join(
+        f"| [{m.title}](student/{m.path.stem}.ipynb) | {m.question} | {m.minutes} "
+        f"| {m.more or '–'} |\n"
         for m in map(timings.describe, paths)
     )
     pages = "\n".join(f"course/{path.stem}" for path in paths)
-    front = (HERE / "index.md").read_text(encoding="utf-8")
-    front = front.replace("{modules}", relink(table, render.HERE, paths)).replace("{pages}", pages)
-    write(folder / "index.md", front + "\n")
-    for name, page in ((ROOT / "README.md", "project"), (render.HERE / "README.md", "teaching")):
-        text = relink(name.read_text(encoding="utf-8"), name.parent, paths)
-        write(folder / f"{page}.md", text.replace("# miniflamingo\n", "# The project\n", 1))
+    texts = {"index": front_page(table, pages, paths)}
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = relink(
+            with_pictures(text, (ROOT / name).parent, folder), (ROOT / name).parent, paths
+        )
+        texts[page] = text.replace("# miniflamingo\n", "# The project\n", 1)
+    texts["index"] = relink(with_pictures(texts["index"], HERE, folder), HERE, paths)
+    for page, text in texts.items():
+        write(folder / f"{page}.md", text)
     write_api(folder / "api")
     write_benchmarks(folder)
     write(folder / "browser.md", browser.page(paths if lite else ()))
+
+
+def front_page(table, pages, paths):
+    """The first page, with links as they are in the repository."""
+    words = next(words for words, target in PICTURE.findall((ROOT / "README.md").read_text("utf-8"))
+                 if target.endswith("answers.png"))  # fmt: skip
+    filled = {"{modules}": table.replace("](student/", "](../student/"), "{pages}": pages,
+              "{words}": words, "{number}": paths[0].stem.split("_")[0],
+              "{first}": f"../student/{paths[0].stem}.ipynb"}  # fmt: skip
+    text = (HERE / "index.md").read_text(encoding="utf-8")
+    for name, value in filled.items():
+        text = text.replace(name, value)
+    return text
 
 
 def write(file, text):
@@ -115,9 +165,11 @@ def write(file, text):
 
 
 def course_page(path, shown, lite=False):
-    """The student's notebook as a page: links of the site, figures with their words as alt text."""
+    """The student's notebook as a page: links of the site, figures with their words as alt text,
+    no cell that says what to install."""
     folder = render.HERE / "student"
     notebook = nbformat.read(folder / f"{path.stem}.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.source != render.ALONE]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, folder, shown)
@@ -149,7 +201,7 @@ def write_api(folder):
 
 def write_benchmarks(folder, results=ROOT / "kernels" / "results"):
     """The page of the measured figures, drawn from the data files of kernels/results."""
-    parts = ["# Speed of the kernels\n"]
+    parts = [SPEED]
     for file in sorted(results.glob("*.json")):
         document = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(document, dict) and {"records", "limits", "meta"} <= document.keys():

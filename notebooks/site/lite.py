@@ -1,4 +1,4 @@
-"""JupyterLite: the students' notebooks 01 to 09 in a JupyterLab that runs in the reader's browser.
+"""JupyterLite: the students' notebooks 01 to 10 in a JupyterLab that runs in the reader's browser.
 
 Python there is Pyodide. Its core comes from its npm package; pure Python packages and the project's
 own wheel (made from the student's release: no solution in it) are copied beside it. What the
@@ -29,7 +29,7 @@ from miniflamingo.command import Failed
 from .. import release, render
 from . import vendor
 
-LAST = 9  # modules 10 and later want more memory, torch or Triton
+LAST = 10  # modules 11 and later want more memory, torch or Triton
 ROOTS = ("ipython", "micropip", "jedi", "numpy", "matplotlib", "pillow", "safetensors", "tqdm",
          "threadpoolctl", "pyodide-http")  # fmt: skip
 EXTRA = ("comm",)  # asked for by the kernel, and not in Pyodide's list
@@ -39,22 +39,22 @@ CDN = "https://cdn.jsdelivr.net/pyodide/v{}/full/"
 INSTALL = "# in the browser alone: the library, from this site\n%pip install -q miniflamingo"
 PAGE = """# In the browser
 
-{start}
-
 A JupyterLab in the page, with Python compiled to WebAssembly: nothing to install, nothing leaves
 the browser, and what is written stays in its storage. The first run of a notebook takes a while.
+
+{start}
 
 - **Served from this site:** JupyterLab, Pyodide's core, the library, {served}.
 - **Fetched by your browser from Pyodide's host, {host}, when a notebook runs:** {fetched}.
 
 **Not tested:** whether the notebooks run there from first to last cell, and how long they take.
 Tested is that JupyterLab opens, that its Python starts and computes, and that the library's package
-is found. Modules 10 and later are left out: torch and Triton do not exist there.
+is found. Modules 11 and later are left out: torch and Triton do not exist there.
 """
 
 
 def chosen(paths):
-    """The modules that go into the browser: 01 to 09."""
+    """The modules that go into the browser: 01 to 10."""
     return [path for path in paths if 1 <= int(path.stem.split("_")[0]) <= LAST]
 
 
@@ -159,7 +159,8 @@ def _wheel(requirement, cache):
 def page(paths, cache=vendor.CACHE):
     """The site's page on what runs in the browser; paths are the modules shown, none without it."""
     if not chosen(paths):
-        return "# In the browser\n\nThis site was built without JupyterLite.\n"
+        return ("# In the browser\n\nNotebooks that run in a browser would be here; this site was "
+                "built without JupyterLite.\n")  # fmt: skip
     packages = json.loads((vendor.fetch("pyodide") / "pyodide-lock.json").read_text("utf-8"))[
         "packages"
     ]
@@ -167,7 +168,7 @@ def page(paths, cache=vendor.CACHE):
     had = {name: whole or _wheel(f"{name}=={packages[name]['version']}", cache)
            for name in sorted(closure(packages))}  # fmt: skip
     return PAGE.format(
-        start="<a href='lite/lab/index.html'>Open the notebooks 01 to 09 in the browser</a>",
+        start="<a href='lite/lab/index.html'>Open the notebooks 01 to 10 in the browser</a>",
         host="cdn.jsdelivr.net",
         served=", ".join(name for name, where in had.items() if where),
         fetched=", ".join(name for name, where in had.items() if not where) or "nothing",

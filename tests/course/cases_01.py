@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from miniflamingo.attention import attention, attention_weights
-from miniflamingo.course.checks.module_01 import heads
-from miniflamingo.functional import softmax, softmax_backward
+from miniflamingo.attention import attention, attention_backward, attention_weights
+from miniflamingo.course.checks.module_01 import grouped
+from miniflamingo.functional import softmax
 
 # --- 1.1: attention -------------------------------------------------------------------------------
 
@@ -35,6 +35,11 @@ def attend_by_loops(q, k, v):
 def attend_by_einsum(q, k, v):
     p = softmax(np.einsum("bik,bjk->bij", q, k) / q.shape[-1] ** 0.5)
     return np.einsum("bij,bjk->bik", p, v)
+
+
+def one_maximum(scores):  # for all rows: those that lie far below it underflow
+    e = np.exp(scores - scores.max())
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def overflowing(q, k, v):
@@ -78,6 +83,11 @@ def weights_by_sums(q, k, mask):
     return np.divide(e, e.sum(axis=1, keepdims=True), out=np.zeros_like(e), where=mask)
 
 
+def weights_that_underflow(q, k, mask):
+    e = np.exp(q @ k.T / np.sqrt(q.shape[1])) * mask
+    return e / (e.sum(axis=1, keepdims=True) + 1e-9)
+
+
 def first_key_instead(q, k, mask):
     mask = mask.copy()
     mask[~mask.any(axis=1), 0] = True
@@ -91,61 +101,138 @@ def all_keys_instead(q, k, mask):
 # --- 1.4: several heads ---------------------------------------------------------------------------
 
 
-def heads_by_slices(q, k, v, H):
-    K = q.shape[1] // H
-    parts = [slice(h * K, (h + 1) * K) for h in range(H)]
-    return np.concatenate([attention(q[:, s], k[:, s], v[:, s]) for s in parts], axis=1)
+def heads_by_slices(q, k, v, mask, H):
+    K = q.shape[-1] // H
+    share = q.shape[-1] // k.shape[-1]
+    out = np.zeros(q.shape)
+    for b in range(len(q)):
+        for h in range(H):
+            own, group = (slice(i * K, (i + 1) * K) for i in (h, h // share))
+            out[b, :, own] = attention(q[b, :, own], k[b, :, group], v[b, :, group], mask[b])
+    return out
 
 
-def heads_by_einsum(q, k, v, H):
-    q, k, v = (x.reshape(len(x), H, -1) for x in (q, k, v))
-    p = softmax(np.einsum("ihk,jhk->hij", q, k) / np.sqrt(q.shape[2]))
-    return np.einsum("hij,jhk->ihk", p, v).reshape(len(q), -1)
+def heads_by_einsum(q, k, v, mask, H):
+    (B, L, width), G = q.shape, k.shape[-1] * H // q.shape[-1]
+    q, k, v = q.reshape(B, L, G, H // G, -1), *(x.reshape(B, x.shape[1], G, -1) for x in (k, v))
+    s = np.einsum("bigsk,bjgk->bgsij", q, k) / np.sqrt(width // H)
+    p = softmax(np.where(mask[:, None, None], s, -1e300)) * mask[:, None, None]
+    return np.einsum("bgsij,bjgk->bigsk", p, v).reshape(B, L, width)
 
 
-def multi(q, k, v, H, turn=True, back=True, join=True, order="HK"):
+def multi(q, k, v, mask, H, turn=True, back=True, join=True, order="HK", see=None, copy="repeat",
+          scale=1, empty=0):  # fmt: skip
     """An answer as students write it, with a place for each mistake."""
+    (B, L, width), K, G = q.shape, q.shape[-1] // H, k.shape[-1] * H // q.shape[-1]
     if order == "KH":
-        q, k, v = (x.reshape(len(x), -1, H).transpose(2, 0, 1) for x in (q, k, v))
-        return attention(q, k, v).transpose(1, 2, 0).reshape(q.shape[1], -1)
-    if turn:
-        q, k, v = (x.reshape(len(x), H, -1).swapaxes(0, 1) for x in (q, k, v))
+        q, k, v = (np.moveaxis(x.reshape(B, x.shape[1], K, -1), -1, 1) for x in (q, k, v))
+    elif turn:
+        q, k, v = (x.reshape(B, x.shape[1], -1, K).swapaxes(1, 2) for x in (q, k, v))
     else:
-        q, k, v = (x.reshape(H, len(x), -1) for x in (q, k, v))
-    out = attention(q, k, v)
+        q, k, v = (x.reshape(B, -1, x.shape[1], K) for x in (q, k, v))
+    if copy == "repeat":
+        k, v = (np.repeat(x, H // G, axis=1) for x in (k, v))
+    elif copy == "tile":
+        k, v = (np.tile(x, (1, H // G, 1, 1)) for x in (k, v))
+    else:
+        k, v = k[:, :1], v[:, :1]
+    out = attention(q * scale, k, v, see(mask) if see else mask[:, None])
+    if empty:
+        out[~np.broadcast_to(mask.any(axis=-1)[:, None], out.shape[:-1])] = empty
     if not join:
         return out
-    return (out.swapaxes(0, 1) if back else out).reshape(q.shape[1], -1)
+    if order == "KH" and back:
+        return np.moveaxis(out, 1, -1).reshape(B, L, width)
+    return (out.swapaxes(1, 2) if back else out).reshape(B, L, width)
 
 
-def over_heads(q, k, v, H):
-    if len(q) != len(k):
-        return heads(q, k, v, H)
-    return attention(*(x.reshape(len(x), H, -1) for x in (q, k, v))).reshape(q.shape)
+def heads_with_a_finite_fill(q, k, v, mask, H):
+    K, share = q.shape[-1] // H, q.shape[-1] // k.shape[-1]
+    q, k, v = (x.reshape(len(x), x.shape[1], -1, K).swapaxes(1, 2) for x in (q, k, v))
+    k, v = (np.repeat(x, share, axis=1) for x in (k, v))
+    s = np.where(mask[:, None], q @ k.swapaxes(2, 3) / np.sqrt(K), -1e9)
+    return (softmax(s) @ v).swapaxes(1, 2).reshape(len(q), q.shape[2], -1)
 
 
-# --- 1.5: the softmax's gradient ------------------------------------------------------------------
+def one_head(q, k, v, mask, H):
+    if k.shape[-1] == q.shape[-1]:
+        return attention(q, k, v, mask)
+    return grouped(q, k, v, mask, H)
 
 
-def dscores(dout, p, v, axis=1, inner=None, front=True, sign=-1):
+def every_Hth_column(*case):
+    return grouped(*case, cut=lambda x, K: np.moveaxis(x.reshape(*x.shape[:2], K, -1), -1, 1))
+
+
+def heads_in_place(q, k, v, mask, H):
+    q *= 1.1
+    return heads_by_slices(q / 1.1, k, v, mask, H)
+
+
+# --- 1.5: the gradient of several heads -----------------------------------------------------------
+
+
+def gradient(dout, q, k, v, mask, H, axis=-1, inner=None, front=True, sign=-1, root=np.sqrt,
+             turn=True, back=True, soft=soft, masked=True):  # fmt: skip
     """An answer as students write it, with a place for each mistake."""
-    dp = dout @ v.T
+    if turn:
+        dout, q, k, v = (x.reshape(len(x), H, -1).swapaxes(0, 1) for x in (dout, q, k, v))
+    else:
+        dout, q, k, v = (x.reshape(H, len(x), -1) for x in (dout, q, k, v))
+    s = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+    p = soft(np.where(mask, s, -1e9) if masked else s)
+    dp = dout @ v.swapaxes(1, 2)
     total = (p * dp if inner is None else inner(p, dp)).sum(axis=axis, keepdims=True)
-    return (p if front else 1) * (dp + sign * total)
+    ds = (p if front else 1) * (dp + sign * total)
+    scale = root(q.shape[-1])
+    parts = ds @ k / scale, ds.swapaxes(1, 2) @ q / scale, p.swapaxes(1, 2) @ dout
+    return [(x.swapaxes(0, 1) if back else x).reshape(x.shape[1], -1) for x in parts]
 
 
-def dscores_by_jacobians(dout, p, v):
-    return np.stack([(np.diag(row) - np.outer(row, row)) @ (v @ d) for row, d in zip(p, dout)])
+def gradient_head_by_head(dout, q, k, v, mask, H):
+    K, parts = q.shape[1] // H, []
+    for h in range(H):
+        own = slice(h * K, (h + 1) * K)
+        parts.append(attention_backward(dout[:, own], q[:, own], k[:, own], v[:, own], mask=mask))
+    return [np.concatenate(x, axis=1) for x in list(zip(*parts))[:3]]
 
 
-def dscores_by_differences(dout, p, v, step=1e-6):
-    s, grad = np.log(p), np.zeros(p.shape)
-    for place in np.ndindex(p.shape):
-        move = np.zeros(p.shape)
-        move[place] = step
-        up, down = ((dout * (softmax(x) @ v)).sum() for x in (s + move, s - move))
-        grad[place] = (up - down) / (2 * step)
-    return grad
+def gradient_pair_by_pair(dout, q, k, v, mask, H):
+    grads, K = [np.zeros(x.shape) for x in (q, k, v)], q.shape[1] // H
+    for h in range(H):
+        own = slice(h * K, (h + 1) * K)
+        for i, row in enumerate(mask):
+            seen = np.flatnonzero(row)
+            p = softmax(k[seen, own] @ q[i, own] / np.sqrt(K))
+            jacobian = np.diag(p) - np.outer(p, p)
+            ds = jacobian @ (v[seen, own] @ dout[i, own]) / np.sqrt(K)
+            grads[0][i, own] += ds @ k[seen, own]
+            grads[1][seen, own] += np.outer(ds, q[i, own])
+            grads[2][seen, own] += np.outer(p, dout[i, own])
+    return grads
+
+
+def soft_that_overflows(s):
+    e = np.exp(s)
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def in_place(dout, q, k, v, mask, H):
+    q /= np.sqrt(q.shape[1] // H)
+    return gradient(dout, q, k, v, mask, H)
+
+
+def with_dv(change, *arguments):
+    dq, dk, dv = gradient(*arguments)
+    return dq, dk, change(dv, *arguments)
+
+
+def dv_not_turned(dv, dout, q, k, v, mask, H):
+    if len(q) != len(k):
+        return dv
+    p = [softmax(np.where(mask, a @ b.T / a.shape[1] ** 0.5, -1e9))
+         for a, b in zip(np.split(q, H, axis=1), np.split(k, H, axis=1))]  # fmt: skip
+    return np.hstack([w @ d for w, d in zip(p, np.split(dout, H, axis=1))])
 
 
 RIGHT = [
@@ -162,14 +249,13 @@ RIGHT = [
     ("1.3", weights_by_loops),
     ("1.3", weights_by_sums),
     ("1.3", lambda *a: np.nan_to_num(weights(*a, fill=-np.inf, mend=False))),
-    ("1.4", heads),
+    ("1.4", grouped),
     ("1.4", multi),
     ("1.4", heads_by_slices),
     ("1.4", heads_by_einsum),
-    ("1.5", dscores),
-    ("1.5", dscores_by_jacobians),
-    ("1.5", dscores_by_differences),
-    ("1.5", lambda dout, p, v: softmax_backward(dout @ v.T, np.log(p))),
+    ("1.5", gradient),
+    ("1.5", gradient_head_by_head),
+    ("1.5", gradient_pair_by_pair),
 ]
 
 WRONG = [
@@ -215,28 +301,59 @@ WRONG = [
     ("1.3", lambda *a: weights(*a, fill=-np.inf, mend=False), "yours is NaN"),
     ("1.3", all_keys_instead, "as if there were no mask"),
     ("1.3", first_key_instead, "yours reads key 0"),
-    ("1.3", lambda *a: weights(*a, fill=-20), "which then gets everything"),
-    ("1.4", lambda q, k, v, H: attention(q, k, v), "this is ONE head"),
+    ("1.3", lambda *a: weights(*a, fill=-20), "and then gets everything"),
+    ("1.4", one_head, "this is ONE head"),
+    ("1.4", lambda *a: multi(*a, see=lambda m: np.array(True)), "the mask is missing"),
+    ("1.4", lambda *a: multi(*a, see=lambda m: ~m[:, None]), "the mask is upside down"),
+    ("1.4", lambda *a: multi(*a, see=lambda m: m[0]), "this takes page 0's"),
+    ("1.4", lambda *a: multi(*a, copy="tile"), "np.repeat, not np.tile"),
+    ("1.4", lambda *a: multi(*a, copy="first"), "all heads read group 0"),
     ("1.4", lambda *a: multi(*a, turn=False), "mixes tokens with heads"),
     ("1.4", lambda *a: multi(*a, turn=False, back=False), "mixes tokens with heads"),
     ("1.4", lambda *a: multi(*a, back=False), "the way back is missing its swapaxes"),
     ("1.4", lambda *a: multi(*a, join=False), "not joined yet"),
-    ("1.4", lambda q, k, v, H: heads(q / H**0.5, k, v, H), "ITS width K"),
-    ("1.4", lambda *a: multi(*a, order="KH"), "not (L, K, H)"),
-    ("1.4", over_heads, "over the HEADS of one token"),
-    ("1.4", lambda *a: multi(*a, join=False).sum(axis=0), "the heads are summed"),
-    ("1.4", lambda *a: multi(*a, join=False).mean(axis=0), "the heads are averaged"),
-    ("1.4", lambda *a: np.concatenate(multi(*a, join=False)), "stand below one another"),
-    ("1.5", lambda dout, p, v: p * (dout @ v.T), "lacks its sum"),
-    ("1.5", lambda dout, p, v: dout @ v.T, "this is dp"),
-    ("1.5", lambda *a: dscores(*a, axis=0), "wrong axis"),
-    ("1.5", lambda *a: dscores(*a, axis=None), "one sum for all"),
-    ("1.5", lambda *a: dscores(*a, inner=lambda p, dp: dp), "the sum needs its weights"),
-    ("1.5", lambda *a: dscores(*a, inner=lambda p, dp: dp / p.shape[1]), "the mean of dp"),
-    ("1.5", lambda *a: dscores(*a, front=False), "the factor p in front is missing"),
-    ("1.5", lambda *a: dscores(*a, sign=1), "wrong sign: a MINUS"),
-    ("1.5", lambda *a: -dscores(*a), "wrong sign of all of it"),
-    ("1.5", lambda dout, p, v: p * (1 - p) * (dout @ v.T), "the diagonal alone"),
-    ("1.5", lambda *a: dscores(*a) / 2, "that of the scores after the division"),
-    ("1.5", lambda dout, p, v: p * (dout @ v), "your code stops with ValueError"),
+    ("1.4", lambda *a: multi(*a, scale=a[-1] ** -0.5), "ITS width K"),
+    ("1.4", lambda *a: multi(*a, scale=3**-0.5), "attention divides by sqrt(K) itself"),
+    ("1.4", lambda *a: multi(*a, order="KH"), "not (B, L, K, H)"),
+    ("1.4", lambda *a: multi(*a, join=False).sum(axis=1), "the heads are summed"),
+    ("1.4", lambda *a: multi(*a, join=False).mean(axis=1), "the heads are averaged"),
+    ("1.4", lambda *a: np.hstack([*multi(*a, join=False).swapaxes(0, 1)]), "below one another"),
+    ("1.4", lambda *a: multi(*a, empty=np.nan), "0, not NaN"),
+    ("1.4", heads_with_a_finite_fill, "0, not the mean of all"),
+    ("1.4", every_Hth_column, "not every H-th one"),
+    ("1.4", heads_in_place, "changes its argument number 1 in place"),
+    ("1.4", lambda *a: np.dstack([*multi(*a, join=False).swapaxes(0, 1)[::-1]]), "turned round"),
+    ("1.4", lambda *a: np.dstack([multi(*a, join=False)[:, 0]] * a[-1]), "the first one"),
+    ("1.4", lambda q, k, v, m, H: multi(q, k, v, m[:, 0], H), "your code stops with ValueError"),
+    ("1.5", lambda *a: gradient(*a, sign=0), "lacks its sum"),
+    ("1.5", lambda *a: gradient(*a, sign=0, front=False), "this uses dp for ds"),
+    ("1.5", lambda *a: gradient(*a, axis=-2), "wrong axis"),
+    ("1.5", lambda *a: gradient(*a, axis=None), "one sum for all"),
+    ("1.5", lambda *a: gradient(*a, inner=lambda p, dp: dp), "the sum needs its weights"),
+    ("1.5", lambda *a: gradient(*a, inner=lambda p, dp: dp / dp.shape[-1]), "the mean of dp"),
+    ("1.5", lambda *a: gradient(*a, front=False), "the factor p in front is missing"),
+    ("1.5", lambda *a: gradient(*a, sign=1), "wrong sign: a MINUS"),
+    ("1.5", lambda *a: [-x for x in gradient(*a)], "wrong sign of all of it"),
+    ("1.5", lambda *a: gradient(*a, root=lambda K: 1), "the root of K is missing"),
+    ("1.5", lambda *a: gradient(*a, root=lambda K: K), "not twice, and not K"),
+    ("1.5", lambda *a: gradient(*a, masked=False), "the mask is missing"),
+    ("1.5", lambda *a: gradient(*a[:-1], 1), "this is ONE head"),
+    ("1.5", lambda *a: gradient(*a, turn=False, back=False), "mixes tokens with heads"),
+    ("1.5", lambda *a: gradient(*a, back=False), "the way back is missing its swapaxes"),
+    (
+        "1.5",
+        lambda *a: with_dv(lambda dv, dout, q, *_: dv / (q.shape[1] // a[-1]) ** 0.5, *a),
+        "dv has none",
+    ),
+    ("1.5", lambda *a: with_dv(dv_not_turned, *a), "dv_j sums over the QUERIES"),
+    ("1.5", lambda *a: gradient(*a)[:2], "dq, dk, dv is wanted, got list of 2"),
+    ("1.5", in_place, "changes its argument number 2 in place"),
+    ("1.5", lambda *a: gradient(*a, soft=soft_that_overflows), "NaN at"),
+    ("1.1", overflowing, "subtract the row's maximum before exp"),
+    ("1.1", lambda *a: attend(*a, weights=one_maximum), "subtract the row's maximum before exp"),
+    ("1.1", lambda q, k, v: attend(q, v, k), "k and v are exchanged"),
+    ("1.1", lambda *a: attend(*a, scale=lambda K: 1) / a[0].shape[-1] ** 0.5, "on the SCORES"),
+    ("1.1", lambda q, k, v: print(attend(q, k, v).shape), "is there a `return`?"),
+    ("1.3", weights_that_underflow, "subtract the row's maximum"),
+    ("1.3", lambda *a: weights(*a, fill=-100), "your fill is higher than they are"),
 ]

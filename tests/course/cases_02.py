@@ -2,191 +2,200 @@
 
 import numpy as np
 
-from miniflamingo.attention import attention
-from miniflamingo.course.checks.module_02 import fourier, read_inputs, turns
-from miniflamingo.functional import softmax
+from miniflamingo.course.checks.module_02 import block, gradients
+from miniflamingo.functional import layer_norm, layer_norm_backward
 
-# --- 2.1: counting --------------------------------------------------------------------------------
-
-
-def count_by_loops(M, R, T, P):
-    total = np.zeros(M.shape, int)
-    for _ in range(T):
-        total += M * R
-        for _ in range(P):
-            total += R * R
-    return total
+# --- 2.1 ------------------------------------------------------------------------------------------
 
 
-# --- 2.2: reading ---------------------------------------------------------------------------------
-
-
-def read(latents, inputs, Wq, Wk, Wv, scale=None, axis=-1, residual=True, weights=None):
+def norm(x, gain, offset, eps=1e-5, axis=-1, root=np.sqrt, mean=True, ddof=0, inside=True):
     """An answer as students write it, with a place for each mistake."""
-    K = len(Wq)
-    s = latents @ Wq.T @ (inputs @ Wk.T).swapaxes(1, 2) * (K**-0.5 if scale is None else scale(K))
-    e = np.exp(s - s.max(axis=axis, keepdims=True))
-    p = e / e.sum(axis=axis, keepdims=True) if weights is None else weights(s)
-    return p @ (inputs @ Wv.T) + (latents if residual else 0)
+    centred = x - x.mean(axis=axis, keepdims=True) if mean else x
+    variance = x.var(axis=axis, keepdims=True, ddof=ddof)
+    return gain * centred / (root(variance + eps) if inside else root(variance) + eps) + offset
 
 
-def read_by_loops(latents, inputs, Wq, Wk, Wv):
-    out = []
-    for x in inputs:
-        p = softmax((latents @ Wq.T) @ (x @ Wk.T).T / np.sqrt(len(Wq)))
-        out.append(latents + p @ x @ Wv.T)
+def norm_by_loops(x, gain, offset, eps=1e-5):
+    out = np.empty(x.shape)
+    for place in np.ndindex(x.shape[:-1]):
+        row = x[place]
+        out[place] = gain * (row - row.mean()) / np.sqrt(row.var() + eps) + offset
     return out
 
 
-def exchanged(latents, inputs, Wq, Wk, Wv):
-    q = np.stack([latents @ Wq.T] * len(inputs))
-    return attention(inputs @ Wk.T, q, np.stack([latents] * len(inputs)))
+def norm_of_all(x, gain, offset):
+    return gain * (x - x.mean()) / np.sqrt(x.var() + 1e-5) + offset
 
 
-def first_row(latents, inputs, *W):
-    return np.stack([read(latents, inputs[:1], *W)[0]] * len(inputs))
+# --- 2.2 ------------------------------------------------------------------------------------------
 
 
-# --- 2.3: turns -----------------------------------------------------------------------------------
+def whole(x, attend, norm, up, down, stream=True, first=None, second=None, relu=True, late=False):
+    """An answer as students write it, with a place for each mistake."""
+    y = x + attend(norm(x) if first is None else first(x))
+    h = (norm(y) if second is None else second(y, x, norm)) @ up
+    part = np.maximum(h, 0) @ down if relu and not late else h @ down
+    part = np.maximum(part, 0) if late else part
+    return y + part if stream else part
 
 
-def turns_by_index(z, x, cross, blocks):
-    for t in range(len(cross)):
-        z = cross[t](z, x)
-        for p in range(len(blocks[t])):
-            z = blocks[t][p](z)
-    return z
+def post_norm(x, attend, norm, up, down):
+    y = norm(x + attend(x))
+    return norm(y + np.maximum(y @ up, 0) @ down)
 
 
-def turns_by_recursion(z, x, cross, blocks):
-    if not cross:
-        return z
-    z = cross[0](z, x)
-    for think in blocks[0]:
-        z = think(z)
-    return turns_by_recursion(z, x, cross[1:], blocks[1:])
+def side_by_side(x, attend, norm, up, down):
+    return x + attend(norm(x)) + np.maximum(norm(x) @ up, 0) @ down
 
 
-def readings_first(z, x, cross, blocks):
-    for read_them in cross:
-        z = read_them(z, x)
-    for thoughts in blocks:
-        for think in thoughts:
-            z = think(z)
-    return z
+def in_place_on_a_copy(x, attend, norm, up, down):
+    x = x.copy()
+    x += attend(norm(x))
+    h = norm(x) @ up
+    h[h < 0] = 0
+    x += h @ down
+    return x
 
 
-def thinking_first(z, x, cross, blocks):
-    for read_them, thoughts in zip(cross, blocks):
-        for think in thoughts:
-            z = think(z)
-        z = read_them(z, x)
-    return z
+# --- 2.3 ------------------------------------------------------------------------------------------
 
 
-def indented_too_far(z, x, cross, blocks):
-    for read_them, thoughts in zip(cross, blocks):
-        z = read_them(z, x)
-        for think in thoughts:
-            z = think(z)
-        return z
+def gradient(dz, y, gain, offset, up, down, eps=1e-5, stream=True, relu=True, mean=1, along=1,
+             over=1, h_of=None, read=None, late=False, axis=0):  # fmt: skip
+    """An answer as students write it, with a place for each mistake."""
+    sigma = np.sqrt(y.var(-1, keepdims=True) + eps)
+    xhat = (y - y.mean(-1, keepdims=True)) / sigma
+    rows = gain * xhat + offset
+    hidden = rows @ up
+    dhidden = dz @ down.T
+    if relu:
+        dhidden[hidden <= 0] = 0
+    drows = dhidden @ up.T
+    h = drows * (gain if h_of is None else h_of)
+    dx = h - mean * h.mean(-1, keepdims=True) - along * xhat * (h * xhat).mean(-1, keepdims=True)
+    dy = dx / sigma**over + (dz if stream else 0)
+    dup = (rows if read is None else read(y, xhat)).T @ dhidden
+    ddown = (hidden if late else np.maximum(hidden, 0)).T @ dz
+    return dy, (drows * xhat).sum(axis=axis), drows.sum(axis=axis), dup, ddown
 
 
-# --- 2.4: position codes --------------------------------------------------------------------------
+def gradient_by_differences(*case):
+    dz, *inputs = [x.copy() for x in case]
+
+    def loss():
+        y, gain, offset, up, down = inputs
+        z = y + np.maximum(layer_norm(y, gain, offset) @ up, 0) @ down
+        return (dz * z).sum()
+
+    grads = []
+    for x in inputs:
+        grads.append(np.zeros(x.shape))
+        for place in np.ndindex(x.shape):
+            kept, ends = x[place], []
+            for x[place] in (kept + 1e-5, kept - 1e-5):
+                ends.append(loss())
+            x[place] = kept
+            grads[-1][place] = (ends[0] - ends[1]) / 2e-5
+    return grads
 
 
-def codes(u, F):
-    return fourier(u, np.arange(1, F + 1))
+def gradient_of_the_library(dz, y, gain, offset, up, down):
+    rows = layer_norm(y, gain, offset)
+    dhidden = np.where(rows @ up > 0, dz @ down.T, 0)
+    dx, dgain, doffset = layer_norm_backward(dhidden @ up.T, y, gain, offset)
+    return [dz + dx, dgain, doffset, rows.T @ dhidden, np.maximum(rows @ up, 0).T @ dz]
 
 
-def codes_by_loops(u, F):
-    rows = []
-    for x in u:
-        waves = [wave(f * np.pi * x) for wave in (np.sin, np.cos) for f in range(1, F + 1)]
-        rows.append([x, *waves])
-    return rows
+def in_place(dz, y, gain, offset, up, down):
+    case = dz.copy(), y.copy(), gain, offset, up, down
+    y -= y.mean(axis=-1, keepdims=True)
+    return gradient(*case)
 
 
-def alternating(u, F):
-    columns = [u]
-    for f in range(1, F + 1):
-        columns += [np.sin(f * np.pi * u), np.cos(f * np.pi * u)]
-    return np.stack(columns, axis=1)
+def with_turned_down(*case):
+    *parts, ddown = gradient(*case)
+    return [*parts, ddown.T if ddown.shape[0] == ddown.shape[1] else ddown]
 
 
-def cosines_first(u, F):
-    a = np.pi * u[:, None] * np.arange(1, F + 1)
-    return np.concatenate([u[:, None], np.cos(a), np.sin(a)], axis=1)
+# --- 2.4 ------------------------------------------------------------------------------------------
 
 
-def sines_twice(u, F):
-    a = np.pi * u[:, None] * np.arange(1, F + 1)
-    return np.concatenate([u[:, None], np.sin(a), np.sin(a)], axis=1)
+def walk_recursively(notes, loss, wanted):
+    grads = {}
+    made_by = {id(out): (inputs, gradient) for out, inputs, gradient in notes}
+
+    def visit(value, d):
+        grads[id(value)] = grads.get(id(value), 0) + d
+        if id(value) in made_by:
+            inputs, gradient = made_by[id(value)]
+            for v, part in zip(inputs, gradient(d, *[v.data for v in inputs])):
+                visit(v, part)
+
+    visit(loss, np.ones_like(loss.data))
+    return [grads.get(id(v), 0 * v.data) for v in wanted]
+
+
+def walk_with_lists(notes, loss, wanted):
+    values, grads = [loss], [np.ones_like(loss.data)]
+    for out, inputs, gradient in notes[::-1]:
+        total = sum((g for v, g in zip(values, grads) if v is out), start=0 * out.data)
+        for v, d in zip(inputs, gradient(total, *[v.data for v in inputs])):
+            values.append(v)
+            grads.append(d)
+    return [sum((g for v, g in zip(values, grads) if v is w), start=0 * w.data) for w in wanted]
+
+
+def turned(notes, loss, wanted):
+    return gradients(notes, loss, wanted)[::-1]
 
 
 RIGHT = [
-    ("2.1", lambda M, R, T, P: T * (M * R + P * R**2)),
-    ("2.1", lambda M, R, T, P: T * R * (M + P * R)),
-    ("2.1", count_by_loops),
-    ("2.2", read),
-    ("2.2", read_inputs),
-    ("2.2", read_by_loops),
-    ("2.3", turns),
-    ("2.3", turns_by_index),
-    ("2.3", turns_by_recursion),
-    ("2.4", codes),
-    ("2.4", codes_by_loops),
-]
-
+    ("2.1", norm), ("2.1", norm_by_loops), ("2.1", lambda x, g, b: layer_norm(x, g, b)),
+    ("2.2", whole), ("2.2", in_place_on_a_copy), ("2.2", block),
+    ("2.3", gradient), ("2.3", gradient_by_differences), ("2.3", gradient_of_the_library),
+    ("2.4", gradients), ("2.4", walk_recursively), ("2.4", walk_with_lists),
+]  # fmt: skip
 WRONG = [
-    ("2.1", lambda M, R, T, P: T * (M**2 + P * R**2), "this is self-attention over the inputs"),
-    ("2.1", lambda M, R, T, P: M**2, "this is self-attention over the inputs"),
-    ("2.1", lambda M, R, T, P: T * (1 + P) * M * R, "the self-attentions never see M"),
-    ("2.1", lambda M, R, T, P: M * R + P * R**2, "the turns are missing"),
-    ("2.1", lambda M, R, T, P: M * R + T * P * R**2, "the latents read once in EVERY turn"),
-    ("2.1", lambda M, R, T, P: T * M * R + P * R**2, "its own self-attentions"),
-    ("2.1", lambda M, R, T, P: T * (M * R + R**2), "P self-attentions, not one"),
-    ("2.1", lambda M, R, T, P: T * P * (M * R + R**2), "one cross-attention, not P"),
-    ("2.1", lambda M, R, T, P: T * (M * R + P * R), "R^2 scores, not R"),
-    ("2.1", lambda M, R, T, P: T * (M * R + P * R**2) / 1, "wrong dtype: int is wanted"),
-    ("2.2", lambda *a: read(*a, residual=False), "the residual is missing"),
-    ("2.2", lambda *a: read(*a, scale=lambda K: 1), "the scale is missing"),
-    ("2.2", lambda *a: read(*a, scale=lambda K: K**0.5), "yours multiplies"),
-    ("2.2", lambda *a: read(*a, scale=lambda K: 1 / K), "sqrt(K), not by K"),
-    ("2.2", lambda *a: read(*a, scale=lambda K: a[0].shape[1] ** -0.5), "not of latents or inputs"),
-    ("2.2", lambda *a: read(*a, axis=1), "yours compete for each input"),
-    ("2.2", lambda *a: read(*a, weights=lambda s: s), "the softmax is missing"),
-    ("2.2", exchanged, "the roles are exchanged"),
-    ("2.2", first_row, "the first row of the batch for all"),
-    ("2.2", lambda *a: read(*a, weights=lambda s: s * 0 + 1 / s.shape[2]), "the inputs' mean"),
-    ("2.2", lambda z, x, Wq, Wk, Wv: z @ Wq.T @ x.T, "your code stops with ValueError"),
-    ("2.2", lambda *a: read(*a)[0], "wrong shape: [2, 3, 6] is wanted, got [3, 6]"),
-    ("2.3", indented_too_far, "one turn only"),
-    ("2.3", lambda *a: turns(*a, again=True), "from the FIRST latents"),
-    ("2.3", lambda *a: turns(*a, feed=True), "the inputs are lost after turn 1"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c, [[] for _ in b]), "the blocks are missing"),
-    ("2.3", readings_first, "all readings first"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c, [p[:1] for p in b]), "one block of each turn"),
-    ("2.3", thinking_first, "think after reading"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c[:1] * 2, b[:1] * 2), "the first turn's functions"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c[::-1], b[::-1]), "the turns run backwards"),
-    ("2.3", lambda z, x, c, b: z, "nothing is read or thought"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c, b)[0], "wrong shape: [1, 3, 4] is wanted"),
-    ("2.3", lambda z, x, c, b: turns(z, x, c, b) + 1, "wrong value at [0, 0, 0]"),
-    ("2.4", lambda u, F: fourier(u, np.arange(1, F + 1), 1), "pi is missing"),
-    ("2.4", lambda u, F: fourier(u, np.arange(1, F + 1), 2 * np.pi), "pi, not 2 pi"),
-    ("2.4", lambda u, F: fourier(u, np.arange(F)), "yours begin at 0"),
-    ("2.4", lambda u, F: fourier(u, 2 ** np.arange(F)), "yours are powers of two"),
-    ("2.4", lambda u, F: codes(u, F)[:, 1:], "u itself is missing"),
-    ("2.4", lambda u, F: np.roll(codes(u, F), -1, axis=1), "u itself is the FIRST column"),
-    ("2.4", lambda u, F: codes(u, F)[:, : F + 1], "the cosines are missing"),
-    ("2.4", cosines_first, "the sines come before the cosines"),
-    ("2.4", alternating, "yours alternate"),
-    ("2.4", lambda u, F: codes(u, F).T, "the axes are exchanged"),
-    ("2.4", sines_twice, "sines twice"),
-    (
-        "2.4",
-        lambda u, F: np.sin(np.pi * u * np.arange(1, F + 1)),
-        "your code stops with ValueError",
-    ),
-]
+    ("2.1", lambda *a: norm(*a, axis=-2 if a[0].ndim > 1 else -1), "wrong axis"),
+    ("2.1", norm_of_all, "one mean for all rows"),
+    ("2.1", lambda *a: norm(*a, mean=False), "the mean is not taken off"),
+    ("2.1", lambda *a: norm(*a, root=lambda v: v), "the root of the variance is missing"),
+    ("2.1", lambda *a: norm(*a, ddof=1), "not by D - 1"),
+    ("2.1", lambda *a: norm(*a, inside=False), "eps stands under the root"),
+    ("2.1", lambda x, g, b: norm(x, 1, b), "the gain is missing"),
+    ("2.1", lambda x, g, b: norm(x, g, 0), "the offset is missing"),
+    ("2.1", lambda x, g, b: g * norm(x, 1, b), "multiplies the offset, too"),
+    ("2.1", lambda x, g, b: g * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) + b, "RMS norm"),
+    ("2.2", lambda *a: whole(*a, stream=False), "the second part is added to y"),
+    ("2.2", lambda *a: whole(*a, first=lambda x: x), "attention reads x without a norm"),
+    ("2.2", lambda *a: whole(*a, second=lambda y, x, norm: y), "reads y without a norm"),
+    ("2.2", lambda *a: whole(*a, second=lambda y, x, norm: norm(x)), "the second part reads x"),
+    ("2.2", lambda *a: whole(*a, relu=False), "the ReLU is missing"),
+    ("2.2", lambda *a: whole(*a, late=True), "between the matrices"),
+    ("2.2", post_norm, "BEFORE each part"),
+    ("2.2", lambda x, a, n, u, d: x + a(n(x)), "the feed-forward part is missing"),
+    ("2.3", lambda *a: gradient(*a, stream=False), "the stream is missing in dy"),
+    ("2.3", lambda *a: gradient(*a, relu=False), "the ReLU's gradient is missing"),
+    ("2.3", lambda *a: gradient(*a, mean=0), "the mean of h is not taken off"),
+    ("2.3", lambda *a: gradient(*a, along=0), "the part along xhat is not taken off"),
+    ("2.3", lambda *a: gradient(*a, mean=0, along=0), "only the norm's direct term"),
+    ("2.3", lambda *a: gradient(*a, along=-1), "two minus signs"),
+    ("2.3", lambda *a: gradient(*a, over=0), "the division by sigma is missing"),
+    ("2.3", lambda *a: gradient(*a, over=2), "divided by sigma squared"),
+    ("2.3", lambda *a: gradient(*a, h_of=1), "the gain is missing in h"),
+    ("2.3", lambda *a: gradient(*a, read=lambda y, xhat: y), "up reads the NORMED rows"),
+    ("2.3", lambda *a: gradient(*a, read=lambda y, xhat: xhat), "have gain and offset"),
+    ("2.3", lambda *a: gradient(*a, late=True), "what the ReLU has let through"),
+    ("2.3", lambda *a: gradient(*a, axis=-1), "wrong shape of number 2 in dy, dgain"),
+    ("2.3", with_turned_down, "ddown is the active numbers turned"),
+    ("2.3", in_place, "changes its argument number 2 in place"),
+    ("2.3", lambda *a: gradient(*a)[0], "dup, ddown is wanted, got ndarray"),
+    ("2.4", lambda *a: gradients(*a, add=False), "+= where yours has ="),
+    ("2.4", lambda *a: gradients(*a, order=iter), "walk backwards, through all"),
+    ("2.4", lambda *a: gradients(*a, skip=False), "skip it"),
+    ("2.4", lambda *a: gradients(*a, seed=0.0), "is 1, not 0"),
+    ("2.4", lambda *a: gradients(*a, seed=0.5), "is 1, not 1/2"),
+    ("2.4", lambda notes, loss, wanted: [v.data for v in wanted], "not their gradients"),
+    ("2.4", lambda notes, loss, w: gradients(notes[-1:], loss, w), "only the last note counted"),
+    ("2.4", turned, "in other places"),
+]  # fmt: skip

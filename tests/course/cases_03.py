@@ -2,195 +2,249 @@
 
 import numpy as np
 
-from miniflamingo.functional import log_softmax, softmax
-from miniflamingo.vision import NormalizerFreeResNet, VisionConfig, conv2d, standardise_weight
+from miniflamingo.attention import attention
+from miniflamingo.course.checks.module_03 import fourier, read_inputs, turns
+from miniflamingo.functional import softmax
 
-# --- 3.1: convolution -----------------------------------------------------------------------------
+# --- 3.1: counting --------------------------------------------------------------------------------
 
 
-def convolve(x, weight, stride, padding, mode="constant", filters=None, axes=(1, 2)):
+def count_by_loops(M, R, T, P):
+    total = np.zeros(M.shape, int)
+    for _ in range(T):
+        total += M * R
+        for _ in range(P):
+            total += R * R
+    return total
+
+
+# --- 3.2: reading ---------------------------------------------------------------------------------
+
+
+def read(latents, inputs, Wq, Wk, Wv, scale=None, axis=-1, residual=True, weights=None):
     """An answer as students write it, with a place for each mistake."""
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=mode)
-    windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(1, 2))
-    windows = windows[:, ::stride] if 1 in axes else windows
-    windows = windows[:, :, ::stride] if 2 in axes else windows
-    matrix = (weight if filters is None else filters(weight)).reshape(len(weight), -1).T
-    return windows.reshape(*windows.shape[:3], -1) @ matrix
+    K = len(Wq)
+    s = latents @ Wq.T @ (inputs @ Wk.T).swapaxes(1, 2) * (K**-0.5 if scale is None else scale(K))
+    e = np.exp(s - s.max(axis=axis, keepdims=True))
+    p = e / e.sum(axis=axis, keepdims=True) if weights is None else weights(s)
+    return p @ (inputs @ Wv.T) + (latents if residual else 0)
 
 
-def convolve_by_shifts(x, weight, stride, padding):  # a product for each place of the kernel
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    kh, kw = weight.shape[2:]
-    h, w = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
-    out = 0
-    for u in range(kh):
-        for v in range(kw):
-            part = x[:, u : u + stride * h : stride, v : v + stride * w : stride]
-            out = out + part[:, :h, :w] @ weight[:, :, u, v].T
+def read_by_loops(latents, inputs, Wq, Wk, Wv):
+    out = []
+    for x in inputs:
+        p = softmax((latents @ Wq.T) @ (x @ Wk.T).T / np.sqrt(len(Wq)))
+        out.append(latents + p @ x @ Wv.T)
     return out
 
 
-# --- 3.2: standardisation -------------------------------------------------------------------------
+def exchanged(latents, inputs, Wq, Wk, Wv):
+    q = np.stack([latents @ Wq.T] * len(inputs))
+    return attention(inputs @ Wk.T, q, np.stack([latents] * len(inputs)))
 
 
-def standardise(weight, gain, eps, axes=(1, 2, 3), centre=True, total=np.sum, root=np.sqrt):
-    mean = weight.mean(axis=axes, keepdims=True) if centre else 0
-    norm = root(total((weight - mean) ** 2, axis=axes, keepdims=True) + eps)
-    return (weight - mean) / norm * gain[:, None, None, None]
+def first_row(latents, inputs, *W):
+    return np.stack([read(latents, inputs[:1], *W)[0]] * len(inputs))
 
 
-def standardise_flat(weight, gain, eps):
-    rows = weight.reshape(len(weight), -1)
-    rows = rows - rows.mean(axis=1)[:, None]
-    rows = rows / np.sqrt(np.einsum("oi,oi->o", rows, rows) + eps)[:, None]
-    return (rows * gain[:, None]).reshape(weight.shape)
+# --- 3.3: turns -----------------------------------------------------------------------------------
 
 
-def norm_of_the_raw(weight, gain, eps):
-    norm = np.sqrt((weight**2).sum(axis=(1, 2, 3), keepdims=True) + eps)
-    return (weight - weight.mean(axis=(1, 2, 3), keepdims=True)) / norm * gain[:, None, None, None]
+def turns_by_index(z, x, cross, blocks):
+    for t in range(len(cross)):
+        z = cross[t](z, x)
+        for p in range(len(blocks[t])):
+            z = blocks[t][p](z)
+    return z
 
 
-# --- 3.3: deviations ------------------------------------------------------------------------------
+def turns_by_recursion(z, x, cross, blocks):
+    if not cross:
+        return z
+    z = cross[0](z, x)
+    for think in blocks[0]:
+        z = think(z)
+    return turns_by_recursion(z, x, cross[1:], blocks[1:])
 
 
-def deviations(transition, a, start=1.0, reset=lambda a: 1 + a * a, add=lambda a: a * a):
-    betas, v = [], start
-    for restarts in transition:
-        betas.append(v**0.5)
-        v = reset(a) if restarts else v + add(a)
-    return np.array(betas)
+def readings_first(z, x, cross, blocks):
+    for read_them in cross:
+        z = read_them(z, x)
+    for thoughts in blocks:
+        for think in thoughts:
+            z = think(z)
+    return z
 
 
-def deviations_by_counting(transition, a):
-    """1 + a^2 times the number of blocks since the last transition, with it."""
-    since, counts = 0, []
-    for restarts in transition:
-        counts.append(since)
-        since = 1 if restarts else since + 1
-    return np.sqrt(1 + a**2 * np.array(counts))
+def thinking_first(z, x, cross, blocks):
+    for read_them, thoughts in zip(cross, blocks):
+        for think in thoughts:
+            z = think(z)
+        z = read_them(z, x)
+    return z
 
 
-def deviations_of_the_library(transition, a):
-    """What the network's blocks have; the library's a is 0.2."""
-    if a != 0.2:
-        return deviations(transition, a)
-    widths, depths = [], []
-    for restarts in transition:
-        if restarts:
-            widths.append(8 + len(widths))
-            depths.append(0)
-        depths[-1] += 1
-    config = VisionConfig(8, (4,), (1,), tuple(widths), tuple(depths), (1,) * len(widths))
-    blocks = NormalizerFreeResNet(config, rng=np.random.default_rng(0)).blocks
-    return np.array([1 / block.beta for block in blocks])
+def indented_too_far(z, x, cross, blocks):
+    for read_them, thoughts in zip(cross, blocks):
+        z = read_them(z, x)
+        for think in thoughts:
+            z = think(z)
+        return z
 
 
-# --- 3.4: the loss --------------------------------------------------------------------------------
+def overflowing(scores):
+    e = np.exp(scores)
+    return e / e.sum(axis=-1, keepdims=True)
 
 
-def terms(u, w, s, scale=lambda s: s, second=lambda z: z.T, take=None, reduce=np.mean):
-    z = scale(s) * u @ w.T
-    take = np.diagonal if take is None else take
-    return np.array([-reduce(take(log_softmax(t))) for t in (z, second(z))])
+# --- 3.4: pictures with their places --------------------------------------------------------------
 
 
-def terms_by_loops(u, w, s):
-    out, B = [0.0, 0.0], len(u)
-    for i in range(B):
-        for k, (a, b) in enumerate(((u[i], w), (w[i], u))):
-            scores = s * (b @ a)
-            most = scores.max()
-            out[k] += (most + np.log(np.exp(scores - most).sum()) - scores[i]) / B
+def placed(pictures, F, code=None, low=-1, rows=None, columns=None, order=(0, 1, 2)):
+    """An answer as students write it, with a place for each mistake."""
+    B, h, w, C = pictures.shape
+    code = (lambda u: codes(u, F)) if code is None else code
+    of_row, of_column = code(np.linspace(low, 1, h)), code(np.linspace(low, 1, w))
+    of_row = of_row.repeat(w, axis=0) if rows is None else rows(of_row, w)
+    of_column = np.tile(of_column, (h, 1)) if columns is None else columns(of_column, h)
+    parts = [pictures.reshape(B, h * w, C)]
+    parts += [np.stack([x] * B) for x in (of_row, of_column)]
+    return np.concatenate([parts[i] for i in order], axis=-1)
+
+
+def codes(u, F):
+    return fourier(u, np.arange(1, F + 1))
+
+
+def placed_by_loops(pictures, F):
+    B, h, w, C = pictures.shape
+    out = np.zeros((B, h * w, C + 2 * (2 * F + 1)))
+    for b, y, x in np.ndindex(B, h, w):
+        row = list(pictures[b, y, x])
+        for u in (2 * y / (h - 1) - 1, 2 * x / (w - 1) - 1):
+            waves = [wave(f * np.pi * u) for wave in (np.sin, np.cos) for f in range(1, F + 1)]
+            row += [u, *waves]
+        out[b, y * w + x] = row
     return out
 
 
-# --- 3.5: the gradient ----------------------------------------------------------------------------
+def placed_on_a_grid(pictures, F):
+    B, h, w, _ = pictures.shape
+    grid = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
+    parts = [pictures]
+    for u in grid:
+        a = np.pi * u[..., None] * np.arange(1, F + 1)
+        code = np.concatenate([u[..., None], np.sin(a), np.cos(a)], axis=-1)
+        parts.append(np.broadcast_to(code, (B, *code.shape)))
+    return np.concatenate(parts, axis=-1).reshape(B, h * w, -1)
 
 
-def dlogits(z, divide=None, columns=lambda z: softmax(z.T).T, truth=2):
-    B = len(z)
-    return (softmax(z) + columns(z) - truth * np.eye(B)) / (B if divide is None else divide(B))
+def alternating(u, F):
+    columns = [u]
+    for f in range(1, F + 1):
+        columns += [np.sin(f * np.pi * u), np.cos(f * np.pi * u)]
+    return np.stack(columns, axis=1)
 
 
-def dlogits_by_differences(z, step=1e-5):
-    def loss(z):
-        return sum(-np.diagonal(log_softmax(t)).mean() for t in (z, z.T))
+def cosines_first(u, F):
+    a = np.pi * u[:, None] * np.arange(1, F + 1)
+    return np.concatenate([u[:, None], np.cos(a), np.sin(a)], axis=1)
 
-    out = np.zeros_like(z)
-    for place in np.ndindex(z.shape):
-        nudge = np.zeros_like(z)
-        nudge[place] = step
-        out[place] = (loss(z + nudge) - loss(z - nudge)) / (2 * step)
-    return out
+
+def sines_twice(u, F):
+    a = np.pi * u[:, None] * np.arange(1, F + 1)
+    return np.concatenate([u[:, None], np.sin(a), np.sin(a)], axis=1)
+
+
+def by(code):
+    return lambda pictures, F: placed(pictures, F, lambda u: code(u, F))
+
+
+def in_place(pictures, F):
+    pictures -= 0.5
+    return placed(pictures, F)
 
 
 RIGHT = [
-    ("3.1", convolve),
-    ("3.1", convolve_by_shifts),
-    ("3.1", lambda x, w, stride, padding: conv2d(x, w, None, stride, padding)),
-    ("3.2", standardise),
-    ("3.2", standardise_flat),
-    ("3.2", standardise_weight),
-    ("3.3", deviations),
-    ("3.3", deviations_by_counting),
-    ("3.3", deviations_of_the_library),
-    ("3.4", terms),
-    ("3.4", terms_by_loops),
-    ("3.5", dlogits),
-    ("3.5", dlogits_by_differences),
+    ("3.1", lambda M, R, T, P: T * (M * R + P * R**2)),
+    ("3.1", lambda M, R, T, P: T * R * (M + P * R)),
+    ("3.1", count_by_loops),
+    ("3.1", lambda M, R, T, P: T * (M * R + P * R**2) / 1),
+    ("3.2", read),
+    ("3.2", read_inputs),
+    ("3.2", read_by_loops),
+    ("3.3", turns),
+    ("3.3", turns_by_index),
+    ("3.3", turns_by_recursion),
+    ("3.4", placed),
+    ("3.4", placed_by_loops),
+    ("3.4", placed_on_a_grid),
 ]
 
 WRONG = [
-    ("3.1", lambda x, w, s, p: convolve(x, w, s, 0), "the padding is missing"),
-    ("3.1", lambda *a: convolve(*a, axes=()), "the stride is missing: take every"),
-    ("3.1", lambda *a: convolve(*a, axes=(1,)), "the stride is missing along the columns"),
-    ("3.1", lambda *a: convolve(*a, mode="edge"), "copies of the edge"),
-    ("3.1", lambda *a: convolve(*a, filters=lambda w: w[:, :, ::-1, ::-1]), "kernel is flipped"),
-    ("3.1", lambda *a: convolve(*a, filters=lambda w: w.swapaxes(2, 3)), "rows and columns"),
-    ("3.1", lambda *a: convolve(*a, filters=lambda w: w.transpose(0, 2, 3, 1)),
-     "filters (kh, kw, C)"),
-    ("3.1", lambda *a: np.moveaxis(convolve(*a), -1, 1), "the channels come last"),
-    ("3.1", lambda *a: convolve(*a) / a[1][0].size, "a mean over the patch"),
-    ("3.1", lambda *a: convolve(*a)[0], "wrong shape: [2, 4, 3, 4] is wanted, got [4, 3, 4]"),
-    ("3.2", lambda *a: standardise(*a, centre=False), "the mean is not subtracted"),
-    ("3.2", lambda *a: standardise(*a, total=np.mean), "the deviation, a MEAN of squares"),
-    ("3.2", lambda *a: standardise(*a, axes=(0, 1, 2, 3)), "one mean and norm for all filters"),
-    ("3.2", lambda *a: standardise(*a, axes=0), "wrong axes"),
-    ("3.2", lambda *a: standardise(*a, axes=(2, 3)), "only over the kernel"),
-    ("3.2", lambda w, g, eps: standardise(w, np.ones(len(w)), eps), "the gain is missing"),
-    ("3.2", lambda w, g, eps: standardise(w, np.ones(3), eps) * g, "belongs to the filters"),
-    ("3.2", lambda w, g, eps: standardise(w, g, 0), "eps is missing"),
-    ("3.2", lambda *a: standardise(*a, root=lambda x: x), "the square root is missing"),
-    ("3.2", lambda *a: standardise(*a, root=lambda x: 1.0), "the norm is free"),
-    ("3.2", norm_of_the_raw, "BEFORE the mean is subtracted"),
-    ("3.3", lambda *a: deviations(*a) ** 2, "these are variances"),
-    ("3.3", lambda t, a: np.append(deviations(t, a)[1:], 0) + 0 * a, "wrong value at [0]"),
-    ("3.3", lambda t, a: deviations(np.append(t, False), a)[1:], "AFTER each block"),
-    ("3.3", lambda t, a: deviations(t & False, a), "a transition starts the count again"),
-    ("3.3", lambda *a: deviations(*a, reset=lambda a: 1.0), "1 + a^2, not 1"),
-    ("3.3", lambda *a: deviations(*a, reset=lambda a: a * a), "1 + a^2, not a^2"),
-    ("3.3", lambda *a: deviations(*a, reset=lambda a: 1 + a, add=lambda a: a), "variance is a^2"),
-    ("3.3", lambda *a: 1 / deviations(*a), "this is 1 / beta"),
-    ("3.4", lambda *a: terms(*a, second=lambda z: z), "one softmax only: the second term"),
-    ("3.4", lambda *a: terms(*a)[::-1], "the terms are exchanged"),
-    ("3.4", lambda *a: terms(*a).sum(), "not their sum"),
-    ("3.4", lambda *a: terms(*a)[0], "one term only"),
-    ("3.4", lambda *a: terms(*a, scale=lambda s: 1), "the inverse temperature is missing"),
-    ("3.4", lambda *a: terms(*a, scale=lambda s: 1 / s), "divided by s"),
-    ("3.4", lambda *a: terms(*a, scale=np.log), "s is used as its logarithm"),
-    ("3.4", lambda *a: -terms(*a), "the sign"),
-    ("3.4", lambda *a: terms(*a, reduce=np.sum), "a sum over the batch"),
-    ("3.4", lambda *a: terms(*a, take=lambda p: np.diagonal(p, 1)), "the labels are off by one"),
-    ("3.4", lambda *a: terms(*a, take=lambda p: p), "a mean over all pairs"),
-    ("3.4", lambda *a: terms(*a, take=lambda p: np.exp(np.diagonal(p))), "logarithm is missing"),
-    ("3.5", lambda z: dlogits(z, divide=lambda B: 1), "the division by B is missing"),
-    ("3.5", lambda z: dlogits(z, divide=lambda B: B * B), "divided by B twice"),
-    ("3.5", lambda z: dlogits(z) / 2, "halved"),
-    ("3.5", lambda z: -dlogits(z), "the sign"),
-    ("3.5", lambda z: dlogits(z, columns=lambda z: 0, truth=1), "only the rows' term"),
-    ("3.5", lambda z: dlogits(z, columns=softmax), "one softmax only, twice"),
-    ("3.5", lambda z: dlogits(z, columns=lambda z: softmax(z.T)), "must be turned back"),
-    ("3.5", lambda z: dlogits(z, truth=1), "the truth stands in both terms"),
-    ("3.5", lambda z: dlogits(z, truth=0), "the truth is missing"),
-]  # fmt: skip
+    ("3.1", lambda M, R, T, P: T * (M**2 + P * R**2), "this is self-attention over the inputs"),
+    ("3.1", lambda M, R, T, P: M**2, "this is self-attention over the inputs"),
+    ("3.1", lambda M, R, T, P: T * (1 + P) * M * R, "the self-attentions never see M"),
+    ("3.1", lambda M, R, T, P: M * R + P * R**2, "the turns are missing"),
+    ("3.1", lambda M, R, T, P: M * R + T * P * R**2, "the latents read once in EVERY turn"),
+    ("3.1", lambda M, R, T, P: T * M * R + P * R**2, "its own self-attentions"),
+    ("3.1", lambda M, R, T, P: T * (M * R + R**2), "P self-attentions, not one"),
+    ("3.1", lambda M, R, T, P: T * P * (M * R + R**2), "one cross-attention, not P"),
+    ("3.1", lambda M, R, T, P: T * (M * R + P * R), "R^2 scores, not R"),
+    ("3.2", lambda *a: read(*a, residual=False), "the residual is missing"),
+    ("3.2", lambda *a: read(*a, scale=lambda K: 1), "the scale is missing"),
+    ("3.2", lambda *a: read(*a, scale=lambda K: K**0.5), "yours multiplies"),
+    ("3.2", lambda *a: read(*a, scale=lambda K: 1 / K), "sqrt(K), not by K"),
+    ("3.2", lambda *a: read(*a, scale=lambda K: a[0].shape[1] ** -0.5), "not of latents or inputs"),
+    ("3.2", lambda *a: read(*a, axis=1), "yours compete for each input"),
+    ("3.2", lambda *a: read(*a, weights=lambda s: s), "the softmax is missing"),
+    ("3.2", exchanged, "the roles are exchanged"),
+    ("3.2", first_row, "the first row of the batch for all"),
+    ("3.2", lambda *a: read(*a, weights=lambda s: s * 0 + 1 / s.shape[2]), "the inputs' mean"),
+    ("3.2", lambda z, x, Wq, Wk, Wv: z @ Wq.T @ x.T, "your code stops with ValueError"),
+    ("3.2", lambda *a: read(*a)[0], "wrong shape: [2, 3, 6] is wanted, got [3, 6]"),
+    ("3.3", indented_too_far, "one turn only"),
+    ("3.3", lambda *a: turns(*a, again=True), "from the FIRST latents"),
+    ("3.3", lambda *a: turns(*a, feed=True), "the inputs are lost after turn 1"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c, [[] for _ in b]), "the blocks are missing"),
+    ("3.3", readings_first, "all readings first"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c, [p[:1] for p in b]), "one block of each turn"),
+    ("3.3", thinking_first, "think after reading"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c[:1] * 2, b[:1] * 2), "the first turn's functions"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c[::-1], b[::-1]), "the turns run backwards"),
+    ("3.3", lambda z, x, c, b: z, "nothing is read or thought"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c, b)[0], "wrong shape: [1, 3, 4] is wanted"),
+    ("3.3", lambda z, x, c, b: turns(z, x, c, b) + 1, "wrong value at [0, 0, 0]"),
+    ("3.1", lambda M, R, T, P: 2 * T * (M * R + P * R**2), "every number is 2 times the right one"),
+    ("3.2", lambda *a: read(*a, weights=overflowing), "subtract the row's maximum before exp"),
+    ("3.2", lambda z, *a: z + read(z, *a), "the residual is there twice"),
+    (
+        "3.3",
+        lambda z, x, c, b: turns(z, x, [lambda z, x, f=f: z + f(z, x) for f in c], b),
+        "without another z +",
+    ),
+    ("3.4", by(lambda u, F: fourier(u, np.arange(1, F + 1), 1)), "pi is missing"),
+    ("3.4", by(lambda u, F: fourier(u, np.arange(1, F + 1), 2 * np.pi)), "pi, not 2 pi"),
+    ("3.4", by(lambda u, F: fourier(u, np.arange(F))), "yours begin at 0"),
+    ("3.4", by(lambda u, F: fourier(u, 2 ** np.arange(F))), "yours are powers of two"),
+    ("3.4", by(lambda u, F: codes(u, F)[:, 1:]), "u itself is missing"),
+    ("3.4", by(lambda u, F: np.roll(codes(u, F), -1, axis=1)), "u itself is the FIRST"),
+    ("3.4", by(cosines_first), "the sines come before the cosines"),
+    ("3.4", by(alternating), "yours alternate"),
+    ("3.4", by(sines_twice), "sines twice"),
+    ("3.4", lambda *a: placed(*a, low=0), "yours from 0 to 1"),
+    ("3.4", lambda *a: placed(*a, order=(0, 2, 1)), "the codes of the ROW come first"),
+    ("3.4", lambda *a: placed(*a, order=(1, 2, 0)), "the colours come first"),
+    ("3.4", lambda *a: placed(*a, order=(0, 1)), "the codes of the columns are missing"),
+    (
+        "3.4",
+        lambda *a: placed(
+            *a,
+            rows=lambda x, w: np.tile(x, (w, 1)),
+            columns=lambda x, h: x.repeat(h, axis=0),
+        ),
+        "REPEAT the row's code",
+    ),
+    ("3.4", lambda *a: placed(*a)[0], "wrong shape: [2, 20, 13] is wanted"),
+    ("3.4", in_place, "changes its argument number 1 in place"),
+]

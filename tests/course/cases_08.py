@@ -2,190 +2,241 @@
 
 import numpy as np
 
-from miniflamingo.module import Parameter
-from miniflamingo.training import AdamW, OptimiserConfig
-from miniflamingo.worlds.datasets import IGNORED
-from miniflamingo.xattn import tanh_gate, tanh_gate_backward
+from miniflamingo.course.checks.module_08 import differences, gated_backward, layer_of
+from miniflamingo.xattn import tanh_gate
 
-# --- 8.1: targets ---------------------------------------------------------------------------------
+# --- 8.1 and 7.2 ----------------------------------------------------------------------------------
 
 
-def targets(tokens, image, pad, shift=1, by="next", leave=("image", "pad"), mark=IGNORED):
+def gate_by_exponentials(y, alpha, branch):
+    return y + (1 - 2 / (np.exp(2 * alpha) + 1)) * branch
+
+
+def gate_in_place(y, alpha, branch):
+    y += np.tanh(alpha) * branch
+    return y
+
+
+def slopes(loss, alphas, h=1e-5, up=1, down=1, by=2):
     """An answer as students write it, with a place for each mistake."""
-    following, here = tokens[:, shift : tokens.shape[1] - 1 + shift], tokens[:, :-1]
-    judged = following if by == "next" else here
-    out = np.isin(judged, [{"image": image, "pad": pad}[name] for name in leave])
-    return np.where(out, mark, following)
+    return [(loss(a + up * h) - loss(a - down * h)) / (by * h) for a in alphas]
 
 
-def targets_by_loops(tokens, image, pad):
-    return [[IGNORED if t in (image, pad) else t for t in row[1:]] for row in tokens]
+def slopes_into_an_array(loss, alphas):
+    out = np.zeros(len(alphas))
+    for i, a in enumerate(alphas):
+        out[i] = (loss(a + 1e-6) - loss(a - 1e-6)) / 2e-6
+    return out
 
 
-def targets_in_place(tokens, image, pad):
-    tokens[tokens == image] = IGNORED
-    return np.where(tokens == pad, IGNORED, tokens)[:, 1:]
+# --- 8.3 ------------------------------------------------------------------------------------------
 
 
-def by_the_word(tokens, image, pad):  # open-flamingo, issue 269
-    labels = tokens[:, 1:].copy()
-    labels[labels == pad] = IGNORED
-    labels[labels == "<image>"] = IGNORED
-    return labels
+def layer(y, xattn, dense, attend, ffw, gate=np.tanh, see="new", add="new"):
+    new = y + gate(xattn) * attend(y)
+    return {"new": new, "old": y, "none": 0}[add] + gate(dense) * ffw(new if see == "new" else y)
 
 
-# --- 8.2: the mixture -----------------------------------------------------------------------------
+# --- 8.4 ------------------------------------------------------------------------------------------
 
 
-def mixture(gradients, weights, reduce=np.mean):
-    return sum(weights[m] * reduce(g, axis=0) for m, g in gradients.items())
+def run(y, blocks, layers, every, sees, own=None, order=None, share=None, block_too=True):
+    """An answer with a place for each mistake."""
+    left, shares = list(layers), []
+    own = own or (lambda i: i % every == 0)
+    for i, block in enumerate(blocks):
+        if own(i) and left:
+            new = (order or (lambda left: left.pop(0)))(left)(y)
+            new = y + (new - y) * sees[:, :, None]
+            shares.append((share or measured)(new, y))
+            y = new
+            if not block_too:
+                continue
+        y = block(y)
+    return y, np.array(shares)
 
 
-def mixture_by_loops(gradients, weights):
-    total = np.zeros(6)
-    for m in weights:
-        for g in gradients[m]:
-            total += weights[m] * g / len(gradients[m])
-    return total
+def measured(new, y):
+    return np.sqrt(((new - y) ** 2).sum() / (y**2).sum())
 
 
-def overwriting(gradients, weights):
-    for m, g in gradients.items():
-        total = weights[m] * g.mean(axis=0)
-    return total
+def run_token_by_token(y, blocks, layers, every, sees):
+    """The skip by places, the shares from all streams afterwards; plain lists."""
+    streams, layers = [], iter(layers)
+    for i, block in enumerate(blocks):
+        if not i % every:
+            new, given = y.copy(), next(layers)(y)
+            for place in np.argwhere(sees):
+                new[tuple(place)] = given[tuple(place)]
+            streams.append((y, new))
+            y = new
+        y = block(y)
+    return y.tolist(), [float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in streams]
 
 
-# --- 8.3: clipping --------------------------------------------------------------------------------
+def run_by_the_library(y, blocks, layers, every, sees):
+    def inserted(layer):
+        return lambda y: np.where(sees[..., None], layer(y), y)
+
+    chain, shares = list(blocks), []
+    for number in reversed(range(len(layers))):
+        chain.insert(number * every, inserted(layers[number]))
+    for i, step in enumerate(chain):
+        before, y = y, step(y)
+        if i % (every + 1) == 0:
+            shares.append(np.linalg.norm(y - before) / np.linalg.norm(before))
+    return y, shares
 
 
-def norm(gradients):
-    return np.sqrt(sum(np.sum(g * g) for g in gradients))
+def run_after(y, blocks, layers, every, sees):
+    shares = []
+    for i, block in enumerate(blocks):
+        y = block(y)
+        if i % every == 0:
+            new = np.where(sees[..., None], layers[len(shares)](y), y)
+            shares.append(measured(new, y))
+            y = new
+    return y, np.array(shares)
 
 
-def clip(gradients, most, by=norm):
-    return [g * min(1, most / by(gradients)) for g in gradients]
+def run_in_place(y, *rest):
+    out = run(y, *rest)
+    y += 1
+    return out
 
 
-class _Parameters:
-    """The little of a Module that AdamW asks for."""
-
-    def __init__(self, gradients):
-        self.gradients = gradients
-
-    def named_parameters(self):
-        return [(f"p{i}", Parameter(np.zeros_like(g))) for i, g in enumerate(self.gradients)]
+def seeing(change):
+    return lambda y, blocks, layers, every, sees: run(y, blocks, layers, every, change(sees))
 
 
-def clip_by_adam(gradients, most):
-    """What the library's optimiser makes of a first gradient: its running mean is (1 - beta1) g."""
-    optimiser = AdamW(_Parameters(gradients), OptimiserConfig(clip=most))
-    optimiser.update(np.concatenate([g.ravel() for g in gradients]))
-    return [m / (1 - optimiser.config.beta1) for m in optimiser.parts(optimiser.mean)]
+def sharing(share):
+    return lambda *case: run(*case, share=share)
 
 
-# --- 8.4: the gate --------------------------------------------------------------------------------
+norm = np.linalg.norm
 
 
-def gate(dout, y, alpha, branch, slope=None, opening=np.tanh, dy=1.0, other=None):
-    t = np.tanh(alpha)
-    factor = 1 - t * t if slope is None else slope(alpha)
-    inner = np.sum(dout * (branch if other is None else other))
-    return dy * dout, factor * inner, opening(alpha) * dout
+# --- 8.5 ------------------------------------------------------------------------------------------
 
 
-def gate_by_differences(dout, y, alpha, branch, step=1e-6):
-    up, down = (np.sum(dout * tanh_gate(y, alpha + e, branch)) for e in (step, -step))
-    return dout.copy(), (up - down) / (2 * step), tanh_gate(0, alpha, dout)
+def backward_by_differences(dout, y, up, down, alpha, h=1e-6):
+    """Each number of the arguments moved a little: slow, and right."""
+
+    def loss(y, up, down, alpha):
+        return np.vdot(dout, y + np.tanh(alpha) * np.maximum(y @ up.T, 0) ** 2 @ down.T)
+
+    found, arguments = [], [np.array(x, float) for x in (y, up, down, alpha)]
+    dout = np.array(dout, float)
+    for x in arguments:
+        slope = np.zeros_like(x)
+        for place in np.ndindex(x.shape):
+            kept, ends = x[place], []
+            for x[place] in (kept + h, kept - h):
+                ends.append(loss(*arguments))
+            x[place] = kept
+            slope[place] = (ends[0] - ends[1]) / (2 * h)
+        found.append(slope)
+    y, up, down, alpha = arguments
+    return (y + np.tanh(alpha) * np.maximum(y @ up.T, 0) ** 2 @ down.T, *found)
 
 
-# --- 8.5: the log ---------------------------------------------------------------------------------
-
-
-def opening(records, level, of=lambda a: abs(np.tanh(a)), name="alpha_xattn"):
-    found = {}
-    for record in records:
-        for layer, alpha in enumerate(record[name]):
-            found.setdefault(layer, 0)
-            if found[layer] == 0 and of(alpha) >= level:
-                found[layer] = record["step"]
-    return np.array([found[layer] for layer in sorted(found)])
-
-
-def opening_by_argmax(records, level, never=None, first=True, steps=True):
-    numbers = np.array([r["step"] for r in records])
-    reached = abs(np.tanh([r["alpha_xattn"] for r in records])) >= level
-    place = reached.argmax(axis=0)
-    if not first:
-        place = len(records) - 1 - reached[::-1].argmax(axis=0)
-    found = numbers[place] if steps else place
-    return found if never is None else np.where(reached.any(axis=0), found, never)
+def backward_in_place(dout, y, up, down, alpha):
+    out, dy, *others = gated_backward(dout, y, up, down, alpha)
+    dout += dy - dout
+    return out, dout, *others
 
 
 RIGHT = [
-    ("8.1", targets),
-    ("8.1", targets_by_loops),
-    ("8.2", mixture),
-    ("8.2", mixture_by_loops),
-    ("8.3", clip),
-    ("8.3", lambda g, most: tuple(x / max(1, norm(g) / most) for x in g)),
-    ("8.3", clip_by_adam),
-    ("8.4", gate),
-    ("8.4", tanh_gate_backward),
-    ("8.4", gate_by_differences),
-    ("8.5", opening),
-    ("8.5", lambda *a: opening_by_argmax(*a, never=0)),
+    ("8.5", gated_backward),
+    ("8.5", backward_by_differences),
+    ("8.1", tanh_gate),
+    ("8.1", gate_by_exponentials),
+    ("8.2", slopes),
+    ("8.2", slopes_into_an_array),
+    ("8.2", differences),
+    ("8.3", layer),
+    ("8.3", layer_of),
+    ("8.3", lambda y, a, d, attend, ffw: tanh_gate(z := tanh_gate(y, a, attend(y)), d, ffw(z))),
+    ("8.4", run),
+    ("8.4", run_token_by_token),
+    ("8.4", run_by_the_library),
+    ("8.1", lambda y, a, b: tanh_gate(y, a, b).astype(np.float32)),
 ]
 
 WRONG = [
-    ("8.1", lambda *a: targets(*a, leave=()), "no token is left out"),
-    ("8.1", lambda *a: targets(*a, leave=("pad",)), "<image> counts here"),
-    ("8.1", by_the_word, "<image> counts here"),
-    ("8.1", lambda *a: targets(*a, leave=("image",)), "<pad> counts here"),
-    ("8.1", lambda *a: targets(*a, by="here"), "one place too early"),
-    ("8.1", lambda *a: targets(*a, shift=0), "not shifted"),
-    ("8.1", lambda t, i, p: np.where((t == i) | (t == p), -100, t), "no token predicts the first"),
-    ("8.1", lambda *a: targets(*a, mark=0), "0 is none of that"),
-    ("8.1", lambda *a: targets(*a, mark=-1), "-1 is none of that"),
-    ("8.1", lambda t, i, p: targets(t, 3, 0), "the ids are the arguments"),
-    ("8.1", lambda t, i, p: np.isin(t[:, 1:], [i, p], invert=True), "as truths"),
-    ("8.1", targets_in_place, "changes its argument number 1 in place"),
-    ("8.2", lambda g, w: sum(x.mean(axis=0) for x in g.values()), "the weights are missing"),
-    ("8.2", lambda g, w: mixture(g, w, np.sum), "a sum over the examples"),
-    ("8.2", lambda g, w: np.concatenate(list(g.values())).mean(axis=0), "this MERGES"),
-    ("8.2", lambda g, w: mixture(g, w) / len(g), "do not divide by M"),
-    ("8.2", lambda g, w: mixture(g, w) / sum(w.values()), "the sum of the weights"),
-    ("8.2", overwriting, "this overwrites it"),
-    ("8.2", lambda g, w: [w[m] * g[m].mean(axis=0) for m in g], "not summed over the datasets"),
-    ("8.2", lambda g, w: mixture(g, w, lambda x, axis: x.mean()), "wrong shape: [6] is wanted"),
-    ("8.3", lambda g, most: [clip([x], most)[0] for x in g], "each gradient is clipped by itself"),
-    ("8.3", lambda g, most: [np.clip(x, -most, most) for x in g], "clipped number by number"),
-    ("8.3", lambda g, most: [x * most / norm(g) for x in g], "a small gradient is left as it is"),
-    ("8.3", lambda *a: clip(*a, by=lambda g: norm(g) ** 2), "the square root is missing"),
-    ("8.3", lambda *a: clip(*a, by=lambda g: sum(norm([x]) for x in g)), "no sum of norms"),
-    ("8.3", lambda *a: clip(*a, by=lambda g: max(abs(x).max() for x in g)), "largest number"),
-    ("8.3", lambda g, most: [x / max(1, norm(g)) for x in g], "`most` is missing"),
-    ("8.3", lambda g, most: g, "nothing is clipped"),
-    ("8.3", lambda g, most: clip(g, most)[:2], "an array is wanted, got list"),
-    ("8.3", lambda g, most: [x.ravel() for x in clip(g, most)], "wrong shape of number 1"),
-    ("8.4", lambda *a: gate(*a, slope=lambda x: 1), "the factor 1 - tanh(alpha)^2 is missing"),
-    ("8.4", lambda *a: gate(*a, slope=lambda x: 1 + np.tan(x) ** 2), "`tan` where `tanh` was"),
-    ("8.4", lambda *a: gate(*a, opening=np.tan), "dbranch: `tan` where `tanh` was meant"),
-    ("8.4", lambda *a: gate(*a, slope=lambda x: 1 - np.tanh(x)), "without the square"),
-    ("8.4", lambda *a: gate(*a, slope=lambda x: 1 - x * x), "the square is of tanh(alpha)"),
-    ("8.4", lambda *a: gate(*a, slope=np.tanh), "tanh(alpha) where its derivative was meant"),
-    ("8.4", lambda *a: gate(*a, opening=lambda x: 1), "the gate is missing"),
-    ("8.4", lambda *a: gate(*a, opening=lambda x: x), "alpha * dout, but the gate is tanh"),
-    ("8.4", lambda *a: gate(*a, dy=0), "y is left out"),
-    ("8.4", lambda d, y, a, b: gate(d, y, a, b, dy=np.tanh(a)), "straight through"),
-    ("8.4", lambda d, y, a, b: gate(d, y, a, b, other=y), "alpha scales the branch, not y"),
-    ("8.4", lambda d, y, a, b: (d, d * b, np.tanh(a) * d), "wrong shape of number 2"),
-    ("8.4", lambda *a: gate(*a)[1:], "an array is wanted, got tuple"),
-    ("8.5", lambda *a: opening(*a, of=np.tanh), "the sign is arbitrary"),
-    ("8.5", lambda *a: opening(*a, of=abs), "this looks at alpha; the gate is tanh(alpha)"),
-    ("8.5", lambda *a: opening(*a, name="alpha_dense"), "the gates of the feed-forward"),
-    ("8.5", opening_by_argmax, "argmax of a column without a True"),
-    ("8.5", lambda *a: opening_by_argmax(*a, never=0, steps=False), "places in the log"),
-    ("8.5", lambda *a: opening_by_argmax(*a, never=0, first=False), "the FIRST step is asked"),
-    ("8.5", lambda *a: opening_by_argmax(*a, never=-1), "never opens, not -1"),
-    ("8.5", lambda *a: opening(*a).max(), "wrong shape: [4] is wanted, got []"),
+    ("8.5", lambda *a: gated_backward(*a, slope=lambda x: 1), "the factor 1 - tanh(alpha)^2 is"),
+    ("8.5", lambda *a: gated_backward(*a, slope=lambda x: 1 + np.tan(x) ** 2), "`tan` where"),
+    ("8.5", lambda *a: gated_backward(*a, slope=np.tanh), "where its derivative was meant"),
+    ("8.5", lambda *a: gated_backward(*a, gate_in_dalpha=True), "no tanh(alpha) in it"),
+    ("8.5", lambda *a: gated_backward(*a, weights=1), "the weight is missing"),
+    ("8.5", lambda *a: gated_backward(*a, reduce=np.mean), "a mean"),
+    ("8.5", lambda *a: gated_backward(*a, gate=lambda x: 1), "the gate is missing"),
+    ("8.5", lambda *a: gated_backward(*a, inner=0), "the gate is missing on the way back"),
+    ("8.5", lambda *a: gated_backward(*a, through=False), "has a slope, too"),
+    ("8.5", lambda *a: gated_backward(*a, act=1), "the square of the ReLU is missing"),
+    ("8.5", lambda *a: gated_backward(*a, straight=0), "y is missing"),
+    ("8.5", lambda *a: gated_backward(*a)[1:], "a tuple (out, dy, dup, ddown, dalpha) is wanted"),
+    ("8.5", lambda *a: [x.T for x in gated_backward(*a)], "wrong shape of number 1"),
+    ("8.5", backward_in_place, "in place: copy it first, or write x = x + ..."),
+    ("8.1", lambda y, a, b: y + np.tan(a) * b, "`tan` where `tanh` was meant"),
+    ("8.1", lambda y, a, b: y + a * b, "this is alpha itself"),
+    ("8.1", lambda y, a, b: y + np.tanh(a * b), "of alpha alone, not of the branch"),
+    ("8.1", lambda y, a, b: np.tanh(a) * b, "y is missing"),
+    ("8.1", lambda y, a, b: np.tanh(a) * (y + b), "only the branch is scaled"),
+    ("8.1", lambda y, a, b: b + np.tanh(a) * y, "it belongs on the branch"),
+    ("8.1", lambda y, a, b: y + b / (1 + np.exp(-a)), "a sigmoid is half open"),
+    ("8.1", lambda y, a, b: y + np.tanh(a) * (b - y), "no mixture"),
+    ("8.1", lambda y, a, b: y + b, "the gate is missing"),
+    ("8.1", lambda y, a, b: tanh_gate(y, a, b).sum(), "wrong shape"),
+    ("8.2", lambda *a: slopes(*a, by=1), "divide by 2h"),
+    ("8.2", lambda *a: slopes(*a, down=0), "off by a factor of 0.5"),
+    ("8.2", lambda *a: slopes(*a, down=0, by=1), "one-sided"),
+    ("8.2", lambda *a: slopes(*a, up=0, by=1), "one-sided"),
+    ("8.2", lambda *a: slopes(*a, by=-2), "the sign: f(alpha + h) comes first"),
+    ("8.2", lambda *a: slopes(*a, h=0.1), "h = 0.1 is too large"),
+    ("8.2", lambda *a: slopes(*a, h=0.03), "close, but no gradient check"),
+    ("8.2", lambda *a: slopes(*a, h=1e-14), "close, but no gradient check"),
+    ("8.2", lambda *a: slopes(*a, by=2e5), "off by a factor of 1e-05 everywhere"),
+    ("8.2", lambda loss, alphas: [loss(a) for a in alphas], "the values of the loss"),
+    ("8.2", lambda loss, alphas: loss(alphas + 1e-6), "your code stops with TypeError"),
+    ("8.2", lambda loss, alphas: slopes(loss, alphas)[0], "wrong shape: [4] is wanted, got []"),
+    ("8.3", lambda *a: layer(*a, see="old"), "sees the OLD y"),
+    ("8.3", lambda *a: layer(*a, add="old"), "the first branch is lost"),
+    ("8.3", lambda *a: layer(*a, add="none"), "the second y is missing"),
+    ("8.3", lambda y, a, d, f, g: layer(y, d, a, f, g), "the two gates are exchanged"),
+    ("8.3", lambda y, a, d, f, g: layer(y, a, a, f, g), "the gate of the attention"),
+    ("8.3", lambda y, a, d, f, g: layer(y, d, a, g, f), "the attention comes first"),
+    ("8.3", lambda *a: layer(*a, gate=np.tan), "`tan` where `tanh` was meant"),
+    ("8.3", lambda *a: layer(*a, gate=lambda x: x), "a gate is tanh(alpha), not alpha"),
+    ("8.3", lambda *a: layer(*a, gate=lambda x: 1), "no gate"),
+    ("8.3", lambda y, a, d, f, g: y + np.tanh(a) * f(y), "the feed-forward is missing"),
+    ("8.4", lambda *a: run(*a, own=lambda i: (i + 1) % a[3] == 0), "open-flamingo's"),
+    ("8.4", lambda *a: run(*a, own=lambda i: i and i % a[3] == 0), "block 0 must have a layer"),
+    (
+        "8.4",
+        lambda *a: run(
+            *a, own=lambda i: True, order=lambda left: left[0] if len(left) < 2 else left.pop(0)
+        ),
+        "before EVERY block here",
+    ),
+    ("8.4", run_after, "stands BEFORE its block"),
+    ("8.4", lambda *a: run(*a, order=lambda left: left[0]), "every layer is layer 0"),
+    ("8.4", lambda *a: run(*a, order=lambda left: left.pop()), "from the last to the first"),
+    ("8.4", lambda *a: run(*a, block_too=False), "a block with a layer is left out"),
+    ("8.4", lambda *a: run(*a, own=lambda i: False), "these are the blocks alone"),
+    ("8.4", lambda y, b, *a: run(y, b[:-1], *a), "the last block is missing"),
+    ("8.4", seeing(lambda sees: sees | True), "the skip is missing"),
+    ("8.4", seeing(np.logical_not), "upside down"),
+    ("8.4", sharing(lambda new, y: norm(new) / norm(y)), "only what the layer ADDS"),
+    ("8.4", sharing(lambda new, y: norm(new - y) / norm(new)), "the stream BEFORE the layer"),
+    ("8.4", sharing(lambda new, y: norm(new - y)), "not divided by |y|"),
+    ("8.4", sharing(lambda new, y: measured(new, y) ** 2), "take the root"),
+    ("8.4", sharing(lambda new, y: abs(new - y).sum() / abs(y).sum()), "not the sum of sizes"),
+    ("8.4", sharing(lambda new, y: norm(new) / norm(y) - 1), "the size of the difference"),
+    ("8.4", lambda *a: (run(*a)[0], run(*a)[1].mean()), "not their mean"),
+    ("8.4", lambda *a: run(*a)[0], "the pair (y [B, L, D], shares [layers]) is wanted"),
+    ("8.4", run_in_place, "changes its argument number 1 in place"),
+    ("8.1", lambda y, a, b: tanh_gate(y, a, b).astype(np.float16), "float16 has 3 digits"),
+    ("8.1", gate_in_place, "in place: copy it first, or write x = x + ..."),
+    ("8.2", lambda *a: slopes(*a, h=1e-16), "wrong slope at place"),
 ]

@@ -2,128 +2,242 @@
 
 import numpy as np
 
-from miniflamingo.attention import attention
-from miniflamingo.functional import softmax
+from miniflamingo.course.checks.module_10 import chosen_prompts
+from miniflamingo.functional import log_softmax, softmax
+from miniflamingo.prompt import BOS, EOC, IMAGE
+from miniflamingo.worlds.grammar import document, phrase
 
-# --- 10.1 and 10.2 --------------------------------------------------------------------------------
-
-
-def overall(scores, tuned):
-    return 100 * np.mean(scores / tuned, axis=1)
+# --- 10.1: the prompt -----------------------------------------------------------------------------
 
 
-def overall_by_loops(scores, tuned):
-    return [sum(s / t for s, t in zip(row, tuned)) / len(tuned) * 100 for row in scores]
+def prompt(names, this):
+    """By columns, as in the notebook."""
+    B, k = names.shape[0], names.shape[1] - 1
+    chunks = np.empty((B, k, 4), int)
+    chunks[:] = IMAGE, this, 0, EOC
+    chunks[..., 2] = names[:, :-1]
+    start, end = np.full((B, 1), BOS), np.tile([IMAGE, this], (B, 1))
+    return np.concatenate([start, chunks.reshape(B, 4 * k), end], axis=1)
 
 
-def error(x, ddof=1):
-    return np.std(x, ddof=ddof) / np.sqrt(len(x))
+def prompt_by_words(names, this):
+    """By the library's document, cut before the query's name."""
+    parts = np.stack(np.broadcast_arrays(IMAGE, this, names, EOC), axis=-1)
+    return document(parts)[:, :-2]
 
 
-def difference(a, b):
-    return np.array([a.mean() - b.mean(), np.hypot(error(a), error(b))])
+def without(names, this, drop):
+    """A prompt without some tokens."""
+    rows = [[t for t in row if t != drop] for row in prompt(names, this).tolist()]
+    return np.array(rows, int)
 
 
-def difference_by_sums(a, b):
-    squares = [((x - x.mean()) ** 2).sum() / (len(x) - 1) / len(x) for x in (a, b)]
-    return sum(a) / len(a) - sum(b) / len(b), sum(squares) ** 0.5
+# --- 10.2: ranking --------------------------------------------------------------------------------
 
 
-# --- 10.3: all previous images --------------------------------------------------------------------
+def rank(logits, tokens, start, lengths, offset=1, logp=log_softmax, sign=1, pad=False):
+    """By gathering, as in the notebook."""
+    L, first = tokens.shape[1], start - offset
+    scores = np.take_along_axis(
+        logp(logits)[:, first : L - offset], tokens[:, start:, None], axis=2
+    )
+    counted = np.arange(start, L) < lengths[:, None]
+    return sign * (scores[..., 0] * (counted | pad)).sum(axis=1)
 
 
-def attend(q, k, v, phi, sees=np.less_equal, zero=True, fill=-1e9, scale=True):
-    """As in the notebook, with a place for each mistake."""
-    B, N, R, K = k.shape
-    mask = sees(np.repeat(np.arange(N) + 1, R), phi[..., None])
-    scores = q @ k.reshape(B, N * R, K).swapaxes(1, 2) * (K**-0.5 if scale else 1)
-    out = softmax(np.where(mask, scores, fill)) @ v.reshape(B, N * R, K)
-    return out * (phi > 0)[..., None] if zero else out
+def rank_by_loops(logits, tokens, start, lengths):
+    return [
+        sum(log_softmax(logits[c, l - 1])[tokens[c, l]] for l in range(start, n))
+        for c, n in enumerate(lengths)
+    ]
 
 
-def attend_by_loops(q, k, v, phi):
-    out = np.zeros_like(q)
-    for b, row in enumerate(phi):
-        for l, n in enumerate(row):
-            if n:
-                keys, values = (np.concatenate(x[b, :n]) for x in (k, v))
-                out[b, l] = attention(q[b, l, None], keys, values)[0]
-    return out
+# --- 10.4: RICES ----------------------------------------------------------------------------------
 
 
-def late(q, k, v, phi):
-    B, N, R, K = k.shape
-    mask = np.repeat(np.arange(N) + 1, R) <= phi[..., None]
-    weights = softmax(q @ k.reshape(B, N * R, K).swapaxes(1, 2) / np.sqrt(K))
-    return (weights * mask) @ v.reshape(B, N * R, K)
+def prompts_by_loops(features, names, query, k, this):
+    def cosine(a, b):
+        return np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b))
+
+    rows, pictures = [], []
+    for q in query:
+        others = [i for i in range(len(features)) if i != q]
+        others.sort(key=lambda i: cosine(features[q], features[i]))
+        shots = others[-k:]
+        row = [BOS]
+        for i in shots:
+            row += [IMAGE, this, names[i], EOC]
+        rows.append([*row, IMAGE, this])
+        pictures.append([*shots, q])
+    return np.array(rows), np.array(pictures)
 
 
-# --- 10.4: abstaining -----------------------------------------------------------------------------
+def with_the_answer(features, names, query, k, this):
+    tokens, pictures = chosen_prompts(features, names, query, k, this)
+    return np.c_[tokens, names[query]], pictures
 
 
-def abstain(logp, truth, level):
-    p, said = np.exp(logp).max(axis=1), logp.argmax(axis=1)
-    return np.array([np.mean(p >= level), np.mean(said[p >= level] == truth[p >= level])])
+def with_shots_sorted(*case):
+    tokens, pictures = chosen_prompts(*case)
+    return tokens, np.c_[np.sort(pictures[:, :-1], axis=1), pictures[:, -1]]
 
 
-def abstain_by_loops(logp, truth, level):
-    kept = [(row, t) for row, t in zip(logp, truth) if max(row) >= np.log(level)]
-    hits = sum(int(np.argmax(row) == t) for row, t in kept)
-    return len(kept) / len(logp), hits / len(kept)
+# --- 10.3 and 9.5 ---------------------------------------------------------------------------------
 
 
-def by_truth(logp, truth, level):
-    sure = np.exp(logp[np.arange(len(truth)), truth]) >= level
-    return np.array([sure.mean(), (logp.argmax(axis=1) == truth)[sure].mean()])
+def error(correct):
+    p = correct.mean(axis=1)
+    return np.sqrt(p * (1 - p) / correct.shape[1])
 
 
-def of_all(logp, truth, level):
-    share, accuracy = abstain(logp, truth, level)
-    return np.array([share, share * accuracy])
+# --- 10.5: average over orders --------------------------------------------------------------------
 
 
-def everything(*images):
-    return np.ones(np.broadcast_shapes(*(np.shape(i) for i in images)), bool)
+def asked(ask, shots, orders):
+    return np.array([ask(shots[:, order]) for order in orders])
+
+
+def ensemble(ask, shots, orders, rule=lambda x: x.mean(axis=0).argmax(axis=-1), agree=None):
+    """An answer with a place for another rule, and for another agreement."""
+    logp = asked(ask, shots, orders)
+    words, votes = rule(logp), logp.argmax(axis=-1)
+    own = logp.mean(axis=0).argmax(axis=-1)
+    return words, agree(logp, own) if agree else (votes == own).mean(axis=0)
+
+
+def ensemble_in_one_call(ask, shots, orders):
+    """All orders' prompts in one batch; by sums, as lists."""
+    rows = [[row[place] for place in order] for order in orders.tolist() for row in shots.tolist()]
+    logp = ask(np.array(rows)).reshape(len(orders), len(shots), -1)
+    words = [int(scores.argmax()) for scores in logp.sum(axis=0)]
+    return words, [sum(logp[:, b].argmax(-1) == w) / len(orders) for b, w in enumerate(words)]
+
+
+def ensemble_by_a_running_sum(ask, shots, orders):
+    total, votes = 0.0, []
+    for order in orders:
+        logp = ask(np.take_along_axis(shots, np.tile(order, (len(shots), 1)), axis=1))
+        total = total + logp
+        votes.append(np.argmax(logp, axis=1))
+    words = np.argmax(total, axis=1)
+    return words, np.mean([v == words for v in votes], axis=0)
+
+
+def shuffled_on(ask, shots, orders):
+    found = []
+    for order in orders:
+        shots = shots[:, order]
+        found.append(ask(shots))
+    return ensemble(lambda rows: found.pop(0), shots, orders)
+
+
+def the_last_alone(ask, shots, orders):
+    for order in orders:
+        logp = ask(shots[:, order])
+    return logp.argmax(axis=-1), ensemble(ask, shots, orders)[1]
+
+
+def shuffled_in_place(ask, shots, orders):
+    out = []
+    for order in orders:
+        shots[:] = shots[:, order]
+        out.append(ask(shots))
+    return ensemble(lambda rows: out.pop(0), shots, orders)
+
+
+def agreement(agree):
+    return lambda *a: ensemble(*a, agree=agree)
+
+
+def by(rule):
+    return lambda *a: ensemble(*a, rule=rule)
 
 
 RIGHT = [
-    ("10.1", overall),
-    ("10.1", overall_by_loops),
-    ("10.2", difference),
-    ("10.2", difference_by_sums),
-    ("10.3", attend),
-    ("10.3", attend_by_loops),
-    ("10.4", abstain),
-    ("10.4", abstain_by_loops),
+    ("10.4", chosen_prompts),
+    ("10.4", prompts_by_loops),
+    ("10.1", prompt),
+    ("10.1", prompt_by_words),
+    ("10.2", rank),
+    ("10.2", rank_by_loops),
+    ("10.3", error),
+    ("10.3", lambda correct: correct.std(axis=1) / np.sqrt(correct.shape[1])),
+    ("10.5", ensemble),
+    ("10.5", ensemble_in_one_call),
+    ("10.5", ensemble_by_a_running_sum),
 ]
 
 WRONG = [
-    ("10.1", lambda s, t: (s / t).mean(axis=1), "in per cent"),
-    ("10.1", lambda s, t: 100 * s.sum(axis=1) / t.sum(), "not the ratio of the means"),
-    ("10.1", lambda s, t: s.mean(axis=1), "scores of different kinds"),
-    ("10.1", lambda s, t: 100 * (t / s).mean(axis=1), "upside down"),
-    ("10.1", lambda s, t: 100 * (s / t).mean(axis=0), "wrong axis"),
-    ("10.1", lambda s, t: 100 * (s / t).mean(), "one number for each row"),
-    ("10.2", lambda a, b: difference(b, a), "a minus b"),
-    ("10.2", lambda a, b: [a.mean() - b.mean(), np.hypot(error(a, 0), error(b, 0))], "ddof=1"),
-    ("10.2", lambda a, b: difference(a, b) ** [1, 2], "take the square root"),
-    ("10.2", lambda a, b: [a.mean() - b.mean(), error(a) + error(b)], "errors do not add up"),
-    ("10.2", lambda a, b: [a.mean() - b.mean(), np.hypot(a.std(ddof=1), b.std(ddof=1))],
-     "divide each variance by its number"),
-    ("10.2", lambda a, b: [a.mean() - b.mean(), error(a)], "the error of a alone"),
-    ("10.2", lambda a, b: a.mean() - b.mean(), "its standard error comes second"),
-    ("10.3", lambda *a: attend(*a, zero=False), "a uniform average over ALL images"),
-    ("10.3", lambda *a: attend(*a, sees=np.equal), "the last image alone"),
-    ("10.3", lambda *a: attend(*a, sees=np.less, zero=False), "the last image itself is missing"),
-    ("10.3", lambda *a: attend(*a, sees=everything, zero=False), "nothing is masked"),
-    ("10.3", lambda *a: attend(*a, scale=False), "not divided by sqrt(K)"),
-    ("10.3", late, "masked after the softmax"),
-    ("10.3", lambda q, k, v, p: attend(q, k, v, p)[..., :2], "wrong shape"),
-    ("10.4", of_all, "divided by all questions"),
-    ("10.4", lambda g, t, level: [abstain(g, t, level)[0], abstain(g, t, 0)[1]], "unsure ones"),
-    ("10.4", lambda *a: 1 - abstain(*a) * [1, 0] - [0, 1 - abstain(*a)[1]], "the share left out"),
-    ("10.4", lambda *a: abstain(*a)[::-1], "comes first"),
-    ("10.4", by_truth, "the probability of the TRUTH"),
-    ("10.4", lambda g, t, level: abstain(g, t, np.exp(level)), "compared with a probability"),
-    ("10.4", lambda *a: abstain(*a)[0], "two numbers are wanted"),
+    ("10.4", lambda *a: chosen_prompts(*a, itself=True), "the query picks itself: its own"),
+    ("10.4", lambda *a: chosen_prompts(*a, first=True), "the most similar stands first: it must"),
+    ("10.4", lambda *a: chosen_prompts(*a, itself=True, first=True), "picks itself, and the most"),
+    ("10.4", lambda *a: chosen_prompts(*a, query_first=True), "comes last, behind the shots"),
+    ("10.4", lambda *a: chosen_prompts(*a, sign=-1), "the LEAST similar"),
+    ("10.4", lambda *a: chosen_prompts(*a, unit=False), "inner products: divide"),
+    ("10.4", lambda *a: chosen_prompts(*a, far=True), "Euclidean distance"),
+    ("10.4", lambda *a: chosen_prompts(*a, labels="sorted"), "has another picture's name"),
+    ("10.4", lambda *a: chosen_prompts(*a, labels="turned"), "the names are turned round"),
+    ("10.4", lambda *a: chosen_prompts(*a, labels="first"), "names of the first k pictures"),
+    ("10.4", lambda *a: chosen_prompts(*a, labels="query"), "the answer is given away"),
+    ("10.4", with_shots_sorted, "the right pictures in the wrong order"),
+    ("10.4", with_the_answer, "wrong shape of number 1 in a pair"),
+    ("10.4", lambda *a: chosen_prompts(*a)[0], "a pair (tokens [B, 4 k + 3], pictures"),
+    ("10.4", lambda *a: (chosen_prompts(*a)[0] + 1, chosen_prompts(*a)[1]), "should be <BOS>"),
+    ("10.1", lambda n, t: prompt_by_words(np.c_[n, n[:, -1:]], t), "among the shots"),
+    ("10.1", lambda n, t: np.c_[prompt(n, t), n[:, -1]], "the answer is given away"),
+    ("10.1", lambda n, t: np.c_[prompt(n, t), n[:, -1], [EOC] * len(n)], "is given away"),
+    ("10.1", lambda n, t: without(n, t, EOC), "<EOC> is missing"),
+    ("10.1", lambda n, t: without(n, t, BOS), "<BOS> is missing"),
+    ("10.1", lambda n, t: prompt(n, t)[:, :-1], "must end with `this`"),
+    ("10.1", lambda n, t: prompt(n, t)[:, :-2], "the query is missing"),
+    ("10.1", lambda n, t: np.c_[prompt(n, t)[:, :-2], [t] * len(n)], "query's <image> is missing"),
+    ("10.1", lambda n, t: np.c_[prompt(n, t), [EOC] * len(n)], "<EOC> behind the query"),
+    ("10.1", lambda n, t: prompt(n[:, :-1], t), "the last shot is missing"),
+    ("10.1", lambda n, t: phrase("this", n), "wrong shape"),
+    ("10.2", lambda *a: rank(*a, logp=lambda x: np.log(softmax(x))), "takes no log of a weight"),
+    ("10.2", lambda *a: rank(*a, offset=0), "wrong offset: the logits at l say"),
+    ("10.2", lambda *a: rank(*a, offset=2), "one place too far back"),
+    ("10.2", lambda *a: rank(*a, pad=True), "the padding behind"),
+    ("10.2", lambda *a: rank(*a, logp=lambda x: x), "these are logits"),
+    ("10.2", lambda *a: rank(*a, logp=softmax), "the log is missing"),
+    ("10.2", lambda *a: np.exp(rank(*a)), "its log is wanted"),
+    ("10.2", lambda *a: rank(*a) / (a[3] - a[2]), "a mean over the tokens"),
+    ("10.2", lambda *a: rank(*a, sign=-1), "minus sign"),
+    ("10.2", lambda g, t, s, n: rank(g, t, 1, n), "the prompt's tokens count"),
+    ("10.2", lambda g, t, s, n: rank(g, t, s + 1, n), "first token is left out"),
+    ("10.2", lambda *a: rank(*a, logp=lambda x: log_softmax(x.swapaxes(1, 2)).swapaxes(1, 2)),
+     "softmax runs over the words"),
+    ("10.3", lambda c: error(c) ** 2, "the square root is missing"),
+    ("10.3", lambda c: c.std(axis=1), "the spread of ONE answer"),
+    ("10.3", lambda c: c.std(axis=1) / c.shape[1], "outside the root"),
+    ("10.3", lambda c: c.mean(axis=1), "this is the accuracy"),
+    ("10.3", lambda c: c.std(axis=0) / np.sqrt(len(c)), "wrong axis"),
+    ("10.3", lambda c: c.std() / np.sqrt(c.size), "one number for all curves"),
+    ("10.3", lambda c: 1.96 * error(c), "leave out 1.96"),
+    ("10.5", by(lambda x: x[0].argmax(axis=-1)), "the first order alone"),
+    ("10.5", by(lambda x: np.exp(x).mean(axis=0).argmax(axis=-1)), "a mean of probabilities"),
+    ("10.5", by(lambda x: [np.bincount(v).argmax() for v in x.argmax(-1).T]), "a vote"),
+    ("10.5", by(lambda x: x.max(axis=0).argmax(axis=-1)), "the surest order alone"),
+    ("10.5", by(lambda x: x.mean(axis=0)), "these are the mean scores"),
+    ("10.5", by(lambda x: x.argmax(axis=-1)), "not for each order"),
+    ("10.5", by(lambda x: x.mean(axis=1).argmax(axis=-1)), "axis 0, not over the rows"),
+    ("10.1", lambda n, t: prompt(n, t) / 1, "right but for that: .astype(int)"),
+    ("10.2", lambda g, t, s, n: rank(g, t, s, 0 * n + n.min()), "a length of its own"),
+    ("10.3", lambda c: c.std(axis=1, ddof=1) / np.sqrt(c.shape[1]), "this by n - 1 (ddof=1)"),
+    ("10.3", lambda c: 100 * error(c), "every number is 100 times the right one"),
+    ("10.5", the_last_alone, "the last order alone"),
+    ("10.5", shuffled_on, "shuffled again and again"),
+    ("10.5", shuffled_in_place, "changes its argument number 2 in place"),
+    ("10.5", lambda ask, s, o: ensemble(ask, s, 0 * o + np.arange(s.shape[1])), "in one and the"),
+    ("10.5", lambda ask, s, o: ensemble(ask, s, np.argsort(o, axis=1)), "at each place, not where"),
+    ("10.5", lambda ask, s, o: ensemble(ask, s, o)[0], "the pair (words, agree) is wanted"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) == w).sum(axis=0)), "not a number of orders"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) != w).mean(axis=0)), "do NOT agree"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) == w).mean(axis=1)), "not for each order"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) == x[0].argmax(-1)).mean(0)), "the first order"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) == w).mean()), "mean over the orders, axis 0"),
+    ("10.5", agreement(lambda x, w: (x.argmax(-1) == w).all(axis=0)), "whether ALL orders agree"),
+    ("10.5", agreement(lambda x, w: np.exp(x).mean(0).max(-1)), "agree: wrong value"),
+    ("10.5", by(lambda x: x.min(axis=0).argmax(axis=-1)), "has a veto"),
+    ("10.5", by(lambda x: np.median(x, axis=0).argmax(axis=-1)), "a median"),
 ]  # fmt: skip

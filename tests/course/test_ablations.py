@@ -1,4 +1,4 @@
-"""The experiment of module 10: a row changes what its name says; the command writes them all."""
+"""The experiment of module 11: a row changes what its name says; the command writes them all."""
 
 import json
 

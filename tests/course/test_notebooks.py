@@ -7,6 +7,7 @@ from statistics import median
 import nbformat
 import pytest
 
+from miniflamingo.course import release, timings
 from miniflamingo.course import render as r
 
 SOURCES = sorted((r.HERE / "source").glob("[0-9]*.py"))
@@ -79,14 +80,28 @@ def test_exercises_have_stub_hints_solution_and_check(path):
     assert names["exercise"] == names["solution"] and len(names["exercise"]) == len(numbers)
 
 
-def test_the_time_is_counted(path):
-    claim = r"about (\d+) minutes: (\d+) to read \(([\d,]+) words, 200 a minute\)\s+and (\d+) for"
-    minutes, reading, words, working = re.search(claim, prose(path)).groups()
-    words = int(words.replace(",", ""))
-    assert words == pytest.approx(len(prose(path).split()), rel=0.1)
-    assert int(reading) == pytest.approx(words / 200, abs=1)
-    assert int(working) == sum(int(m) for _, _, m in EXERCISE.findall(prose(path)))
-    assert 30 <= int(minutes) <= 60 and int(minutes) == int(reading) + int(working)
+def test_the_minutes_are_counted_and_the_core_is_short(path):
+    assert timings.with_minutes(path) == path.read_text("utf-8"), "run `timings --table`"
+    module = timings.describe(path)
+    core = [title for title in re.findall(r"^### Exercise .+$", prose(path), re.MULTILINE)
+            if not title.endswith("(optional)")]  # fmt: skip
+    assert 30 <= module.minutes <= 60 and 2 <= len(core) <= 4
+
+
+def test_the_teacher_gets_notes_and_three_questions(path):
+    notes, quiz = ([c.source for c in source_cells(path, "markdown") if tag in r.tags(c)]
+                   for tag in ("notes", "quiz"))  # fmt: skip
+    for part in ("**Minutes.**", "**Predictions.**", "**Open questions.**", "**Misconceptions.**",
+                 "**To cut.**"):  # fmt: skip
+        assert "\n".join(notes).count(part) == 1, part
+    (text,) = quiz
+    answer = r"^\*\*(\d)\.\*\* .+?<details><summary>Answer</summary>\n\n.+?</details>"
+    questions = re.findall(answer, text, re.MULTILINE | re.DOTALL)
+    assert questions == ["1", "2", "3"] and text.startswith("### Quiz\n")
+
+
+def test_no_source_of_the_library_shows_an_answer_before_its_check(path):
+    assert not [*release.shown_early(path), *release.unfolded(path)]
 
 
 # --- the committed notebooks ----------------------------------------------------------------------
@@ -94,7 +109,7 @@ def test_the_time_is_counted(path):
 
 @pytest.mark.parametrize("kind", r.LEFT_OUT)
 def test_committed_notebooks_come_from_the_source(path, kind):
-    expected = [c for c in source_cells(path) if r.LEFT_OUT[kind] not in r.tags(c)]
+    expected = r.cells_of(r.read_source(path), kind)
     cells = committed(path, kind).cells
     assert [c.id for c in cells] == [c.id for c in expected]
     for cell, source in zip(cells, expected):

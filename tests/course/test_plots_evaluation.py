@@ -16,6 +16,7 @@ PANELS = {
 
 def every_figure():
     yield plots.plot_episode(IMAGES, LABELS, ["dax", "wug"], [-3.25, -0.5], truth=1)
+    yield plots.plot_episode(IMAGES, LABELS)  # the pictures alone
     yield plots.plot_shots({"live": CURVE, "shipped": CURVE}, {"live": {k: 0.5 for k in CURVE}})
     yield plots.plot_dots(PANELS, reference="baseline", xlabel="accuracy")
 
@@ -49,6 +50,15 @@ def test_every_value_is_a_dot_and_every_mean_a_number():
         assert [t.get_text() for t in axes.texts] == [f"{np.mean(v):.2f}" for v in rows.values()]
         dashed = [li.get_xdata()[0] for li in axes.lines if li.get_linestyle() == "--"]
         assert dashed == [np.mean(rows["baseline"])]
+
+
+def test_chance_and_copiers_are_marked_in_their_own_panel():
+    marks = {"caption": {"chance": 0.25, "copier": 0.4}}
+    caption, text = plots.plot_dots(PANELS, marks=marks).axes
+    dotted = {li.get_xdata()[0] for li in caption.lines if li.get_linestyle() == ":"}
+    assert dotted == {0.25, 0.4}
+    assert {"chance", "copier"} <= {t.get_text() for t in caption.texts}
+    assert not [li for li in text.lines if li.get_linestyle() == ":"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The figures of modules 13 and 14 show what they are given and refuse what does not fit."""
+"""The figures of modules 14 and 15 show what they are given and refuse what does not fit."""
 
 import numpy as np
 import pytest

@@ -12,6 +12,7 @@ ITEMS = [[0, 0, 0, 2, -1], [0, 1, 2, 4, -1], [0, 2, 4, 6, 0], [0, 2, 6, 7, 1], [
          [0, 0, 9, 9, -1]]  # fmt: skip
 SIZES = {"M": 10, "R": 20, "K": 30}
 SUMS = np.float32(1) + np.spacing(np.float32(1)) * np.array([0, 0, 2, 1, 2, 2], np.float32)
+TOUCHED = {"x, read": [[1, 2, 0], [0, 1, 1]], "out, stored": [[1, 0], [0, 1]]}
 PRODUCTS = [(("S", "M", "R"), ("Q", "M", "K"), ("Kt", "K", "R"))]
 
 
@@ -24,6 +25,7 @@ def every_figure():
     yield plots.plot_tiles((6, 10), (4, 4))
     yield plots.plot_items(WORDS, ORDER, ITEMS, 2)
     yield plots.plot_products(PRODUCTS, SIZES)
+    yield plots.plot_touched(TOUCHED)
     yield plots.plot_orders(SUMS, 1.0)
 
 
@@ -58,6 +60,15 @@ def test_matrices_are_drawn_to_scale():
     assert {"S", "Q", "Kt", "M", "R", "K", "=", "·"} <= set(texts(figure))
 
 
+def test_each_cell_that_a_program_touches_is_filled():
+    figure = plots.plot_touched(TOUCHED)
+    colours = [to_hex(p.get_facecolor()) for p in figure.axes[0].patches]
+    assert [colours.count(plots.image_colour(j)) for j in (1, 2)] == [4, 2]
+    said = texts(figure)
+    assert {"x, read", "out, stored", "program 0", "program 1"} <= set(said)
+    assert [said.count(n) for n in "012"] == [0, 4, 1]  # programs of each column
+
+
 def test_orders_are_counted_by_their_distance_from_the_exact_sum():
     figure = plots.plot_orders(SUMS, 1.0)
     bars = [(p.get_x() + p.get_width() / 2, p.get_height()) for p in figure.axes[0].patches]
@@ -69,6 +80,11 @@ def test_orders_are_counted_by_their_distance_from_the_exact_sum():
     ("draw", "message"),
     [
         (lambda: plots.plot_orders([1.0], 1.0), r"float32 \[orders\], got float64 \[1\]"),
+        (lambda: plots.plot_touched({}), r"the same programs, got \[\]"),
+        (
+            lambda: plots.plot_touched({"x": [[1]], "y": [[1], [1]]}),
+            r"got \[\(1, 1\), \(2, 1\)\]",
+        ),
         (lambda: plots.plot_programs(0, 4), "must be at least 1, got 0 and 4"),
         (lambda: plots.plot_tiles((6, 0), (4, 4)), r"must be at least 1, got \(6, 0\)"),
         (lambda: plots.plot_items(WORDS, ORDER, [[0, 1, 2]], 1), r"int \[I, 5\], got \[1, 3\]"),

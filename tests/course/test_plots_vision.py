@@ -1,4 +1,4 @@
-"""The figures of modules 03 and 04: they show what they are given and refuse what does not fit."""
+"""The figures of modules 04 and 05: they show what they are given and refuse what does not fit."""
 
 import numpy as np
 import pytest

@@ -140,7 +140,7 @@ def test_the_students_readme_names_every_module(out):
 def test_the_released_course_works_by_itself(out):
     """Imports come from the folder that is handed out, and a check says that nothing is done."""
     code = (
-        "from miniflamingo import course as c; print(c.__file__, c.check('6.1', lambda *a: None))"
+        "from miniflamingo import course as c; print(c.__file__, c.check('7.1', lambda *a: None))"
     )
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=out / "student-release",

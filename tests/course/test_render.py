@@ -28,7 +28,7 @@ def answer():
 
 # %%
 print("the answer is", answer())
-check("6.1", lambda tokens, image: answer())
+check("7.1", lambda tokens, image: answer())
 
 # %% tags=["target"]
 figure = Figure((3, 2))
@@ -107,7 +107,10 @@ def test_figures_carry_their_alternative_text(tiny):
     assert alts == ["A line that rises.", "A line that falls."]
     words = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
     assert "A line that rises." in words[0] and "<details>" in words[0]
-    assert words[-1].startswith("`notebooks/checks/core.py`\n```python\ndef check(number")
+    name = "<code>check</code> in <code>notebooks/checks/core.py</code>"
+    assert words[-1].startswith(f"<details><summary>{name}, ")
+    assert "</summary>\n\n```python\ndef check(number" in words[-1]
+    assert words[-1].endswith("```\n\n</details>")
 
 
 def test_equal_renderings_have_no_difference(tiny):
@@ -160,7 +163,7 @@ def test_a_volatile_output_may_differ_and_a_missing_cell_may_not(tiny):
     old.cells[-1].outputs[0].text = "0.0\n"
     assert list(r.compare(rendered["teacher"], old)) == []
     del old.cells[3]
-    assert "the source has 8 cells, the committed notebook 7" in next(
+    assert "the source has 9 cells, the committed notebook 8" in next(
         r.compare(rendered["teacher"], old)
     )
 

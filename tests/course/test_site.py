@@ -6,6 +6,7 @@ where MINIFLAMINGO_LITE is set, because its Python takes a minute to start.
 """
 
 import functools
+import html
 import http.server
 import json
 import os
@@ -19,12 +20,14 @@ import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 
 from miniflamingo.course import render, timings
 from miniflamingo.course.site import build, conf, lite, vendor
+from tests.pages import PAGES
 
 MISSING = [name for name in ("sphinx", "myst_nb", "furo", "playwright") if not find_spec(name)]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -50,6 +53,25 @@ def test_links_lead_to_the_site_s_own_pages():
     )
 
 
+def test_a_folder_is_its_page_and_every_page_of_the_project_is_on_the_site(tmp_path):
+    text = "[a](../kernels) [b](../kernels/model/) [c](../miniflamingo/plots) [d](student)"
+    assert build.relink(text, render.HERE, PATHS) == (
+        "[a](/kernels.md) [b](/own-model.md) [c](/api/miniflamingo.plots.md) d"
+    )
+    assert build.PAGES.keys() == PAGES.keys()
+    build.write_pages(tmp_path / "pages", PATHS)
+    front = (tmp_path / "pages" / "index.md").read_text("utf-8")
+    button = f"[Start with module 00](/course/{PATHS[0].stem}.ipynb){{.start}}"
+    places = [
+        front.index(part) for part in (button, "![", "## The path", "## The modules", "| [00")
+    ]
+    assert places == sorted(places) and not re.search(r"\{\w+\}\n", front.split("```")[0])
+    for name in build.PAGES.values():
+        assert f"\n{name}\n" in front
+        for picture in build.PICTURE.findall((tmp_path / f"pages/{name}.md").read_text("utf-8")):
+            assert (tmp_path / "pages" / picture[1].lstrip("/")).is_file()
+
+
 def test_docstrings_keep_their_columns_and_hold_no_markup():
     lines = ["A *b* of `c_d`, x_ |e|.", "", "    phi    the image", "    gate   0", "", "End"]
     assert conf.as_rst(lines) == [
@@ -60,6 +82,7 @@ def test_docstrings_keep_their_columns_and_hold_no_markup():
 
 def test_a_course_page_describes_its_figures():
     page = build.course_page(PATHS[0], PATHS)
+    assert not any("installed()" in cell.source for cell in page.cells)  # there is nothing to run
     committed = nbformat.read(render.HERE / "student" / f"{PATHS[0].stem}.ipynb", as_version=4)
     alts = [o.metadata["image/png"]["alt"] for cell in committed.cells
             for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]  # fmt: skip
@@ -103,9 +126,9 @@ def test_what_pyodide_packages_need_comes_with_them():
     assert lite.closure(packages, ["a", "nowhere"]) == {"a", "b-c"}
 
 
-def test_modules_1_to_9_go_into_the_browser():
-    paths = [Path(f"{n:02d}_x.py") for n in (0, 1, 9, 10)]
-    assert [path.stem[:2] for path in lite.chosen(paths)] == ["01", "09"]
+def test_modules_1_to_10_go_into_the_browser():
+    paths = [Path(f"{n:02d}_x.py") for n in (0, 1, 10, 11)]
+    assert [path.stem[:2] for path in lite.chosen(paths)] == ["01", "10"]
     assert "built without JupyterLite" in lite.page(paths[:1])
 
 
@@ -146,7 +169,7 @@ def serve():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, serve):
-    """The address of a site of two modules, built anew."""
+    """The address of a site of two modules, built anew; its folder is site.folder."""
     out = tmp_path_factory.mktemp("built") / "site"
     try:
         vendor.fetch("mathjax")
@@ -154,7 +177,13 @@ def site(tmp_path_factory, serve):
         pytest.skip(str(error))
     numbers = [path.stem[:2] for path in PATHS]
     assert build.main(["--no-lite", "--out", str(out), *numbers]) == 0
-    return serve(out)
+    address = Address(serve(out))
+    address.folder = out
+    return address
+
+
+class Address(str):
+    """An address that knows its folder."""
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +216,7 @@ def page(chromium):
     context.close()
 
 
-NAMES = ["index", "browser", "teaching", "project", "benchmarks", "api/index",
+NAMES = ["index", "browser", *build.PAGES.values(), "benchmarks", "api/index",
          "api/miniflamingo.xattn", "api/miniflamingo.kernels.image_causal_attention",
          *(f"course/{path.stem}" for path in PATHS)]  # fmt: skip
 HEADINGS = (
@@ -218,6 +247,58 @@ def test_a_page_loads_and_asks_nothing_of_other_hosts(site, page, name):
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert page.evaluate("document.documentElement.lang") == "en"
     assert page.locator("nav a, .sidebar-tree a").count() > len(PATHS)
+    # the first paragraph says what the page is
+    said = page.locator("article section > p").first.inner_text()
+    assert len(said) > 30 and not said.startswith("Run it")
+
+
+WIDE = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
+  .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && ![...function*() {
+    for (let q = e.parentElement; q && q.tagName != 'BODY'; q = q.parentElement) yield q }()].some(
+    q => ['auto', 'scroll', 'hidden'].includes(getComputedStyle(q).overflowX)
+      && q.getBoundingClientRect().right <= innerWidth + 1))
+  .map(e => e.tagName + ' ' + e.textContent.slice(0, 40))]"""
+
+
+@in_a_browser
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_phone_nothing_scrolls_sideways(site, page, name):
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(f"{site}/{name}.html", wait_until="networkidle")
+    assert page.evaluate(WIDE) == [360, []]
+
+
+@in_a_browser
+def test_every_link_between_pages_leads_somewhere(site):
+    files = [f for f in site.folder.rglob("*.html") if "_modules" not in f.parts]  # Sphinx's own
+    pages = {path: path.read_text("utf-8") for path in files}
+    ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
+    found = 0
+    for path, text in pages.items():
+        article = text.split("<article", 1)[-1].split("</article>")[0]
+        for target in re.findall(r'<a\b[^>]*?href="([^"]+)"', article):
+            name, _, anchor = html.unescape(target).partition("#")
+            if re.match(r"[a-z]+:", name):
+                continue
+            to = (path.parent / unquote(name)).resolve() if name else path
+            assert to.exists(), f"{path.name}: {target}"
+            assert not anchor or to not in ids or unquote(anchor) in ids[to], (path.name, target)
+            found += 1
+    assert found > 200
+
+
+@in_a_browser
+def test_the_first_page_has_one_button_and_figures_lie_on_a_dimmed_card(site, page):
+    page.emulate_media(color_scheme="dark")
+    page.goto(f"{site}/index.html", wait_until="networkidle")
+    button = page.locator("a.start")
+    assert button.count() == 1 and button.inner_text() == "Start with module 00"
+    assert button.bounding_box()["y"] < 500 and min(page.evaluate(CONTRAST, "a.start")) >= 4.5
+    style = "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).filter]"
+    colour, dimmed = page.locator("article img").first.evaluate(style)
+    assert colour == "rgb(255, 255, 255)" and "brightness(0.8)" in dimmed
+    page.emulate_media(color_scheme="light")
+    assert page.locator("article img").first.evaluate(style)[1] == "none"
 
 
 @in_a_browser

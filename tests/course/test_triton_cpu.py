@@ -95,12 +95,12 @@ def test_an_altered_kernel_differs_in_one_place():
 
 
 def test_a_stub_is_not_done_yet():
-    assert repr(check("11.1", stub)).startswith("○ exercise 11.1: not done yet")
+    assert repr(check("12.1", stub)).startswith("○ exercise 12.1: not done yet")
 
 
 def test_the_right_numbers_without_a_kernel_are_not_enough():
-    assert "no kernel stored them" in check("11.1", lambda x, y, n: x + y).message
-    forgotten = check("11.1", stub.fn)
+    assert "no kernel stored them" in check("12.1", lambda x, y, n: x + y).message
+    forgotten = check("12.1", stub.fn)
     assert "your code stops with TypeError" in forgotten.message
     assert "is @triton.jit missing above it?" in forgotten.message
 
@@ -108,7 +108,7 @@ def test_the_right_numbers_without_a_kernel_are_not_enough():
 def test_where_triton_is_missing_a_check_says_so(monkeypatch):
     reason = "the kernels need triton, not installed here"
     monkeypatch.setattr("miniflamingo.kernels.unavailable", lambda: reason)
-    assert check("11.1", lambda x, y, n: x + y).message == reason
+    assert check("12.1", lambda x, y, n: x + y).message == reason
     with pytest.raises(Exception, match="a function is wanted"):
         expect_stored(None, 1, {}, 0.0)
 

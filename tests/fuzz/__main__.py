@@ -3,7 +3,7 @@
     python -m tests.fuzz --minutes 5 --seed 123     all targets in turn; failing cases are kept
     python -m tests.fuzz again out/fuzz/shards-123-7            one of them once more
     python -m tests.fuzz kills --each 20            kill -9 at random moments, and go on
-    python -m tests.fuzz table                      the README's table, from results.json
+    python -m tests.fuzz table                      the tables of tests/README.md, from results.json
 
 What must hold: bad input gives one line and exit code 2, or a counted skip; never a traceback, a
 hang, or a loss. Exit code 1 when something else was found. --json FILE writes the tables' figures
@@ -25,7 +25,7 @@ from tests.fuzz import commands, contracts, corpus, kills, media
 from tests.fuzz.runner import OUTCOMES, Target, again, attack, judge_calls, judge_command, perform
 
 RESULTS = Path(__file__).with_name("results.json")
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- fuzz: made by `python -m tests.fuzz table --write` -->\n", "<!-- end of fuzz -->"
 
 COMMAND_LINE = "python -m tests.fuzz"
@@ -131,7 +131,7 @@ def _table(names, rows):
 
 
 def markdown(results):
-    """The README's two tables, from what results.json holds."""
+    """The two tables of tests/README.md, from what results.json holds."""
     said = []
     for part, table in (("attack", attack_table), ("kills", kills_table)):
         if part in results:
@@ -144,13 +144,12 @@ def markdown(results):
 
 
 def run_table(arguments):
-    """Print the README's tables; with --write, put them there."""
+    """Print the tables; with --write, put them there."""
     text = markdown(json.loads(RESULTS.read_text("utf-8")))
     if not arguments.write:
         print(text)
         return 0
-    head, rest = README.read_text("utf-8").split(MARKERS[0])
-    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1], "utf-8")
+    outputs.put_between(README, MARKERS, text)
     return 0
 
 
@@ -178,7 +177,7 @@ def parser():
     top.add_argument("--each", type=whole(1, 10**4), default=20, help="kills of each training")
     top.add_argument("--keep", default="out/fuzz", metavar="DIR", help="where failing cases go")
     top.add_argument("--json", metavar="FILE", help="also write the figures")
-    top.add_argument("--write", action="store_true", help="put the table into the README")
+    top.add_argument("--write", action="store_true", help="put the tables into tests/README.md")
     return top
 
 

@@ -17,7 +17,7 @@ if not os.path.exists("/proc/self/statm"):
 
 def python(*words):
     """A process of its own: what forks must not have threads, which torch has left behind here."""
-    command, root = [sys.executable, *map(str, words)], fuzz.README.parent
+    command, root = [sys.executable, *map(str, words)], fuzz.README.parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=1200)
     return done.returncode, done.stdout + done.stderr
 

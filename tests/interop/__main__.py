@@ -2,8 +2,8 @@
 
     python -m tests.interop                      every case that tests/interop measures
     python -m tests.interop --json FILE          and its figures as JSON
-    python -m tests.interop table --write        put what results.json says into the README, and
-                                                 its faults where module 06 reads them
+    python -m tests.interop table --write        put what results.json says into its page, and
+                                                 its faults where module 07 reads them
 
 Worst differences of outputs, of the gradients of the inputs, and of those of all weights, in
 float64: absolute for a part, for a whole model in units of the largest number of theirs. Through
@@ -24,8 +24,9 @@ from miniflamingo import kernels, outputs
 from miniflamingo.command import Parser, a_path, require, run_command
 
 RESULTS = Path(__file__).with_name("results.json")
-README = Path(__file__).parents[2] / "README.md"
-COURSE = README.parent / "notebooks" / "data" / "others_faults.json"  # module 06 prints it
+ROOT = Path(__file__).parents[2]
+README = ROOT / "miniflamingo" / "interop" / "README.md"
+COURSE = ROOT / "notebooks" / "data" / "others_faults.json"  # module 07 prints it
 MARKERS = (
     "<!-- interop: made by `python -m tests.interop table --write` -->\n",
     "<!-- end of interop -->",
@@ -113,7 +114,7 @@ def grouped(rows):
 
 
 def markdown(results):
-    """The README's two tables, from what results.json holds."""
+    """The two tables of interop/README.md, from what results.json holds."""
     v = results["versions"]
     lines = [f"{results['date']}, {results['machine']}, Python {results['python']}, torch "
              f"{v['torch']}, NumPy {v['numpy']}:", "",
@@ -177,15 +178,14 @@ def run_all(arguments):
 
 
 def run_table(arguments):
-    """Print the README's tables; with --write, put them there, and the faults into COURSE."""
+    """Print the tables; with --write, put them there, and the faults into COURSE."""
     results = json.loads(RESULTS.read_text("utf-8"))
     text = markdown(results)
     if not arguments.write:
         print(text)
         return 0
     COURSE.write_text(course(results), "utf-8")
-    head, rest = README.read_text("utf-8").split(MARKERS[0])
-    README.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1], "utf-8")
+    outputs.put_between(README, MARKERS, text)
     return 0
 
 
@@ -197,7 +197,7 @@ def parser():
     top = Parser(prog=COMMAND_LINE, description=__doc__)
     top.add_argument("command", nargs="?", default="measure", choices=COMMANDS)
     top.add_argument("--json", type=a_path, metavar="FILE", help="also write the figures")
-    top.add_argument("--write", action="store_true", help="put the tables into the README")
+    top.add_argument("--write", action="store_true", help="put the tables into interop/README.md")
     return top
 
 

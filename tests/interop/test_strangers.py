@@ -13,6 +13,7 @@ from miniflamingo.interop.preprocess import Preprocessor, preprocessor_of
 from miniflamingo.module import load_tensors, save_tensors
 from miniflamingo.training import WEIGHTS
 from tests.interop import made
+from tests.processes import ODD
 
 pytest.importorskip("tokenizers")
 
@@ -20,7 +21,7 @@ pytest.importorskip("tokenizers")
 @pytest.fixture
 def folder(tmp_path):
     """A Llama with its tokenizer."""
-    folder = made.save_folder(tmp_path / "a name with späces", made.LLAMA, made.llama_state())
+    folder = made.save_folder(tmp_path / ODD, made.LLAMA, made.llama_state())
     made.save_tokenizer(folder, made.trained())
     return folder
 

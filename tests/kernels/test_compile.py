@@ -142,7 +142,7 @@ def test_loads_are_128_bits_wide_where_a_tile_has_as_much_for_every_thread(recor
 
 
 def test_the_readme_quotes_the_table(records):
-    rows = [row.split(" | ") for row in (ROOT.parent / "README.md").read_text("utf-8").splitlines()]
+    rows = [row.split(" | ") for row in (ROOT / "README.md").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row[0].startswith("| `_")]
     found = {r["kernel"]: r for r in records if picked(r)}
     assert {row[0][3:-1] for row in rows} == {name for name, r in found.items() if r["tensor"]}
@@ -154,7 +154,7 @@ def test_the_readme_quotes_the_table(records):
 
 
 def picked(record):
-    """Whether README's table has it: the paper's R, or the largest for the kernels of such."""
+    """Whether the README's table has it: the paper's R, or the largest for the kernels of such."""
     R = 256 if record["kernel"] == "_backward_dq" else 64
     case = ("bf16", 128, R, "sm_90")
     return tuple(record[k] for k in ("dtype", "K", "R", "target")) == case

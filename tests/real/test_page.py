@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from miniflamingo.__main__ import main
-from miniflamingo.real import commands, features, measure, page, parts
+from miniflamingo.real import commands, features, front, measure, page, parts
 from miniflamingo.real import model as models
 from tests.real.made import draw
 
@@ -67,7 +67,8 @@ def test_shipped_and_shown(run, folder, tmp_path, capsys, monkeypatch):
     for part in parts.PARTS:
         assert part.licence in card
     assert "2 steps, then the bridge, 3 steps" in card
-    monkeypatch.setattr(commands, "RESULTS", to / "figures.json")
+    monkeypatch.setattr(commands, "FIGURES", to / "figures.json")
+    monkeypatch.setattr(commands, "RESULTS", to)
     capsys.readouterr()
     assert main(["real", "table"]) == 0
     assert capsys.readouterr().out.splitlines() == card.split("over pictures.\n\n")[1].split(
@@ -80,6 +81,19 @@ def test_shipped_and_shown(run, folder, tmp_path, capsys, monkeypatch):
     assert html.count("<figure>") == len(page.SECTIONS) - 1  # without photographs
     answers = json.loads((out / "answers.json").read_text("utf-8"))
     assert answers["gates"]["equal"] is True and len(answers["dialogue"]) == 3
+
+
+def test_the_front_page_s_pictures_are_drawn_and_drawn_again(run, folder, tmp_path, capsys):
+    bridge = ["--bridge", str(run / "0" / "bridge" / "model.safetensors")]
+    command = ["real", "--parts", str(folder), *bridge, "front", "--to", str(tmp_path)]
+    for _ in range(2):
+        assert main(command) == 0
+    assert all((tmp_path / name).stat().st_size > 500 for name in front.MADE)
+    document = json.loads((tmp_path / "answers.json").read_text("utf-8"))
+    assert "Twemoji" in document["pictures"] and document["answers"]
+    assert {a["in training"] for a in document["answers"]} == {True, False}
+    (tmp_path / "gates.png").write_bytes(b"mine")
+    assert main(command) == 2 and "gates.png" in capsys.readouterr().err
 
 
 def test_shipping_refuses_what_is_not_finished(run, tmp_path, capsys):
@@ -143,13 +157,14 @@ def test_features_that_are_there_are_kept(folder, tmp_path):
     assert len(before) == len(features.VERSIONS)
 
 
-def test_the_shipped_bridge_says_what_its_card_and_figures_say():
+def test_the_shipped_bridge_says_what_its_card_and_figures_say(capsys):
     assert models.BRIDGE_FILE.stat().st_size <= 8_000_000
     figures = json.loads((models.SHIPPED / "figures.json").read_text("utf-8"))
     card = (models.SHIPPED / "card.md").read_text("utf-8")
     assert "\n".join(measure.table(figures)) in card
     readme = commands.README.read_text("utf-8")
-    assert "\n".join(measure.table(figures)) == readme.split(commands.MARKERS[0])[1].split(
-        commands.MARKERS[1])[0].strip()  # fmt: skip
+    assert main(["real", "table"]) == 0
+    assert capsys.readouterr().out == readme.split(commands.MARKERS[0])[1].split(
+        commands.MARKERS[1])[0]  # fmt: skip
     alphas = json.loads((models.SHIPPED / "alphas.json").read_text("utf-8"))
     assert np.allclose(alphas["alpha_xattn"][0], 0, atol=0.05)

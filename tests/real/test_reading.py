@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from miniflamingo import outputs
 from miniflamingo.real import asking, features, measure
 from miniflamingo.real import model as models
 from miniflamingo.real.documents import BOS, EOC, IMAGE, Mixture, Shown, build
@@ -95,8 +96,10 @@ def test_pictures_and_clips_of_a_document_find_their_places(reader):
     places, stills, clips = reader.features.stacked(rows)
     assert stills.shape[:2] == (3, 1) and clips.shape[:2] == (2, 4)
     assert places.tolist() == [[0, 3, 0], [4, 1, 2]]
-    np.testing.assert_array_equal(stills[2, 0], reader.features.grids("twemoji")[3, 1])
-    np.testing.assert_array_equal(clips[1, 2], reader.features.grids("noto")[7, 2])
+    for seen, artist, place in ((stills[2, 0], "twemoji", (3, 1)), (clips[1, 2], "noto", (7, 2))):
+        grid = reader.features.grids(artist)[place]
+        wide = features.widen(reader.features.eye, grid[None])[0]
+        np.testing.assert_allclose(seen, wide, rtol=1e-5, atol=1e-5 * np.abs(wide).max())
 
 
 def test_the_split_holds_a_tenth_of_each_kind_and_training_never_draws_it(reader, concepts):
@@ -134,7 +137,8 @@ def test_anybody_s_picture_gets_what_the_features_of_it_get(reader, concepts):
     assert phi.tolist() == [0] + [1] * (2 + len(what)) + [2]
     grid = features.encode(reader.model.vision_encoder, [image])
     ours = asking.visual_tokens(reader.model, media)
-    theirs = see(reader.model, np.array([[0, 0]]), grid[:, None], np.zeros(0))
+    wide = features.widen(reader.model.vision_encoder, grid)
+    theirs = see(reader.model, np.array([[0, 0]]), wide[:, None], np.zeros(0))
     np.testing.assert_allclose(ours, theirs, atol=5e-3)
 
 
@@ -165,7 +169,7 @@ def test_every_figure_has_its_interval_and_chance(reader, concepts):
             continue
         for split, figures in splits.items():
             assert figures["low"] <= figures["value"] <= figures["high"], (name, split)
-    document = {"runs": {"0": found, "1": found}} | measure.about()
+    document = {"runs": {"0": found, "1": found}} | outputs.about()
     json.dumps(document)
     lines = list(measure.table(document))
     assert len(lines) == 2 + len(measure.ROWS) + 2 + 1
