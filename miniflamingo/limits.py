@@ -16,7 +16,7 @@ from miniflamingo import outputs
 from miniflamingo.evaluation import Evaluation, figure
 from miniflamingo.functional import log_softmax, softmax
 from miniflamingo.worlds import grammar, shapes
-from miniflamingo.worlds.datasets import SEEN, _encode
+from miniflamingo.worlds.datasets import SEEN, encode_pictures
 from miniflamingo.worlds.grammar import COLOUR_IDS, GEOMETRIC, NAME_IDS, SHAPE_IDS, SIZE_IDS
 
 COMMAND = "python -m miniflamingo limits"
@@ -158,7 +158,7 @@ class Limits(Evaluation):
         that about an object?"""
         rng, B = self.rng("nothing"), self.samples
         noise = np.clip(shapes.background(B, rng), 0, 1).astype(np.float32)
-        seen = _encode(self.model.vision_encoder, noise)
+        seen = encode_pictures(self.model.vision_encoder, noise)
         media = np.concatenate([self.model.resampler(seen[i : i + 256, None])[:, 0]
                                 for i in range(0, B, 256)])  # fmt: skip
         colour, shape, _ = grammar.draw_attributes((B, 1), CLASSES, rng)

@@ -247,6 +247,7 @@ class Run:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
         self.stage, self.out, self.checkpoint_every = stage, Path(out), checkpoint_every
+        self.resume = resume
         self.threads = threads  # of BLAS: so small products gain little from more
         self.weights = check_weights(learned(stage.weights))
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
@@ -301,7 +302,12 @@ class Run:
             self.save(log)
         if self.optimiser.step < steps:
             done = self.optimiser.step
-            print(f"Interrupted after step {done}; go on with --resume --out {self.out}")
+            how = (
+                "the same command goes on"
+                if self.resume
+                else f"go on with --resume --out {self.out}"
+            )
+            print(f"Interrupted after step {done}; {how}")
             return False
         if not (model := self.out / "model.safetensors").exists():  # else it was finished before
             self.stage.save(model)

@@ -11,6 +11,7 @@ PAGES = {
         "kernels/model/README.md",
         "miniflamingo/INSTALL.md",
         "miniflamingo/README.md",
+        "miniflamingo/ablations/README.md",
         "miniflamingo/fewshot/README.md",
         "miniflamingo/interop/README.md",
         "miniflamingo/real/README.md",

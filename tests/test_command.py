@@ -165,7 +165,7 @@ def run_without(missing, words):
         (["nbformat"], "miniflamingo.course.release", "course"),
         (["nbconvert"], "miniflamingo.course.slides 06", "course"),
         (["sphinx"], "miniflamingo.course.site.build", "site"),
-        (["IPython"], "miniflamingo.course.ablations", "course"),
+        (["IPython"], "miniflamingo.course.slides 06", "course"),
     ],
 )
 def test_what_is_missing_is_named_with_the_way_to_get_it(missing, words, extra, tmp_path):
@@ -234,8 +234,6 @@ MOMENTS = {
     "compile, at once": ("miniflamingo compile", has_child("compile"), INT),
     "render": ("miniflamingo.course.render --check 08", has_child("ipykernel"), INT),
     "timings": ("miniflamingo.course.timings 08", has_child("ipykernel"), TERM),
-    "ablations": ("miniflamingo.course.ablations --jobs 2 --out a.json",
-                  has_child("ablations"), INT),
 }  # fmt: skip
 
 
@@ -279,10 +277,17 @@ def test_a_pool_whose_processes_are_killed_says_nothing_itself():
 @needs_proc
 def test_a_training_that_is_interrupted_says_how_to_go_on_and_does(tmp_path):
     words = ["miniflamingo", "train", "lm", "--out", "run", "--steps", "40", "--batch", "8"]
-    line = "Interrupted after step"
+    line = "go on with --resume --out run"
     assert_interrupted(Command(*words, cwd=tmp_path), printed("loss="), INT, line)
     assert Command(*words, "--resume", cwd=tmp_path).end()[0] == 0
     assert len((tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()) == 40
+
+
+@needs_proc
+def test_a_command_that_resumes_by_itself_does_not_ask_for_an_option(tmp_path):
+    pytest.importorskip("scipy")
+    started = Command("miniflamingo", "ablate", "--run", "run", cwd=tmp_path)
+    assert_interrupted(started, printed("loss="), INT, "the same command goes on")
 
 
 def test_a_closed_output_is_no_traceback():

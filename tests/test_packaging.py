@@ -98,7 +98,7 @@ def test_the_wheel_has_what_runs_and_nothing_of_a_teachers(packed):
             "miniflamingo/worlds/glyphs.npz",
             "miniflamingo/real/weights/model.safetensors", "miniflamingo/real/weights/card.md",
             "miniflamingo/kernels/results/compiled.json",
-            "miniflamingo/course/data/ablations.json",
+            "miniflamingo/ablations/results.json",
             "miniflamingo/course/data/others_faults.json"} <= data  # fmt: skip
     assert not [name for name in packed if re.search("teacher|student|source/|site/|ipynb", name)]
     assert all(name.startswith("miniflamingo/") for name in packed)  # no name of others

@@ -77,7 +77,9 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo inspect idefics-9b --plot gates.png": "tests/interop/"
     "test_inspection.py, with a small one",
     "python -m miniflamingo gpu --minutes 9 --out FILE": "tests/kernels/test_gpu.py",
-    "python -m miniflamingo ablate --run runs/ablate": "tests/ablations/test_commands.py",
+    "python -m miniflamingo ablate --run runs/ablate --jobs 2 --torch --json "
+    "ablations.json": "tests/ablations/test_commands.py, with few steps",
+    "python -m miniflamingo ablate --write": "tests/ablations/test_commands.py compares the page",
     "python -m miniflamingo limits": "tests/test_limits.py",
     "python -m miniflamingo limits --json limits.json": "tests/test_limits.py",
     "python -m miniflamingo real": "tests/real/test_page.py, with small parts",
@@ -131,7 +133,6 @@ ELSEWHERE = {  # not ours, or a whole test of its own
 }
 # a list of commands, or a reference to one
 NAMED = {
-    "python -m miniflamingo ablate",
     "python -m miniflamingo compare [--json FILE] [--device DEVICE]",
     "python -m miniflamingo demo | train | evaluate | generate | ship | sizes | plan | scaling | "
     "inspect",
@@ -142,6 +143,8 @@ NAMED = {
     "python -m miniflamingo train",
 }
 RUN_HERE = {
+    "python -m miniflamingo ablate",
+    "python -m miniflamingo ablate --plot ablations.png",
     "python -m miniflamingo bench",
     "python -m miniflamingo bench --json FILE --plots DIR",
     "python -m miniflamingo compare",
@@ -179,8 +182,6 @@ RUN_HERE = {
     "python -m miniflamingo train lm --seed 0 --out runs/0/lm",
     "python -m miniflamingo train vision --out runs/vision",
     "python -m miniflamingo train vision --seed 0 --out runs/0/vision",
-    "python -m miniflamingo.course.ablations",
-    "python -m miniflamingo.course.ablations --seeds 1 --steps 100 --out runs/ablations.json",
     "python -m miniflamingo.course.quiz",
     "python -m miniflamingo.course.quiz 06",
     "python -m miniflamingo.course.release",
@@ -351,7 +352,7 @@ def shrink_kernels(patch):
 
 def shrink_notebooks(patch, tmp_path):
     """The same for the commands of notebooks."""
-    from miniflamingo.course import ablations, quiz, release, render, slides, timings
+    from miniflamingo.course import quiz, release, render, slides, timings
     from miniflamingo.course.site import build
 
     for module in (release, slides):
@@ -366,9 +367,6 @@ def shrink_notebooks(patch, tmp_path):
     patch.setattr(render, "in_processes", lambda jobs, work, *rows, method: map(work, *rows))
     patch.setattr(timings, "update", lambda path, timings: path.stem)
     patch.setattr(timings, "README", Path(shutil.copy(timings.README, tmp_path)))
-    one = {"caption": 0.5, "4-way, 16 shots": 0.5}
-    patch.setattr(ablations, "run_one", lambda *args: one)
-    patch.setattr(ablations, "DATA", Path(shutil.copy(ablations.DATA, tmp_path)))
 
 
 def inputs(words):

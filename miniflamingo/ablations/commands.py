@@ -1,7 +1,8 @@
 """`python -m miniflamingo ablate`: train the rows, ask them, and say what can be told.
 
-Without --run: the table of the committed figures. A row that is trained is not trained again, and
-one that was stopped goes on; figures come from all that is there, of every row.
+Without --run: the committed figures, of the named rows beside their baselines. With it, a row that
+is trained is not trained again, and one that was stopped goes on; figures come from all that is
+there, of every row.
 """
 
 import io
@@ -17,12 +18,17 @@ from tqdm import tqdm
 from miniflamingo import outputs, plots, training
 from miniflamingo.ablations.rows import ALL, ROWS, STABILITY, STEPS, baseline_of, config
 from miniflamingo.ablations.stage import CHANCE, TASKS, Ablation, Examiner, folder_of
-from miniflamingo.command import Parser, a_path, in_processes, require, whole
+from miniflamingo.command import Parser, a_path, exclude, in_processes, require, whole
 from miniflamingo.module import write_atomically
 
 COMMAND = "python -m miniflamingo ablate"
+README = Path(__file__).with_name("README.md")
 RESULTS = {False: Path(__file__).with_name("results.json"),
            True: Path(__file__).with_name("stability.json")}  # fmt: skip
+MARKERS = {stability: (f"<!-- {name}: made by `{COMMAND} --write` -->\n",
+                       f"<!-- end of {name} -->\n")
+           for stability, name in ((False, "rows"), (True, "stability"))}  # fmt: skip
+DEFAULTS = {"seeds": 5, "steps": STEPS, "samples": 2000, "jobs": 2, "torch": False}
 FIGURES = "figures.json"  # of one row and seed, beside its model
 
 
@@ -34,14 +40,18 @@ def parser():
     text = "with and without the gate, at several depths and rates, in the place of the rows"
     top.add_argument("--stability", action="store_true", help=text)
     top.add_argument("--run", type=a_path, help="folder of the trainings")
-    top.add_argument("--seeds", type=whole(1, 1000), default=5)
-    top.add_argument("--steps", type=whole(1, 10**6), default=STEPS)
-    top.add_argument("--samples", type=whole(1, 10**5), default=2000, help="questions of a kind")
-    top.add_argument("--jobs", type=whole(1, 61), default=2, help="processes, of a core each")
+    for name, most, text in (
+        ("seeds", 1000, "trainings of a row"), ("steps", 10**6, "of a training"),
+        ("samples", 10**5, "questions of a kind"), ("jobs", 61, "processes, of a core each"),
+    ):  # fmt: skip
+        text += f", {DEFAULTS[name]} by default"
+        top.add_argument(f"--{name}", type=whole(1, most), help=text)
     text = "gradients by torch, faster, for the rows that it has"
-    top.add_argument("--torch", action="store_true", help=text)
+    top.add_argument("--torch", action="store_true", default=None, help=text)
     top.add_argument("--json", type=a_path, help="write the figures to this file")
     top.add_argument("--plot", type=a_path, help="draw every run of every row into this PNG file")
+    text = "put the committed tables into miniflamingo/ablations/README.md, and train nothing"
+    top.add_argument("--write", action="store_true", help=text)
     return top
 
 
@@ -51,31 +61,58 @@ def run(argv):
     family = STABILITY if given.stability else ROWS
     if unknown := [row for row in given.rows if row not in family]:
         raise ValueError(f"ROW must be one of {', '.join(family)}, got {unknown[0]!r}")
-    require("scipy")
+    exclude(given, *(("--write", other) for other in ("--run", "--json", "--plot")))
+    for name in DEFAULTS if given.run is None else ():
+        if getattr(given, name) is not None:
+            raise ValueError(f"--{name}: expected a folder to train in, too, got no --run")
+    for name, default in DEFAULTS.items():
+        setattr(given, name, getattr(given, name) or default)
+    if given.write:
+        return write_readme()
     outputs.check_file(given.json, COMMAND)
     outputs.check_file(given.plot, COMMAND, "--plot")
-    if given.run is None:
-        path = RESULTS[given.stability]
-        if not path.is_file():
-            raise ValueError(f"--run: expected a folder to train in: there is no {path.name} yet")
-        document = json.loads(path.read_text("utf-8"))
-        return report(document, given.stability, given.plot)
     rows = given.rows or list(family)
     rows = sorted({*rows, *filter(None, map(baseline_of, rows))}, key=list(family).index)
-    if given.torch:
-        require("torch")
-    if not all(prepare(given.run, {ALL[row].depth for row in rows}, given.torch)):
-        return 130  # as after Ctrl-C
-    measure(given, rows)
-    document = collect(given, family)
+    if given.run is None:
+        document = committed(given.stability)
+        for what in ("rows", "compared"):
+            document[what] = {row: document[what][row] for row in rows if row in document[what]}
+    else:
+        require("scipy", *["torch"] * given.torch)
+        if not all(prepare(given.run, {ALL[row].depth for row in rows}, given.torch)):
+            return 130  # as after Ctrl-C
+        measure(given, rows)
+        document = collect(given, family)
     if given.json:
         outputs.write_file(given.json, json.dumps(document, indent=1).encode(), COMMAND)
     return report(document, given.stability, given.plot)
 
 
+def committed(stability=False):
+    """The committed figures, of the rows or of their stability; ValueError where there are none."""
+    path = RESULTS[stability]
+    if not path.is_file():
+        raise ValueError(f"--run: expected a folder to train in: there is no {path.name} yet")
+    return json.loads(path.read_text("utf-8"))
+
+
+def lines_of(document, stability):
+    """The lines of a document's table."""
+    return "\n".join((stability_table if stability else table)(document))
+
+
+def write_readme():
+    """Put the tables of the committed figures into this folder's README; returns the exit code."""
+    for stability, markers in MARKERS.items():
+        if RESULTS[stability].is_file():
+            text = lines_of(committed(stability), stability)
+            outputs.put_between(README, markers, text + "\n")
+    return 0
+
+
 def report(document, stability, png):
     """Print the table and draw the picture; returns the exit code."""
-    print("\n".join((stability_table if stability else table)(document)))
+    print(lines_of(document, stability))
     if png:
         data = io.BytesIO()
         draw(document).savefig(data, format="png", metadata={"made_by": COMMAND})
@@ -137,7 +174,8 @@ def one(run, row, seed, steps, samples, torch=False):
     broke = False
     if not (folder / "model.safetensors").is_file():
         try:
-            training.Run(stage, folder, resume=True).train(progress=False)
+            if not training.Run(stage, folder, resume=True).train(progress=False):
+                return row, seed  # interrupted: nothing to ask yet
         except FloatingPointError:  # that is a result, too
             broke = True
     else:
@@ -188,13 +226,14 @@ def collect(given, family):
     about = {
         "made_by": COMMAND, **outputs.about(), **wanted,
         "command": f"{COMMAND} --run {given.run.name} --steps {given.steps}"
-                   f"{' --stability' * given.stability}",
+                   f"{' --torch' * given.torch}{' --stability' * given.stability}",
         "config": asdict(config("baseline", 0, given.steps)),
     }  # fmt: skip
-    return {"about": about, "rows": {row: runs for row, runs in rows.items() if runs}}
+    document = {"about": about, "rows": {row: runs for row, runs in rows.items() if runs}}
+    return document | {"compared": compared(document)}
 
 
-def judged(document):
+def compared(document):
     """{row: statistics.compare of the overall score, with "adjusted", "paper", "verdict"}, of the
     rows that have two seeds; Holm's family is all of them."""
     from miniflamingo.ablations import statistics
@@ -212,7 +251,7 @@ def judged(document):
 
 def table(document):
     """Yield the lines of a Markdown table: means over seeds."""
-    about, verdicts = document["about"], judged(document)
+    about, compared = document["about"], document["compared"]
     seeds = sorted({len(runs) for runs in document["rows"].values()})
     yield (f"{about['steps']} steps, {' or '.join(map(str, seeds))} seeds, {about['samples']} "
            f"questions of a kind, {about['date']}; the difference of the overall score to the "
@@ -224,7 +263,7 @@ def table(document):
     yield "|---" * (1 + len(names)) + "|"
     for row, runs in document["rows"].items():
         cells = [f"{np.mean([one[task] for one in runs]):.2f}" for task in (*TASKS, "text")]
-        cells += [f"{np.mean([one['overall'] for one in runs]):.3f}", *_cells(verdicts.get(row))]
+        cells += [f"{np.mean([one['overall'] for one in runs]):.3f}", *_cells(compared.get(row))]
         second = np.median([one["seconds"] / one["steps"] for one in runs])
         whose = ", ".join(sorted({one["gradients"] for one in runs}))
         cells += [str(runs[0]["learn"]), f"{second:.2f}, {whose}"]
@@ -245,7 +284,7 @@ def _cells(found):
 
 def stability_table(document):
     """Yield the lines of a Markdown table: each depth and rate, with the gate and without."""
-    about, verdicts = document["about"], judged(document)
+    about, compared = document["about"], document["compared"]
     yield (f"{about['steps']} steps, {about['samples']} questions of a kind, {about['date']}; in "
            "brackets the range over seeds; spikes: steps of twice the usual loss:")  # fmt: skip
     yield ""
@@ -260,5 +299,5 @@ def stability_table(document):
                   for x in ([one["overall"] for one in runs] for runs in pair)]  # fmt: skip
         counts = [f"{np.mean([one['spikes'] for one in runs]):.0f}" for runs in pair]
         broke = [f"{sum(one['broke'] for one in runs)} of {len(runs)}" for runs in pair]
-        cells = [base.removesuffix(", gate"), *spread, *_cells(verdicts.get(row))[:2]]
+        cells = [base.removesuffix(", gate"), *spread, *_cells(compared.get(row))[:2]]
         yield f"| {' | '.join([*cells, *counts, *broke])} |"

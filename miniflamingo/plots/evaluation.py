@@ -37,7 +37,7 @@ def plot_episode(images, labels, candidates=(), scores=(), truth=None):
 
 def _draw_scores(axes, candidates, scores, truth):
     names = [f"{name} (right)" if i == truth else name for i, name in enumerate(candidates)]
-    names = [f"{name}  {score:.1f}" for name, score in zip(names, scores)]
+    names = [f"{name}  {round(score, 1) + 0.0:.1f}" for name, score in zip(names, scores)]
     colours = [VISIBLE if i == truth else MASKED for i in range(len(names))]
     axes.barh(np.arange(len(names)), scores, color=colours, edgecolor=VISIBLE)
     axes.set_yticks(np.arange(len(names)), names)

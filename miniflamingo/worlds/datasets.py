@@ -135,7 +135,9 @@ class Pool:
             chosen = {"glyph": glyph[rows]} if distinct and draw is shapes.draw_objects else {}
             chosen |= {"split": split, "clutter": clutter}
             pictures = draw(*(label[rows] for label in labels), rng, **chosen)
-            (videos if draw is shapes.draw_clips else images).append(_encode(encoder, pictures))
+            (videos if draw is shapes.draw_clips else images).append(
+                encode_pictures(encoder, pictures)
+            )
         arrays = np.concatenate(images), np.concatenate(videos)
         return cls(counts, objects, pairs, moving, *arrays, distinct)
 
@@ -197,7 +199,8 @@ def _each_glyph_once(counts, split, rng):
     return counts, np.concatenate(chosen)
 
 
-def _encode(encoder, pictures):  # [B, (T,) 24, 24, 3] -> [B, T, S, D_v], T = 1 for an image
+def encode_pictures(encoder, pictures):
+    """Pictures [B, (T,) 24, 24, 3] -> features [B, T, S, D_v], T = 1 for images, chunk by chunk."""
     frames = pictures.reshape(-1, *pictures.shape[-3:])
     parts = [encoder(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
     return np.concatenate(parts).reshape(len(pictures), -1, *parts[0].shape[1:])
@@ -218,7 +221,7 @@ class Documents(NamedTuple):
     use_next: np.ndarray
 
 
-def _documents(chunks, pictures, uncounted=None, source="images"):
+def documents_of(chunks, pictures, uncounted=None, source="images"):
     """chunks int[B, N, words], one after each picture of int[B, N] -> Documents.
 
     No loss is taken on `<pad>` and `<image>`, nor where uncounted bool[B, N, words].
@@ -261,7 +264,7 @@ def binding_documents(pool, B, N, ways, rng, allowed=SEEN, mode=None):
     """<image> this dax <EOC>, N times: the picture's twin of a binding episode, and the Episode."""
     episode = draw_episode(B, N, ways, rng, allowed, mode)
     pictures = pool.pick(episode.colour, episode.shape, rng)
-    return _documents(phrase("<image> this", episode.name, "<EOC>"), pictures), episode
+    return documents_of(phrase("<image> this", episode.name, "<EOC>"), pictures), episode
 
 
 def caption_documents(pool, B, N, rng, allowed=SEEN, noise=0.0):
@@ -278,7 +281,7 @@ def caption_documents(pool, B, N, rng, allowed=SEEN, noise=0.0):
                     "<EOC>")  # fmt: skip
     uncounted = np.zeros(chunks.shape, bool)
     uncounted[..., 3] = wrong
-    return _documents(chunks, pictures, uncounted)
+    return documents_of(chunks, pictures, uncounted)
 
 
 def question_documents(pool, B, N, rng, allowed=SEEN, kind=None):
@@ -287,7 +290,7 @@ def question_documents(pool, B, N, rng, allowed=SEEN, kind=None):
     pictures = pool.pick(colour, shape, rng)
     kind = rng.integers(0, len(KINDS), (B, N)) if kind is None else np.full((B, N), kind)
     asked = question(colour, shape, pool.objects[2][pictures], kind)
-    return _documents(phrase("<image>", *np.moveaxis(asked, -1, 0)), pictures)
+    return documents_of(phrase("<image>", *np.moveaxis(asked, -1, 0)), pictures)
 
 
 def pair_question_documents(pool, B, N, rng, held_out=False):
@@ -296,7 +299,7 @@ def pair_question_documents(pool, B, N, rng, held_out=False):
     colour, shape, _ = (label[chosen] for label in pool.pairs)
     asked = pair_question(colour, shape, rng.integers(0, 2, (B, N)))
     chunks = phrase("<image>", *np.moveaxis(asked, -1, 0))
-    return _documents(chunks, len(pool.objects[0]) + chosen)
+    return documents_of(chunks, len(pool.objects[0]) + chosen)
 
 
 def pair_caption_documents(pool, B, N, rng, held_out=False):
@@ -304,7 +307,7 @@ def pair_caption_documents(pool, B, N, rng, held_out=False):
     chosen = pool.pick_pairs((B, N), rng, held_out)
     said = pair_caption(*(label[chosen] for label in pool.pairs))
     chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
-    return _documents(chunks, len(pool.objects[0]) + chosen)
+    return documents_of(chunks, len(pool.objects[0]) + chosen)
 
 
 def clip_documents(pool, B, N, rng):
@@ -312,7 +315,7 @@ def clip_documents(pool, B, N, rng):
     chosen = pool.pick_clips((B, N), rng)
     said = motion(pool.clips[3][chosen])
     chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
-    return _documents(chunks, chosen, source="videos")
+    return documents_of(chunks, chosen, source="videos")
 
 
 def interleaved_documents(pool, B, rng, N=5, noise=0.0, wordless=0.0):

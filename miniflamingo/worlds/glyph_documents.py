@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from miniflamingo.worlds import glyphs
-from miniflamingo.worlds.datasets import CHUNK, _documents, repeated, together
+from miniflamingo.worlds.datasets import CHUNK, documents_of, repeated, together
 from miniflamingo.worlds.glyph_texts import NAME_IDS, descriptions, draw_different, names_for
 from miniflamingo.worlds.grammar import phrase
 
@@ -85,7 +85,7 @@ def binding_documents(pool, index, rng, names=None):
     drawn = names_for(B, ways, rng)
     said = np.take_along_axis(drawn, index, axis=1) if names is None else names[rows]
     chunks = phrase("<image> this", said, "<EOC>")
-    return _documents(chunks, pool.pick(rows, rng), source="glyphs"), said
+    return documents_of(chunks, pool.pick(rows, rng), source="glyphs"), said
 
 
 def glyph_documents(pool, B, rng, N=5, ways=(2, 3, 4, 4), bursts=1.0):
@@ -115,4 +115,4 @@ def glyph_captions(pool, B, rng):
     rows = rng.integers(0, len(pool.classes), (B, 1))
     said = descriptions()[pool.classes[rows]]
     chunks = phrase("<image>", *np.moveaxis(said, -1, 0), "<EOC>")
-    return _documents(chunks, pool.pick(rows, rng), source="glyphs")
+    return documents_of(chunks, pool.pick(rows, rng), source="glyphs")

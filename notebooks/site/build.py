@@ -36,6 +36,7 @@ PAGES = {  # of the repository -> their names on the site
     "miniflamingo/INSTALL.md": "installing",
     "miniflamingo/real/README.md": "real",
     "miniflamingo/fewshot/README.md": "never-seen",
+    "miniflamingo/ablations/README.md": "choices",
     "miniflamingo/interop/README.md": "interop",
     "kernels/README.md": "kernels",
     "kernels/model/README.md": "own-model",

@@ -60,6 +60,12 @@ def test_a_training_that_breaks_down_is_a_result(run_folder, monkeypatch):
     assert found["broke"] and found["overall"] == 0 and found["spikes"] == 0
 
 
+def test_a_training_that_is_interrupted_is_none(run_folder, monkeypatch):
+    monkeypatch.setattr(commands.training.Run, "train", lambda self, progress=True: False)
+    commands.one(str(run_folder), "round robin", 0, 2, 6)
+    assert not (run_folder / "0" / "round-robin" / "figures.json").exists()
+
+
 def test_spikes_are_counted():
     calm = [1.0] * 40
     assert commands.spikes(calm) == 0 and commands.spikes([]) == 0
@@ -80,13 +86,14 @@ def made_up(shift, seeds=3):
             same | {"seed": s, "overall": 0.8 + 0.01 * s - lower * (1 + s / 99)}
             for s in range(seeds)
         ]
-    return {"about": {"steps": 900, "samples": 9, "date": "today"}, "rows": made}
+    document = {"about": {"steps": 900, "samples": 9, "date": "today"}, "rows": made}
+    return document | {"compared": commands.compared(document)}
 
 
 @pytest.mark.parametrize("shift, verdict", [(0.2, "same direction"), (-0.2, "opposite"),
                                             (0.0, "not separable")])  # fmt: skip
 def test_the_verdict_stands_beside_the_paper_s_points(shift, verdict):
-    found = commands.judged(made_up(shift))["no gate"]
+    found = made_up(shift)["compared"]["no gate"]
     assert found["verdict"] == verdict and found["paper"] == pytest.approx(-4.2)
     line = next(x for x in commands.table(made_up(shift)) if x.startswith("| no gate"))
     assert f"| {verdict} |" in line and "| -4.2 |" in line and "| 0.10, NumPy |" in line
@@ -104,8 +111,55 @@ def test_the_picture_has_every_run(run_folder, tmp_path, monkeypatch):
     assert main(["ablate", "--plot", str(committed)]) == 2  # nobody else's file
 
 
+def test_without_a_folder_the_committed_rows_are_shown(tmp_path, monkeypatch, capsys):
+    document, copy = made_up(0.2), tmp_path / "copy.json"
+    document["rows"] |= {"no clips": document["rows"]["no gate"]}
+    committed = tmp_path / "results.json"
+    committed.write_text(json.dumps(document), "utf-8")
+    monkeypatch.setitem(commands.RESULTS, False, committed)
+    assert main(["ablate", "no gate", "--json", str(copy)]) == 0
+    assert [line.split(" |")[0] for line in capsys.readouterr().out.splitlines()[4:]] == [
+        "| baseline", "| no gate", "| chance"]  # fmt: skip
+    assert list(json.loads(copy.read_text("utf-8"))["rows"]) == ["baseline", "no gate"]
+
+
+@pytest.mark.parametrize(
+    "option", ["--seeds 5", "--steps 900", "--samples 9", "--jobs 2", "--torch"]
+)
+def test_what_is_to_be_trained_needs_a_folder(option, capsys):
+    assert main(["ablate", *option.split()]) == 2
+    name = option.split()[0]
+    assert f"{name}: expected a folder to train in, too, got no --run" in capsys.readouterr().err
+
+
+def test_the_page_is_written_from_the_committed_figures_alone(tmp_path, capsys):
+    assert main(["ablate", "--write", "--run", str(tmp_path)]) == 2
+    assert "--write and --run exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stability", [False, True])
+def test_the_committed_tables(stability, tmp_path, monkeypatch):
+    """Every row with every seed, what was compared, and the page that quotes them."""
+    if not commands.RESULTS[stability].is_file():
+        pytest.skip(f"there is no {commands.RESULTS[stability].name} yet")
+    document = commands.committed(stability)
+    assert list(document["rows"]) == list(STABILITY if stability else ROWS)
+    seeds = {tuple(one["seed"] for one in runs) for runs in document["rows"].values()}
+    assert len(seeds) == 1 and len(seeds.pop()) >= (3 if stability else 5)
+    again = commands.compared(document)
+    assert again.keys() == document["compared"].keys()
+    for row, found in document["compared"].items():
+        assert found == pytest.approx(again[row], nan_ok=True)
+    said = commands.README.read_text("utf-8")
+    page = tmp_path / "README.md"
+    page.write_text(said.replace(" blocks", " layers"), "utf-8")
+    monkeypatch.setattr(commands, "README", page)
+    assert main(["ablate", "--write"]) == 0
+    assert page.read_text("utf-8") == said
+
+
 def test_one_seed_gets_no_verdict():
-    assert commands.judged(made_up(0.2, seeds=1)) == {}
+    assert made_up(0.2, seeds=1)["compared"] == {}
     assert len(list(commands.table(made_up(0.2, seeds=1)))) == 7
 
 
