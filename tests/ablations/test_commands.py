@@ -152,7 +152,7 @@ def test_the_committed_tables(stability, tmp_path, monkeypatch):
         assert found == pytest.approx(again[row], nan_ok=True)
     said = commands.README.read_text("utf-8")
     page = tmp_path / "README.md"
-    page.write_text(said.replace(" blocks", " layers"), "utf-8")
+    page.write_text(said.replace("| baseline |", "| old |"), "utf-8")
     monkeypatch.setattr(commands, "README", page)
     assert main(["ablate", "--write"]) == 0
     assert page.read_text("utf-8") == said
