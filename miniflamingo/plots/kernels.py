@@ -1,6 +1,7 @@
 """What the kernels cost: time against N, and the roofline."""
 
 import textwrap
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def plot_roofline(document):
     if not rows:
         raise ValueError("expected a document with times, got none")
     directions = dict.fromkeys(r["direction"] for r in rows)
-    markers = dict(zip(dict.fromkeys(r["entry"] for r in rows), MARKERS))
+    markers = dict(zip(dict.fromkeys(r["entry"] for r in rows), cycle(MARKERS)))
     figure = Figure((4.6 * len(directions), 4.2), layout="constrained")
     panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
     for axes, direction in zip(panels, directions):
@@ -161,7 +162,7 @@ def plot_prediction(records):
     panels = figure.subplots(len(ways), len(sizes), sharex=True, sharey=True, squeeze=False)
     for i, way in enumerate(ways):
         for axes, size in zip(panels[i], sizes):
-            for device, colour in zip(devices, (INK, VISIBLE, *PEER_COLOURS[3:])):
+            for device, colour in zip(devices, cycle((INK, VISIBLE, *PEER_COLOURS[3:]))):
                 some = [r for r in rows if (r["direction"], r["device"]) == (way, device)]
                 some = sorted((r["shape"]["N"], r["us"], r["floor"]) for r in some
                               if _sizes(r["shape"]) == size)  # fmt: skip

@@ -1,8 +1,12 @@
 """Plain lines."""
 
+from itertools import cycle
+
 from matplotlib.figure import Figure
 
 from miniflamingo.plots.style import WRONG, name_ends, styled
+
+COLOURS, MARKERS = ("#0b3c78", WRONG, "#009e73", "#cc79a7", "#e69f00", "#56b4e9"), "os^Dv<P"
 
 
 @styled
@@ -11,7 +15,7 @@ def plot_lines(x, series, xlabel, ylabel, title="", log=True):
     figure = Figure((6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     ends = {}
-    for (name, y), colour, marker in zip(series.items(), ("#0b3c78", WRONG, "#009e73"), "os^"):
+    for (name, y), colour, marker in zip(series.items(), cycle(COLOURS), cycle(MARKERS)):
         axes.plot(x, y, color=colour, marker=marker, lw=1.8, ms=5)
         ends[name] = y[-1], colour
     if log:

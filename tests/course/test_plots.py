@@ -137,3 +137,10 @@ def test_alphas_are_shown_by_size_and_named_apart():
 def test_what_does_not_fit_is_refused(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_every_line_is_drawn_however_many_there_are():
+    series = {f"seed {i}": [i, i + 1, i + 2] for i in range(9)}
+    axes = plots.plot_lines([1, 2, 4], series, "x", "y", log=False).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines[:9]] == list(series.values())
+    assert {text.get_text() for text in axes.texts} == series.keys()

@@ -276,6 +276,9 @@ def test_the_figure_shows_every_prediction_above_its_floor(document):
     assert drawn == sorted([*(r["us"] for r in rows), *(r["floor"] for r in rows)])
     assert all(r["us"] > r["floor"] for r in rows)
     assert "predicted, not measured" in figure.get_suptitle()
+    many = [r | {"device": f"device {i}"} for i in range(9) for r in rows]
+    lines = [line for a in plots.plot_prediction(many).axes for line in a.lines]
+    assert {f"device {i}, floor" for i in range(9)} <= {line.get_label() for line in lines}
     with pytest.raises(ValueError, match="got none"):
         plots.plot_prediction([])
 
