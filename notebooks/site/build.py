@@ -89,7 +89,7 @@ def relink(text, folder, shown):
 
     def replace(found):
         label, target = found.groups()
-        if re.match(r"[a-z]+:|#", target):
+        if re.match(r"[a-z]+:|#|/", target):  # elsewhere, here, or a page by its place on the site
             return found[0]
         name, _, anchor = target.partition("#")
         path = (folder / name).resolve()
