@@ -258,9 +258,9 @@ def test_asked_to_stop_a_run_saves_and_says_how_to_go_on(tmp_path, which):
     wait_for_lines(tmp_path, process, 3)
     process.send_signal(which)
     printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and f"--resume --out {tmp_path}" in printed
+    assert process.returncode == 0
     step = int(load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"])
-    assert 3 <= step < 60 and f"after step {step};" in printed
+    assert 3 <= step < 60 and f"after step {step}; the same command goes on" in printed
     assert len(log_of(tmp_path)) == step
     assert not (tmp_path / "model.safetensors").exists()
     assert Run(language_stage(steps=60), tmp_path, resume=True).train(progress=False) is True
