@@ -2,7 +2,7 @@
 
 A bridge of one resampler layer is trained on documents of three captioned pictures. Every row
 starts from the same frozen parts, reads the same pictures, and is asked the same. More rows,
-trained until they have converged: `python -m miniflamingo ablate`.
+trained nine times as long: `python -m miniflamingo ablate`.
 """
 
 import tempfile

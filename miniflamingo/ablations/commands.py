@@ -7,6 +7,7 @@ there, of every row.
 
 import io
 import json
+import shlex
 import time
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -25,9 +26,8 @@ COMMAND = "python -m miniflamingo ablate"
 README = Path(__file__).with_name("README.md")
 RESULTS = {False: Path(__file__).with_name("results.json"),
            True: Path(__file__).with_name("stability.json")}  # fmt: skip
-MARKERS = {stability: (f"<!-- {name}: made by `{COMMAND} --write` -->\n",
-                       f"<!-- end of {name} -->\n")
-           for stability, name in ((False, "rows"), (True, "stability"))}  # fmt: skip
+QUOTED = {"rows": RESULTS[False], "longer": Path(__file__).with_name("longer.json"),
+          "stability": RESULTS[True]}  # fmt: skip
 DEFAULTS = {"seeds": 5, "steps": STEPS, "samples": 2000, "jobs": 2, "torch": False}
 FIGURES = "figures.json"  # of one row and seed, beside its model
 
@@ -103,9 +103,12 @@ def lines_of(document, stability):
 
 def write_readme():
     """Put the tables of the committed figures into this folder's README; returns the exit code."""
-    for stability, markers in MARKERS.items():
-        if RESULTS[stability].is_file():
-            text = lines_of(committed(stability), stability)
+    for name, path in QUOTED.items():
+        if path.is_file():
+            markers = (
+                f"<!-- {name}: made by `{COMMAND} --write` -->\n", f"<!-- end of {name} -->\n"
+            )  # fmt: skip
+            text = lines_of(json.loads(path.read_text("utf-8")), name == "stability")
             outputs.put_between(README, markers, text + "\n")
     return 0
 
@@ -223,10 +226,11 @@ def collect(given, family):
     found = [one for one in found if {k: one[k] for k in wanted} == wanted]
     rows = {row: sorted((one for one in found if one["row"] == row), key=lambda one: one["seed"])
             for row in family}  # fmt: skip
+    words = [*given.rows, "--run", given.run.name, "--steps", str(given.steps)]
+    words += ["--torch"] * given.torch + ["--stability"] * given.stability
     about = {
         "made_by": COMMAND, **outputs.about(), **wanted,
-        "command": f"{COMMAND} --run {given.run.name} --steps {given.steps}"
-                   f"{' --torch' * given.torch}{' --stability' * given.stability}",
+        "command": f"{COMMAND} {shlex.join(words)}",
         "config": asdict(config("baseline", 0, given.steps)),
     }  # fmt: skip
     document = {"about": about, "rows": {row: runs for row, runs in rows.items() if runs}}
@@ -251,7 +255,7 @@ def compared(document):
 
 def table(document):
     """Yield the lines of a Markdown table: means over seeds."""
-    about, compared = document["about"], document["compared"]
+    about, verdicts = document["about"], document["compared"]
     seeds = sorted({len(runs) for runs in document["rows"].values()})
     yield (f"{about['steps']} steps, {' or '.join(map(str, seeds))} seeds, {about['samples']} "
            f"questions of a kind, {about['date']}; the difference of the overall score to the "
@@ -263,7 +267,7 @@ def table(document):
     yield "|---" * (1 + len(names)) + "|"
     for row, runs in document["rows"].items():
         cells = [f"{np.mean([one[task] for one in runs]):.2f}" for task in (*TASKS, "text")]
-        cells += [f"{np.mean([one['overall'] for one in runs]):.3f}", *_cells(compared.get(row))]
+        cells += [f"{np.mean([one['overall'] for one in runs]):.3f}", *_cells(verdicts.get(row))]
         second = np.median([one["seconds"] / one["steps"] for one in runs])
         whose = ", ".join(sorted({one["gradients"] for one in runs}))
         cells += [str(runs[0]["learn"]), f"{second:.2f}, {whose}"]
@@ -284,7 +288,7 @@ def _cells(found):
 
 def stability_table(document):
     """Yield the lines of a Markdown table: each depth and rate, with the gate and without."""
-    about, compared = document["about"], document["compared"]
+    about, verdicts = document["about"], document["compared"]
     yield (f"{about['steps']} steps, {about['samples']} questions of a kind, {about['date']}; in "
            "brackets the range over seeds; spikes: steps of twice the usual loss:")  # fmt: skip
     yield ""
@@ -299,5 +303,5 @@ def stability_table(document):
                   for x in ([one["overall"] for one in runs] for runs in pair)]  # fmt: skip
         counts = [f"{np.mean([one['spikes'] for one in runs]):.0f}" for runs in pair]
         broke = [f"{sum(one['broke'] for one in runs)} of {len(runs)}" for runs in pair]
-        cells = [base.removesuffix(", gate"), *spread, *_cells(compared.get(row))[:2]]
+        cells = [base.removesuffix(", gate"), *spread, *_cells(verdicts.get(row))[:2]]
         yield f"| {' | '.join([*cells, *counts, *broke])} |"

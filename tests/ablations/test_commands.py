@@ -1,6 +1,7 @@
 """The command: what is trained is not trained again, and the table says what can be told."""
 
 import json
+import shlex
 
 import pytest
 
@@ -30,7 +31,9 @@ def test_rows_are_trained_once_and_compared_with_their_baseline(run_folder, tmp_
     document = json.loads(out.read_text("utf-8"))
     assert {row: [one["seed"] for one in runs] for row, runs in document["rows"].items()} == {
         "baseline": [0, 1], "no gate": [0, 1]}  # fmt: skip
-    assert {"made_by", "command", "date", "samples", "steps", "config"} <= document["about"].keys()
+    assert {"made_by", "date", "samples", "steps", "config"} <= document["about"].keys()
+    words = shlex.split(document["about"]["command"])
+    assert words == [*commands.COMMAND.split(), "no gate", "--run", run_folder.name, "--steps", "2"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-4:] == list(commands.table(document))[-4:] and lines[-1].startswith("| chance |")
     models = {p: p.stat().st_mtime_ns for p in run_folder.glob("*/*/model.safetensors")}
