@@ -225,7 +225,7 @@ MOMENTS = {
     "demo, training": ("miniflamingo demo --out o", printed("loss="), INT),
     "demo, questions": ("miniflamingo demo --out o --steps 1", later(printed("questions"), 1), INT),
     # so long a prompt that it is being read when the signal comes, on a fast machine too
-    "generate": (f"miniflamingo generate {'--text a ' * 3000}", later(minds_signals, 2), TERM),
+    "generate": (f"miniflamingo generate {'--text a ' * 5000}", later(minds_signals, 1), TERM),
     "compare": ("miniflamingo compare", printed("fp32"), INT),
     "step": ("miniflamingo step --steps 1000", later(minds_signals, 6), TERM),
     "bench": ("miniflamingo bench --device cpu", printed("no GPU"), INT),
