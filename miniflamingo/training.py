@@ -235,6 +235,8 @@ class Stage:
 
 # --- runs -----------------------------------------------------------------------------------------
 
+CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
+
 
 class Run:
     """A stage being trained into a folder: checkpoint.safetensors, log.jsonl, model.safetensors.
@@ -253,7 +255,7 @@ class Run:
         self.optimiser = AdamW(stage.model, stage.config.optimiser)
         self.rng = np.random.default_rng([stage.config.seed, 1])
         self.last_gradient = None
-        self.checkpoint, self.log_path = self.out / "checkpoint.safetensors", self.out / "log.jsonl"
+        self.checkpoint, self.log_path = self.out / CHECKPOINT, self.out / "log.jsonl"
         self.costs, self.parts, self.saved = runs.Costs(), [], None
         self.lock = runs.Lock(self.out)
         try:
@@ -309,7 +311,7 @@ class Run:
             )
             print(f"Interrupted after step {done}; {how}")
             return False
-        if not (model := self.out / "model.safetensors").exists():  # else it was finished before
+        if not (model := self.out / MODEL).exists():  # else it was finished before
             self.stage.save(model)
         return True
 
@@ -406,6 +408,24 @@ class Run:
                 faults.append(f"{name} must be {expected}, got {file.dtypes[name]}")
         if faults:
             raise ValueError(f"{file.path} does not fit the run: {some(sorted(faults), '; ')}")
+
+
+def finish(stage, folder, progress=True, threads=1):
+    """Train a stage into a folder, or go on there -> the parts of its cost (see runs.Costs), or
+    None when it was interrupted.
+
+    What is at its end is not trained again, nor is a model that somebody has put there without a
+    checkpoint: its cost is not known, []. ValueError as Run's, so where the folder holds a run of
+    another config; FloatingPointError as Run.train's.
+    """
+    folder = Path(folder)
+    if (folder / MODEL).is_file() and not (folder / CHECKPOINT).is_file():
+        return []
+    run = Run(stage, folder, resume=True, threads=threads)
+    if run.optimiser.step == stage.config.optimiser.steps and (folder / MODEL).is_file():
+        run.lock.release()
+        return run.parts
+    return run.parts if run.train(progress) else None
 
 
 def _checked_arrays(file):

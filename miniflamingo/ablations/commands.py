@@ -21,6 +21,7 @@ from miniflamingo.ablations.rows import ALL, ROWS, STABILITY, STEPS, baseline_of
 from miniflamingo.ablations.stage import CHANCE, TASKS, Ablation, Examiner, folder_of
 from miniflamingo.command import Parser, a_path, exclude, in_processes, require, whole
 from miniflamingo.module import write_atomically
+from miniflamingo.runs import seconds as processor_seconds
 
 COMMAND = "python -m miniflamingo ablate"
 README = Path(__file__).with_name("README.md")
@@ -160,35 +161,34 @@ def gradients(stage, torch):
 def prepare(run, depths, torch=False):
     """Train the frozen parts where they are missing; yields whether each was finished."""
     for folder, stage in parts(Path(run), depths).items():
-        if (folder / "model.safetensors").is_file():
-            yield True
-        else:
-            outputs.check_folder(folder)
-            yield training.Run(gradients(stage(), torch)[0], folder, resume=True).train()
+        outputs.check_folder(folder)
+        yield training.finish(gradients(stage(), torch)[0], folder) is not None
 
 
 def one(run, row, seed, steps, samples, torch=False):
-    """Train and ask a row of one seed, unless that is done; call it in a process of its own."""
+    """Train and ask a row of one seed, unless that is done; call it in a process of its own.
+    ValueError where the folder has a training of other steps."""
     folder, start = folder_of(run, row, seed), time.process_time()
+    wanted = {"steps": steps, "samples": samples}
     if (folder / FIGURES).is_file():
-        return row, seed
+        found = json.loads((folder / FIGURES).read_text("utf-8"))
+        if {name: found[name] for name in wanted} == wanted:
+            return row, seed
     stage = Ablation(row, Path(run) / "parts", seed, steps)
     stage, whose = gradients(stage, torch and stage.has_twin)
-    broke = False
-    if not (folder / "model.safetensors").is_file():
-        try:
-            if not training.Run(stage, folder, resume=True).train(progress=False):
-                return row, seed  # interrupted: nothing to ask yet
-        except FloatingPointError:  # that is a result, too
-            broke = True
-    else:
-        state = training.load_tensors(folder / "model.safetensors")[0]
-        stage.model.load_state_dict(state)
-    seconds, log = time.process_time() - start, (folder / "log.jsonl").read_text("utf-8")
+    try:
+        parts, broke = training.finish(stage, folder, progress=False), False
+        if parts is None:
+            return row, seed  # interrupted: nothing to ask yet
+        stage.model.load_state_dict(training.load_tensors(folder / training.MODEL)[0])
+        seconds = processor_seconds(parts)
+    except FloatingPointError:  # that is a result, too
+        broke, seconds = True, time.process_time() - start
+    log = (folder / "log.jsonl").read_text("utf-8")
     losses = [json.loads(line)["loss"] for line in log.splitlines()]
     asked = dict.fromkeys([*CHANCE, "overall"], 0.0) if broke else Examiner(stage, samples).ask()
     found = asked | {
-        "row": row, "seed": seed, "steps": steps, "samples": samples, "seconds": round(seconds, 1),
+        "row": row, "seed": seed, **wanted, "seconds": round(seconds, 1),
         "gradients": whose,
         "learn": stage.model.num_parameters(trainable_only=True), "broke": broke,
         "spikes": spikes(losses), "losses": [round(loss, 4) for loss in losses[9::10]],

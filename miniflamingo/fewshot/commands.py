@@ -3,7 +3,8 @@
     python -m miniflamingo fewshot train runs/glyphs/0 --seed 0
     python -m miniflamingo fewshot measure runs/glyphs/0 --json runs/glyphs/figures.json
     python -m miniflamingo fewshot experiment classes --out runs/glyphs --json classes.json
-    python -m miniflamingo fewshot table
+    python -m miniflamingo fewshot table [classes]
+    python -m miniflamingo fewshot plot classes classes.png
 
 Settings are chosen by --split validation, the default; --split test is for the end.
 """
@@ -17,18 +18,13 @@ from tqdm import tqdm
 
 from miniflamingo import outputs, runs, training
 from miniflamingo.command import Parser, a_path, require, whole
-from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED
+from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation
 from miniflamingo.fewshot import experiments, recipe, report
 from miniflamingo.fewshot.measure import Measure
 from miniflamingo.worlds.glyph_texts import TOKENIZER
 
 MEASURE = "python -m miniflamingo fewshot measure"
 PLOT = "python -m miniflamingo fewshot plot"
-LABELS = {
-    "classes": "classes that the bridge learns of",
-    "burstiness": "share of documents that show a class again",
-    "shots": "shots of the language model's episodes",
-}
 SEEDS = whole(0, 2**32 - 1)
 
 
@@ -46,20 +42,23 @@ def parser():
     command.add_argument("runs", nargs="+", type=a_path, help="folders of `train`, one a seed")
     command.add_argument("--split", choices=("validation", "test", "train"), default="validation")
     command.add_argument("--samples", type=whole(2, 10**5), default=2000, help="episodes a figure")
+    text = "ask of shapes, questions and clips, too, as `evaluate` does"
+    command.add_argument("--shapes", action="store_true", help=text)
     command.add_argument("--json", type=a_path, help="write the figures to this file")
     _add_experiment(commands.add_parser("experiment", help="what makes it work"))
     command = commands.add_parser("table", help="the figures of a file; the committed ones")
-    command.add_argument("json", type=a_path, nargs="?", default=report.RESULTS)
-    text = "put what is quoted first of the committed figures into miniflamingo/fewshot/README.md"
+    of = f"a file of `measure` or `experiment`, or what is committed: {', '.join(report.COMMITTED)}"
+    command.add_argument("json", type=a_file, nargs="?", help=of)
+    text = "put what is quoted of the committed figures into miniflamingo/fewshot/README.md"
     command.add_argument("--write", action="store_true", help=text)
     command = commands.add_parser("plot", help="the figure of a file")
-    command.add_argument("json", type=a_path, help="a file of `measure` or `experiment`")
+    command.add_argument("json", type=a_file, help=of)
     command.add_argument("png", type=a_path, help="the file to draw")
     return top
 
 
 def _add_experiment(command):
-    command.add_argument("experiment", choices=list(LABELS))
+    command.add_argument("experiment", choices=list(report.LABELS))
     command.add_argument("--out", type=a_path, required=True, help="folder of the runs")
     command.add_argument("--json", type=a_path, required=True, help="file of the figures")
     command.add_argument("--seeds", type=SEEDS, nargs="+", default=[0])
@@ -92,14 +91,19 @@ def run(argv):
     return 0
 
 
+def a_file(text):
+    """The path that a word stands for: what is committed under that name, or a file."""
+    return report.COMMITTED.get(text) or a_path(text)
+
+
 def table(arguments):
     """Print a file's figures, or write the committed ones into the README."""
     if not arguments.write:
-        print("\n".join(report.table(report.read(arguments.json))))
-    elif arguments.json != report.RESULTS:
-        raise ValueError(f"--write: expected {report.RESULTS.name}, got {arguments.json}")
+        print("\n".join(report.lines(report.read(arguments.json or report.RESULTS))))
+    elif arguments.json:
+        raise ValueError(f"--write: expected no file, got {arguments.json}")
     else:
-        report.write_readme(report.read(report.RESULTS))
+        report.write_readme()
 
 
 def plot(arguments):
@@ -111,7 +115,7 @@ def plot(arguments):
     outputs.check_file(arguments.png, PLOT, "png")
     document = report.read(arguments.json)
     if "experiment" in document:
-        figure = plot_settings(report.curves(document), LABELS[document["experiment"]])
+        figure = plot_settings(report.curves(document), report.LABELS[document["experiment"]])
     else:
         figure = plot_never_seen(report.by_shots(document))
     file, made = BytesIO(), {"made_by": PLOT, "Software": None}
@@ -149,9 +153,12 @@ def measure(arguments):
             raise ValueError(f"{path}: expected a model of {len(TOKENIZER)} words, got {words}")
         asked = Measure(model, arguments.split, arguments.samples, seed)
         bar = lambda work: tqdm(work, desc=Path(folder).name)  # noqa: B023, E731
-        found[Path(folder).name] = {"checkpoint": runs.file_digest(path), "groups": asked.run(bar)}
+        one = {"checkpoint": runs.file_digest(path), "groups": asked.run(bar)}
+        if arguments.shapes:
+            one["shapes"] = Evaluation(model, arguments.samples, seed, progress=bar).run()
+        found[Path(folder).name] = one
     document = {"made_by": MEASURE, **outputs.about(), "split": arguments.split, "seed": seed,
                 "samples": arguments.samples, "runs": found}  # fmt: skip
-    print("\n".join(report.table(document)))
+    print("\n".join(report.lines(document)))
     if arguments.json:
         outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), MEASURE)

@@ -20,15 +20,18 @@ from miniflamingo.fewshot.recipe import configs
 from miniflamingo.worlds import glyphs
 
 MADE_BY = "python -m miniflamingo fewshot experiment"
+GROUPS = ("letters", "symbols", "seen")  # what is asked: single scripts are not
 SHORT = {"long_share": 0.0, "length": 21}  # 5 shots of 4 words behind <BOS>
 
 
 def cells(experiment):
     """{setting: {stage: what is another than in the recipe}} of an experiment."""
-    numbers = (7, 30, 100, 300, glyphs.upright(), len(glyphs.classes()))
+    numbers = (7, 30, 100, 300, glyphs.upright())
+    few = {str(n): {"warm": {"classes": n}, "flamingo": {"classes": n}} for n in numbers}
+    less = {f"{b:.2f}": {"flamingo": {"bursts": b}} for b in (0, 0.25, 0.5, 0.75)}
     return {
-        "classes": {str(n): {"warm": {"classes": n}, "flamingo": {"classes": n}} for n in numbers},
-        "burstiness": {f"{b:.2f}": {"flamingo": {"bursts": b}} for b in (0, 0.25, 0.5, 0.75, 1)},
+        "classes": few | {str(len(glyphs.classes())): {}},
+        "burstiness": less | {"1.00": {}},
         "shots": {"up to 33": {}, "up to 5": {"lm": SHORT}},
     }[experiment]
 
@@ -49,7 +52,7 @@ def run(experiment, out, path, seeds, steps, samples, in_torch=None):
             model = training.load_flamingo(folders["flamingo"] / "model.safetensors")
             figures = {}
             for split in ("validation", "train"):
-                figures |= Measure(model, split, samples).run()
+                figures |= Measure(model, split, samples).run(only=GROUPS)
             document["cells"].append({"setting": setting, "seed": seed, "figures": figures})
             outputs.write_file(path, json.dumps(document, indent=1).encode(), MADE_BY)
     return True
@@ -68,17 +71,20 @@ def begin(path, experiment, steps, samples):
 
 
 def train(out, experiment, setting, changes, seed, steps, in_torch=None):
-    """{stage: folder} of a cell's runs; a stage that is the recipe's is trained once for all.
-    None when a training was interrupted."""
+    """{stage: folder} of a cell's runs; a stage that is the recipe's, but for the bridge's steps,
+    is trained once for all. None when a training was interrupted."""
     folders, found = {}, configs(seed)
     found["flamingo"] = replace(
         found["flamingo"], optimiser=replace(found["flamingo"].optimiser, steps=steps)
     )
     for stage, config in found.items():
         own = changes.get(stage, {})
-        apart = own or stage == "flamingo"  # the bridge hangs on what is before it
-        name = f"{experiment} {setting} {stage}".replace(" ", "-") if apart else stage
-        folders[stage] = out / name
+        name = stage
+        if changes and (own or stage == "flamingo"):  # the bridge hangs on what is before it
+            name = f"{experiment} {setting} {stage}"
+        elif stage == "flamingo":
+            name = "experiments flamingo"
+        folders[stage] = out / name.replace(" ", "-")
         if not finished(build(stage, replace(config, **own), folders), folders[stage], in_torch):
             return None
     return folders
@@ -100,12 +106,10 @@ def build(stage, config, folders):
 
 
 def finished(stage, folder, in_torch=None):
-    """Train a stage into its folder, or go on there; returns whether it is at its end."""
-    if (folder / "model.safetensors").is_file():
-        return True
+    """Train a stage into its folder, or go on there; returns whether it is at its end. ValueError
+    where the folder has a run of another config."""
     stage = stage if in_torch is None else in_torch(stage)
-    run = training.Run(stage, outputs.check_folder(folder), True)
-    if not run.train():
-        return False
-    cards.record_run(folder, runs.seconds(run.parts), run.parts)
-    return True
+    parts = training.finish(stage, outputs.check_folder(folder))
+    if parts and not (folder / "run.json").exists():
+        cards.record_run(folder, runs.seconds(parts), parts)
+    return parts is not None

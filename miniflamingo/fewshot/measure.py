@@ -94,9 +94,10 @@ class Measure:
                 result[str(k)][f"nearest_{what}"] = float(right.mean())
         return result
 
-    def run(self, progress=lambda x: x):
-        """{group: {task: {shots: figures}}}."""
-        return {name: self.group(ids) for name, ids in progress(self.groups().items())}
+    def run(self, progress=lambda x: x, only=None):
+        """{group: {task: {shots: figures}}}; only: names of groups, None: of all."""
+        groups = {name: ids for name, ids in self.groups().items() if not only or name in only}
+        return {name: self.group(ids) for name, ids in progress(groups.items())}
 
 
 def beside(index, names, answers, rng):

@@ -1,7 +1,11 @@
 """The figures of `fewshot` as tables and curves; each beside its ceiling and its baselines.
 
 A cell's value is the median of the training seeds; the two intervals are Wilson's over episodes
-(95 %, of the median seed's) and the range of the seeds.
+(95 %, of the median seed's) and the range of the seeds. Committed data:
+
+    figures                       never-seen classes, split "test"
+    classes, burstiness, shots    what makes them learnable, split "validation": one cell a setting
+    both                          one model of glyphs, shapes, questions and clips, split "test"
 """
 
 import json
@@ -12,10 +16,16 @@ import numpy as np
 from miniflamingo import outputs
 from miniflamingo.fewshot.measure import AIMS
 
-RESULTS = Path(__file__).with_name("figures.json")
+COMMITTED = {name: Path(__file__).with_name(f"{name}.json")
+             for name in ("figures", "classes", "burstiness", "shots", "both")}  # fmt: skip
+RESULTS = COMMITTED["figures"]
+SHIPPED = Path(__file__).parents[1] / "weights" / "flamingo" / "metrics.json"
 README = Path(__file__).with_name("README.md")
-MARKERS = ("<!-- fewshot: made by `python -m miniflamingo fewshot table --write` -->\n",
-           "<!-- end of fewshot -->")  # fmt: skip
+LABELS = {
+    "classes": "classes that the bridge learns of",
+    "burstiness": "share of documents that show a class again",
+    "shots": "shots of the language model's episodes",
+}
 BESIDE = {
     "given_shown": "given that it was shown",
     "ceiling": "ceiling",
@@ -33,8 +43,8 @@ def read(path):
         raise ValueError(f"no figures at {path}")
     try:
         document = json.loads(path.read_text("utf-8"))
-        known = "runs" in document or "cells" in document
-    except (ValueError, TypeError):
+        known = {"runs", "split"} <= document.keys() or {"cells", "experiment"} <= document.keys()
+    except (ValueError, AttributeError):
         known = False
     if not known:
         raise ValueError(f"{path}: expected a file of fewshot measure or experiment")
@@ -50,29 +60,33 @@ def median(figures):
     return middle | beside | {"accuracy": float(np.median(each)), "range": (each[0], each[-1])}
 
 
+def lines(document, quoted=False):
+    """The lines of a document's Markdown table; quoted: of `measure` what is quoted first alone."""
+    if "cells" in document:
+        return list(settings_table(document))
+    found = list(table(document, AIMS if quoted else None))
+    if all("shapes" in run for run in document["runs"].values()):
+        beside = read(RESULTS), json.loads(SHIPPED.read_text("utf-8"))
+        found = [*([] if quoted else [*found, ""]), *both_table(document, *beside)]
+    return found
+
+
 def rows_of(document):
-    """{row: [{group: figures} of each seed]}: the groups of `measure`, the settings of an
-    experiment and group."""
+    """{group: [{task: {shots: figures}} of each seed]} of `measure`."""
     rows = {}
-    if "cells" not in document:
-        for run in document["runs"].values():
-            for group, tasks in run["groups"].items():
-                rows.setdefault(group, []).append(tasks)
-        return rows
-    for cell in document["cells"]:
-        for group, tasks in cell["figures"].items():
-            rows.setdefault(f"{cell['setting']}: {group}", []).append(tasks)
+    for run in document["runs"].values():
+        for group, tasks in run["groups"].items():
+            rows.setdefault(group, []).append(tasks)
     return rows
 
 
 def table(document, asked=None):
-    """Yield the lines of a Markdown table: a row for each group, setting and question; asked: only
-    these (task, shots), such as measure.AIMS."""
+    """Yield the lines of a Markdown table of `measure`: a row for each group and question; asked:
+    only these (task, shots), such as measure.AIMS."""
     rows = rows_of(document)
     seeds = max(map(len, rows.values()), default=0)
-    split = document.get("split", "validation")
-    head = [f"{split}, seeds: {seeds}", "question", "shots", "accuracy", *BESIDE.values()]
-    yield "| " + " | ".join([*head, "of the tokens'"]) + " |"
+    head = [f"{document['split']}, seeds: {seeds}", "question", "shots", "accuracy"]
+    yield "| " + " | ".join([*head, *BESIDE.values(), "of the tokens'"]) + " |"
     yield "|---" * (5 + len(BESIDE)) + "|"
     for row, each in rows.items():
         for task, shots in each[0].items():
@@ -82,9 +96,73 @@ def table(document, asked=None):
                 yield _line(row, task, k, median([tasks[task][k] for tasks in each]))
 
 
-def write_readme(document):
-    """Put what is quoted first of the committed figures into this folder's README."""
-    outputs.put_between(README, MARKERS, "\n".join(table(document, AIMS)) + "\n")
+def settings_table(document):
+    """Yield the lines of a Markdown table of `experiment`: a row for each setting and group; in
+    brackets the range of the seeds."""
+    found = curves(document)
+    seeds = len({cell["seed"] for cell in document["cells"]})
+    head = [f"{LABELS[document['experiment']]}, seeds: {seeds}", "asked of", *found]
+    rules = [f"nearest mean of the visual tokens: {question}" for question in found]
+    yield "| " + " | ".join([*head, *rules]) + " |"
+    yield "|---" * (2 + 2 * len(found)) + "|"
+    panels = list(found.values())
+    for setting in panels[0]["letters"]:
+        for group in panels[0]:
+            each = [panel[group][setting] for panel in panels]
+            cells = [_spread(f["accuracy"], f["range"]) for f in each]
+            cells += [f"{f['nearest_tokens']:.3f}" for f in each]
+            yield f"| {setting} | {group} | {' | '.join(cells)} |"
+    for name in ("ceiling", "chance", "blind"):  # the same episodes are asked in every setting
+        each = [next(iter(panel["letters"].values()))[name] for panel in panels]
+        yield f"| {name} | letters | {' | '.join(f'{x:.3f}' for x in each)} |{' |' * len(each)}"
+
+
+def _spread(middle, span):
+    return f"{middle:.3f} ({span[0]:.3f} to {span[1]:.3f})"
+
+
+# what is quoted of the small world's own examination, and where it stands in its metrics
+SHAPES = {
+    "8-way binding, 16 shots": ("few_shot", "binding_8way", "16"),
+    "4-way binding, 8 shots": ("few_shot", "binding_4way", "8"),
+    "3-way at 8 shots, digits never seen": ("few_shot", "digits_3way_unseen", "8"),
+    "captions": ("captions", "seen", "accuracy"),
+    "captions, shape and colour never seen together": ("captions", "held_out", "accuracy"),
+    "captions of two objects": ("captions", "two_objects", "accuracy"),
+    "questions about one of two objects": ("questions", "two_objects", "accuracy"),
+    "motion": ("motion", "direction", "accuracy"),
+}
+
+
+def both_table(document, alone, shipped):
+    """Yield the lines of a Markdown table: a model that has learned of both worlds beside those of
+    one each; alone: the document of `measure`, shipped: the metrics of `evaluate`."""
+    runs, own = document["runs"].values(), alone["runs"].values()
+    yield f"| asked | of both, seeds: {len(runs)} | of one world alone |"
+    yield "|---|---|---|"
+    for group in ("letters", "symbols"):
+        for task, k in AIMS:
+            pair = (median([run["groups"][group][task][k] for run in each]) for each in (runs, own))
+            cells = " | ".join(_spread(f["accuracy"], f["range"]) for f in pair)
+            yield f"| {group}, {task}, {k} shots | {cells} |"
+    for question, path in SHAPES.items():
+        each = sorted(_at(run["shapes"], path) for run in runs)
+        cell = _spread(float(np.median(each)), (each[0], each[-1]))
+        yield f"| shapes: {question} | {cell} | {_at(shipped, path):.3f} |"
+
+
+def _at(metrics, path):
+    for name in path:
+        metrics = metrics[name]
+    return metrics
+
+
+def write_readme():
+    """Put what is quoted of the committed figures into this folder's README."""
+    for name, path in COMMITTED.items():
+        markers = (f"<!-- {name}: made by `python -m miniflamingo fewshot table --write` -->\n",
+                   f"<!-- end of {name} -->\n")  # fmt: skip
+        outputs.put_between(README, markers, "\n".join(lines(read(path), quoted=True)) + "\n")
 
 
 def _line(row, task, k, f):

@@ -185,9 +185,7 @@ def train(arguments):
 
 
 def warm_up(arguments, seed, file, steps):
-    """The warm start, unless its file is there. Returns whether the last step was reached."""
-    if file.is_file():
-        return True
+    """The warm start, unless it is there. Returns whether the last step was reached."""
     config = _with_steps(stages.WarmRun(seed=seed), steps)
     return _train(stages.WarmStage(config, arguments.parts), file.parent, arguments)
 
@@ -200,7 +198,7 @@ def _train(stage, out, arguments):
     if not getattr(arguments, "numpy", False):
         stage = _torch().in_torch(stage, arguments.threads)
     outputs.check_folder(out)
-    return training.Run(stage, out, True, 100, arguments.threads).train()
+    return training.finish(stage, out, threads=arguments.threads) is not None
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -247,10 +245,9 @@ def leave_out(arguments):
         for variant in found:
             config, warm = without.config(variant, arguments.steps, seed)
             out = folder / variant.replace(" ", "-").replace("'", "")
-            if not (out / "model.safetensors").is_file():
-                stage = stages.RealStage(config, arguments.parts, file if warm else None)
-                if not _train(stage, out, arguments):
-                    return None
+            stage = stages.RealStage(config, arguments.parts, file if warm else None)
+            if not _train(stage, out, arguments):
+                return None
             alphas = read_alphas(out / "log.jsonl")
             found[variant].append(without.ask(_measure(out, arguments), alphas))
     about = {name: getattr(arguments, name) for name in ("steps", "seeds", "samples")}

@@ -22,7 +22,8 @@ def in_this_process(monkeypatch):
 
 
 def ablate(run_folder, *arguments):
-    return main(["ablate", *arguments, "--run", str(run_folder), "--samples", "6", "--steps", "2"])
+    small = "--run", str(run_folder), "--samples", "6", "--steps", "2"
+    return main(["ablate", *small, *arguments])
 
 
 def test_rows_are_trained_once_and_compared_with_their_baseline(run_folder, tmp_path, capsys):
@@ -42,6 +43,16 @@ def test_rows_are_trained_once_and_compared_with_their_baseline(run_folder, tmp_
     assert models == {p: p.stat().st_mtime_ns for p in run_folder.glob("*/*/model.safetensors")}
     again = json.loads(out.read_text("utf-8"))["rows"]["no gate"][1]
     assert again["overall"] == document["rows"]["no gate"][1]["overall"]
+
+
+def test_a_folder_of_other_steps_is_not_taken_for_these(run_folder, capsys):
+    rows = "merged", "--seeds", "1"
+    assert ablate(run_folder, *rows) == 0
+    path = run_folder / "0" / "merged" / "figures.json"
+    assert ablate(run_folder, *rows, "--samples", "8") == 0  # asked again, not trained again
+    assert json.loads(path.read_text("utf-8"))["samples"] == 8
+    assert ablate(run_folder, *rows, "--steps", "1") == 2
+    assert "optimiser.steps" in capsys.readouterr().err
 
 
 def test_stability_is_a_table_of_its_own(run_folder, tmp_path, capsys):

@@ -16,8 +16,9 @@ def few(briefly):
 
     def groups(self):
         ids = glyphs.classes(self.split)
-        return {"seen": ids[:6]} if self.split == "train" else {"letters": ids[:6],
-                                                                 "symbols": ids[-6:]}  # fmt: skip
+        if self.split == "train":
+            return {"seen": ids[:6]}
+        return {"letters": ids[:6], "symbols": ids[-6:], "Georgian": ids[6:12]}
 
     briefly.setattr(measure.Measure, "groups", groups)
     return briefly
@@ -47,16 +48,22 @@ def test_an_experiment_goes_on_where_it_was(few, tmp_path, experiment, capsys):
     command = ["fewshot", "experiment", experiment, "--out", str(tmp_path / "runs"), "--json",
                str(path), "--steps", "2", "--samples", "8"]  # fmt: skip
     assert main(command) == 0
-    document = json.loads(path.read_text("utf-8"))
+    document, measure_groups = json.loads(path.read_text("utf-8")), experiments.GROUPS
     assert [c["setting"] for c in document["cells"]] == list(cells)
-    few.setattr(experiments, "train", None)  # nothing is trained again
-    assert main(command) == 0 and json.loads(path.read_text("utf-8")) == document
+    with few.context() as nothing:
+        nothing.setattr(experiments, "train", None)  # what is trained is not trained again
+        assert main(command) == 0 and json.loads(path.read_text("utf-8")) == document
     assert main(["fewshot", "plot", str(path), str(tmp_path / "f.png")]) == 0
     assert Image.open(tmp_path / "f.png").size[0] > 600
     assert main(["fewshot", "table", str(path)]) == 0
-    assert all(f"| {name}: letters |" in capsys.readouterr().out for name in list(cells)[:1])
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {group} |" in printed for name in cells for group in measure_groups)
+    assert set(document["cells"][0]["figures"]) == set(measure_groups)
     assert main([*command[:-4], "--steps", "3"]) == 2
     assert "expected steps 3, got 2" in capsys.readouterr().err
+    path.unlink()  # the runs of 2 steps are still there
+    assert main([*command[:-4], "--steps", "3"]) == 2
+    assert "optimiser.steps" in capsys.readouterr().err
 
 
 def test_cells_change_what_they_name():
@@ -80,6 +87,8 @@ def test_the_median_of_seeds_keeps_their_range():
         (["measure", "nowhere"], "nowhere"),
         (["table", "nowhere.json"], "no figures at nowhere.json"),
         (["table", "other.json"], "other.json: expected a file of fewshot"),
+        (["table", "list.json"], "list.json: expected a file of fewshot"),
+        (["table", "half.json"], "half.json: expected a file of fewshot"),
         (["plot", "other.json", "f.jpg"], "expected a file that ends in .png, got f.jpg"),
         (["measure", "run", "--split", "tset"], "invalid choice: 'tset'"),
         (["train"], "run"),
@@ -87,7 +96,8 @@ def test_the_median_of_seeds_keeps_their_range():
 )
 def test_bad_input_is_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text('{"a": 1}', "utf-8")
+    for name, text in (("other", '{"a": 1}'), ("list", "[]"), ("half", '{"runs": {}}')):
+        (tmp_path / f"{name}.json").write_text(text, "utf-8")
     try:
         assert main(["fewshot", *options]) == 2
     except SystemExit as left:
@@ -96,14 +106,45 @@ def test_bad_input_is_one_line(options, message, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_quotes_the_committed_figures(tmp_path, monkeypatch, capsys):
-    document = report.read(report.RESULTS)
-    assert (
-        document["split"] == "test" and document["samples"] >= 2000 and len(document["runs"]) >= 5
-    )
     page = tmp_path / "README.md"
     page.write_text(report.README.read_text("utf-8").replace("| letters |", "| old |"), "utf-8")
     monkeypatch.setattr(report, "README", page)
     assert main(["fewshot", "table", "--write"]) == 0 and capsys.readouterr().out == ""
     assert page.read_text("utf-8") == (report.RESULTS.parent / "README.md").read_text("utf-8")
     assert main(["fewshot", "table", "x.json", "--write"]) == 2
-    assert "--write: expected figures.json, got x.json" in capsys.readouterr().err
+    assert "--write: expected no file, got x.json" in capsys.readouterr().err
+
+
+def test_what_is_committed_is_what_the_page_says():
+    for name in ("figures", "both"):
+        document = report.read(report.COMMITTED[name])
+        assert document["split"] == "test" and document["samples"] >= 2000
+    assert len(report.read(report.RESULTS)["runs"]) >= 5
+    for name in report.LABELS:
+        document = report.read(report.COMMITTED[name])
+        assert document["experiment"] == name and document["samples"] >= 1000
+        each = [(c["setting"], c["seed"]) for c in document["cells"]]
+        seeds = {seed for _, seed in each}
+        assert len(seeds) >= 3
+        assert sorted(each) == sorted((s, n) for s in experiments.cells(name) for n in seeds)
+
+
+def test_a_name_prints_and_draws_what_is_committed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fewshot", "table", "classes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| classes that the bridge learns of, seeds: ")
+    assert lines[-1].startswith("| blind | letters | 0.")
+    assert {line.count("|") for line in lines} == {9}
+    assert main(["fewshot", "plot", "classes", "classes.png"]) == 0
+    assert Image.open("classes.png").size[0] > 600
+
+
+def test_shapes_are_asked_too_and_stand_beside_models_of_one_world(few, tmp_path, capsys, trained):
+    path = tmp_path / "both.json"
+    small = ["--samples", "8", "--json", str(path)]
+    assert main(["fewshot", "measure", str(trained), "--shapes", *small]) == 0
+    (run,) = json.loads(path.read_text("utf-8"))["runs"].values()
+    motion = run["shapes"]["motion"]["direction"]["accuracy"]
+    line = f"| shapes: motion | {motion:.3f} ({motion:.3f} to {motion:.3f}) | 0.998 |"
+    assert line in capsys.readouterr().out.splitlines()

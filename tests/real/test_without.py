@@ -44,6 +44,9 @@ def test_the_command_trains_each_once_and_asks_it(folder, tmp_path, capsys, monk
     assert main([*real, *options]) == 0  # what is trained is asked again, and not trained again
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.safetensors")}
     assert json.loads((tmp_path / "without.json").read_text("utf-8"))["runs"] == found["runs"]
+    options[options.index("3")] = "4"
+    assert main([*real, *options]) == 2  # nor are others taken for these
+    assert "optimiser.steps" in capsys.readouterr().err
 
 
 def test_speed_is_shown_beside_transformers():
