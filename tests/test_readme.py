@@ -113,7 +113,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo fewshot table --write": "tests/fewshot/test_commands.py",
     "python -m miniflamingo fewshot experiment classes --out runs/glyphs --json "
     "classes.json": "tests/fewshot/test_commands.py, with small models",
-    "python -m miniflamingo fewshot table": "tests/fewshot/test_commands.py",
+    "python -m miniflamingo fewshot experiment": "tests/fewshot/test_commands.py, with small "
+    "models",
     "python -m miniflamingo.worlds.glyph_masks": "tests/worlds/test_glyphs.py draws a part",
     "python -m miniflamingo.worlds.glyph_masks --write": "tests/worlds/test_glyphs.py compares",
     "python -m pytest": "these tests",
@@ -145,6 +146,10 @@ NAMED = {
 RUN_HERE = {
     "python -m miniflamingo ablate",
     "python -m miniflamingo ablate --plot ablations.png",
+    "python -m miniflamingo ablate --stability",
+    "python -m miniflamingo fewshot table",
+    "python -m miniflamingo fewshot table classes",
+    "python -m miniflamingo fewshot plot classes classes.png",
     "python -m miniflamingo bench",
     "python -m miniflamingo bench --json FILE --plots DIR",
     "python -m miniflamingo compare",

@@ -123,32 +123,45 @@ def _spread(middle, span):
 
 # what is quoted of the small world's own examination, and where it stands in its metrics
 SHAPES = {
-    "8-way binding, 16 shots": ("few_shot", "binding_8way", "16"),
-    "4-way binding, 8 shots": ("few_shot", "binding_4way", "8"),
-    "3-way at 8 shots, digits never seen": ("few_shot", "digits_3way_unseen", "8"),
-    "captions": ("captions", "seen", "accuracy"),
-    "captions, shape and colour never seen together": ("captions", "held_out", "accuracy"),
-    "captions of two objects": ("captions", "two_objects", "accuracy"),
-    "questions about one of two objects": ("questions", "two_objects", "accuracy"),
-    "motion": ("motion", "direction", "accuracy"),
+    "8-way binding, 16 shots": ("few_shot_details", "binding_8way", "16"),
+    "4-way binding, 8 shots": ("few_shot_details", "binding_4way", "8"),
+    "3-way at 8 shots, digits never seen": ("few_shot_details", "digits_3way_unseen", "8"),
+    "3-way at 32 shots, digits never seen": ("few_shot_details", "digits_3way_unseen", "32"),
+    "captions": ("captions", "seen"),
+    "captions, colour and shape never seen together": ("captions", "held_out"),
+    "captions of two objects": ("captions", "two_objects"),
+    "question: what color?": ("questions", "color"),
+    "question: what color, never seen with this shape?": ("questions", "color_held_out"),
+    "question about one of two objects": ("questions", "two_objects"),
+    "motion": ("motion", "direction"),
 }
 
 
 def both_table(document, alone, shipped):
-    """Yield the lines of a Markdown table: a model that has learned of both worlds beside those of
-    one each; alone: the document of `measure`, shipped: the metrics of `evaluate`."""
+    """Yield the lines of a Markdown table: models that have learned of both worlds beside those of
+    one each; in brackets the range of the seeds, or of one seed Wilson's interval over questions.
+
+    alone: the document of `measure`, shipped: the metrics of `evaluate`.
+    """
     runs, own = document["runs"].values(), alone["runs"].values()
-    yield f"| asked | of both, seeds: {len(runs)} | of one world alone |"
-    yield "|---|---|---|"
+    yield f"| asked | of both, seeds: {len(runs)} | of one world alone | seeds |"
+    yield "|---|---|---|---|"
     for group in ("letters", "symbols"):
         for task, k in AIMS:
-            pair = (median([run["groups"][group][task][k] for run in each]) for each in (runs, own))
-            cells = " | ".join(_spread(f["accuracy"], f["range"]) for f in pair)
-            yield f"| {group}, {task}, {k} shots | {cells} |"
+            pair = [[run["groups"][group][task][k] for run in each] for each in (runs, own)]
+            yield _beside(f"{group}, {task}, {k} shots", *pair)
     for question, path in SHAPES.items():
-        each = sorted(_at(run["shapes"], path) for run in runs)
-        cell = _spread(float(np.median(each)), (each[0], each[-1]))
-        yield f"| shapes: {question} | {cell} | {_at(shipped, path):.3f} |"
+        yield _beside(f"shapes: {question}", [_at(run["shapes"], path) for run in runs],
+                      [_at(shipped, path)])  # fmt: skip
+
+
+def _beside(question, both, alone):
+    cells = []
+    for figures in (both, alone):
+        each = sorted(f["accuracy"] for f in figures)
+        span = (each[0], each[-1]) if len(each) > 1 else figures[0]["interval"]
+        cells.append(_spread(float(np.median(each)), span))
+    return f"| {question} | {' | '.join(cells)} | {len(alone)} |"
 
 
 def _at(metrics, path):

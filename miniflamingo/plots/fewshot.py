@@ -14,7 +14,7 @@ def plot_settings(curves, label):
     highest of Wilson's intervals and the seeds.
 
     curves {question: {group: {setting: figure}}}, of fewshot.report.curves; label: what the
-    settings are. Ceiling, baseline and the blind guess are those of the first group.
+    settings are. Ceiling, baseline, the blind guess and chance are those of the first group.
     """
     figure = Figure((3.4 * len(curves), 3.2), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
@@ -25,6 +25,7 @@ def plot_settings(curves, label):
         for style, (name, text) in zip(LINES[1:], BESIDE.items()):
             values = [f[name] for f in settings]
             panel.plot(values, style, color=INK if name == "ceiling" else GREY, lw=1, label=text)
+        panel.axhline(settings[0]["chance"], ls=(0, (1, 4)), color=INK, lw=1, label="chance")
         panel.set(title=question, xlabel=label, ylim=(0, 1.02))
         panel.set_xticks(range(len(settings)), list(next(iter(groups.values()))))
     panels[0].set_ylabel("accuracy")

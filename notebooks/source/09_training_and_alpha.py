@@ -35,10 +35,10 @@
 # curves. 9.e: "yes". 9.f: "yes" and "nearly nothing". Usual: "no", because a gradient of 0 seems to
 # mean that nothing moves. 9.g: bug 2 by check 4, bug 3 by check 3.
 #
-# **Open questions.** "Does a gate's different sign mean something?" No, see guess 9.e. Whether the
-# frozen LM's pre-training on long text documents is what makes 32 shots work is left open by the
-# text itself: it was not measured here. A sketch of an answer: pre-train the LM on documents of at
-# most 5 shots, train the bridge as before, and compare the curves.
+# **Open questions.** "Does a gate's different sign mean something?" No, see guess 9.e. "Is it the
+# LM's pre-training on long text documents that makes 32 shots work?" In the world of glyphs it was
+# measured, with an LM that read at most 5 shots, and nothing was lost: guess 10.i. With this
+# module's LM, whose heads all look less at what is far, it was not.
 #
 # **Misconceptions.** "A larger gate means that the layer looks at the picture more": the branch's
 # size counts, too. "Frozen means gradient 0": it means that the optimiser does not have the weight.
@@ -697,11 +697,11 @@ check("9.5", opening)
 #
 # Names are bound to pictures by examples alone; module 10 is about this curve. Here only its shape,
 # from few samples: the bridge's training saw five pictures in a document, the curve goes to 32. φ
-# is one reason why that can work: each token still looks at one picture. It is not the only one.
-# The frozen LM was pre-trained on *text* documents of up to 33 shots
-# (`miniflamingo/worlds/grammar.py`), so its own attention knows prompts of that length. What this
-# pre-training buys is not yet measured here. The dotted line is the ceiling: how often the class
-# that is asked for was among the examples at all.
+# is one reason why that can work: each token still looks at one picture. The frozen LM was also
+# pre-trained on *text* documents of up to 33 shots (`miniflamingo/worlds/grammar.py`), so its own
+# attention knows prompts of that length. Does it have to? Module 10 has a model whose LM did not.
+# The dotted line is the ceiling: how often the class that is asked for was among the examples at
+# all.
 
 # %%
 from miniflamingo.evaluation import TASKS, Evaluation, coverage

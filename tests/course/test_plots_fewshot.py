@@ -76,7 +76,7 @@ def test_each_question_has_a_panel_with_every_line():
     for axes in figure.axes:
         lines = {line.get_label(): line.get_ydata() for line in axes.lines}
         np.testing.assert_allclose(lines["letters"], [0.5, 0.7])  # the median seed's
-        assert {"ceiling", "blind", "nearest mean, visual tokens"} < lines.keys()
+        assert {"ceiling", "blind", "chance", "nearest mean, visual tokens"} < lines.keys()
         assert [t.get_text() for t in axes.get_xticklabels()] == ["7", "300"]
         bars = axes.collections[0].get_segments()
         assert [bar[:, 1].tolist() for bar in bars] == [
