@@ -113,6 +113,8 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "python -m miniflamingo fewshot table --write": "tests/fewshot/test_commands.py",
     "python -m miniflamingo fewshot experiment classes --out runs/glyphs --json "
     "classes.json": "tests/fewshot/test_commands.py, with small models",
+    "python -m miniflamingo fewshot experiment classes --out runs/glyphs --json "
+    "classes.json --seeds 0 1 --torch": "tests/fewshot/test_commands.py, with small models",
     "python -m miniflamingo fewshot experiment": "tests/fewshot/test_commands.py, with small "
     "models",
     "python -m miniflamingo.worlds.glyph_masks": "tests/worlds/test_glyphs.py draws a part",

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from miniflamingo import outputs, runs, training
-from miniflamingo.command import Parser, a_path, require, whole
+from miniflamingo.command import Parser, a_path, require, some, whole
 from miniflamingo.evaluation import TEST_SEED, VALIDATION_SEED, Evaluation
 from miniflamingo.fewshot import experiments, recipe, report
 from miniflamingo.fewshot.measure import Measure
@@ -145,20 +145,27 @@ def train(arguments):
 def measure(arguments):
     """Ask each model, print the table, write the JSON where that is asked for."""
     outputs.check_file(arguments.json, MEASURE)
+    folders = {Path(folder).resolve().name: Path(folder) for folder in arguments.runs}
+    if len(folders) < len(arguments.runs):
+        raise ValueError(f"expected folders of different names, got {some(arguments.runs)}")
+    if arguments.shapes and arguments.split == "train":
+        raise ValueError("--shapes: expected --split validation or test, got train")
     seed, found = TEST_SEED if arguments.split == "test" else VALIDATION_SEED, {}
-    for folder in arguments.runs:
-        path = Path(folder) / "flamingo" / "model.safetensors"
-        model = training.load_flamingo(path)
+    paths = {name: folder / "flamingo" / "model.safetensors" for name, folder in folders.items()}
+    models = {name: training.load_flamingo(path) for name, path in paths.items()}
+    for name, model in models.items():
         if (words := model.config.lm.vocab_size) != len(TOKENIZER):
-            raise ValueError(f"{path}: expected a model of {len(TOKENIZER)} words, got {words}")
+            expected = f"expected a model of {len(TOKENIZER)} words, got {words}"
+            raise ValueError(f"{paths[name]}: {expected}")
+    for name, model in models.items():
         asked = Measure(model, arguments.split, arguments.samples, seed)
-        bar = lambda work: tqdm(work, desc=Path(folder).name)  # noqa: B023, E731
-        one = {"checkpoint": runs.file_digest(path), "groups": asked.run(bar)}
+        bar = lambda work: tqdm(work, desc=name)  # noqa: B023, E731
+        one = {"checkpoint": runs.file_digest(paths[name]), "groups": asked.run(bar)}
         if arguments.shapes:
             one["shapes"] = Evaluation(model, arguments.samples, seed, progress=bar).run()
-        found[Path(folder).name] = one
+        found[name] = one
     document = {"made_by": MEASURE, **outputs.about(), "split": arguments.split, "seed": seed,
                 "samples": arguments.samples, "runs": found}  # fmt: skip
-    print("\n".join(report.lines(document)))
     if arguments.json:
         outputs.write_file(arguments.json, json.dumps(document, indent=1).encode(), MEASURE)
+    print("\n".join(report.lines(document)))

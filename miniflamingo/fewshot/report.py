@@ -1,7 +1,8 @@
 """The figures of `fewshot` as tables and curves; each beside its ceiling and its baselines.
 
 A cell's value is the median of the training seeds; the two intervals are Wilson's over episodes
-(95 %, of the median seed's) and the range of the seeds. Committed data:
+(95 %, of the median seed, or from the lowest to the highest of the two in the middle) and the range
+of the seeds. Committed data:
 
     figures                       never-seen classes, split "test"
     classes, burstiness, shots    what makes them learnable, split "validation": one cell a setting
@@ -40,24 +41,37 @@ def read(path):
     """A file of `measure` or `experiment` -> dict; ValueError for any other."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no figures at {path}")
+        raise ValueError(f"no figures at {path}: not a file, nor one of {', '.join(COMMITTED)}")
     try:
         document = json.loads(path.read_text("utf-8"))
-        known = {"runs", "split"} <= document.keys() or {"cells", "experiment"} <= document.keys()
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
+    except ValueError:
+        document = None
+    if not _is_known(document):
         raise ValueError(f"{path}: expected a file of fewshot measure or experiment")
     return document
 
 
+def _is_known(document):
+    """Whether this is of `measure` or `experiment`, and holds something."""
+    if not isinstance(document, dict):
+        return False
+    if "cells" in document:
+        return document.get("experiment") in LABELS and bool(document["cells"])
+    runs = document.get("runs")
+    return "split" in document and isinstance(runs, dict) and bool(runs)
+
+
 def median(figures):
-    """Figures of one question from several seeds -> the median seed's, with their "range"."""
+    """Figures of one question from several seeds -> the median's, with their "range" and how many
+    "seeds" they are."""
     ordered = sorted(figures, key=lambda f: f["accuracy"])
     each = [f["accuracy"] for f in ordered]
-    middle = ordered[(len(ordered) - 1) // 2]
+    lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     beside = {name: float(np.median([f[name] for f in figures])) for name in BESIDE}
-    return middle | beside | {"accuracy": float(np.median(each)), "range": (each[0], each[-1])}
+    return lower | beside | {
+        "accuracy": float(np.median(each)), "range": (each[0], each[-1]), "seeds": len(each),
+        "interval": (lower["interval"][0], upper["interval"][1]),
+    }  # fmt: skip
 
 
 def lines(document, quoted=False):
@@ -98,41 +112,50 @@ def table(document, asked=None):
 
 def settings_table(document):
     """Yield the lines of a Markdown table of `experiment`: a row for each setting and group; in
-    brackets the range of the seeds."""
+    brackets the range of the seeds, or of one seed Wilson's interval over episodes."""
     found = curves(document)
-    seeds = len({cell["seed"] for cell in document["cells"]})
-    head = [f"{LABELS[document['experiment']]}, seeds: {seeds}", "asked of", *found]
+    head = [LABELS[document["experiment"]], "seeds", "asked of", *found]
     rules = [f"nearest mean of the visual tokens: {question}" for question in found]
     yield "| " + " | ".join([*head, *rules]) + " |"
-    yield "|---" * (2 + 2 * len(found)) + "|"
+    yield "|---" * (3 + 2 * len(found)) + "|"
     panels = list(found.values())
     for setting in panels[0]["letters"]:
         for group in panels[0]:
             each = [panel[group][setting] for panel in panels]
-            cells = [_spread(f["accuracy"], f["range"]) for f in each]
+            cells = [_spread(f) for f in each]
             cells += [f"{f['nearest_tokens']:.3f}" for f in each]
-            yield f"| {setting} | {group} | {' | '.join(cells)} |"
+            yield f"| {setting} | {each[0]['seeds']} | {group} | {' | '.join(cells)} |"
     for name in ("ceiling", "chance", "blind"):  # the same episodes are asked in every setting
         each = [next(iter(panel["letters"].values()))[name] for panel in panels]
-        yield f"| {name} | letters | {' | '.join(f'{x:.3f}' for x in each)} |{' |' * len(each)}"
+        yield f"| {name} | | letters | {' | '.join(f'{x:.3f}' for x in each)} |{' |' * len(each)}"
 
 
-def _spread(middle, span):
-    return f"{middle:.3f} ({span[0]:.3f} to {span[1]:.3f})"
+def _spread(figure):
+    low, high = figure["range" if figure["seeds"] > 1 else "interval"]
+    return f"{figure['accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
 
 # what is quoted of the small world's own examination, and where it stands in its metrics
 SHAPES = {
     "8-way binding, 16 shots": ("few_shot_details", "binding_8way", "16"),
     "4-way binding, 8 shots": ("few_shot_details", "binding_4way", "8"),
-    "3-way at 8 shots, digits never seen": ("few_shot_details", "digits_3way_unseen", "8"),
-    "3-way at 32 shots, digits never seen": ("few_shot_details", "digits_3way_unseen", "32"),
+    "3-way at 8 shots, handwritten digits never seen": (
+        "few_shot_details",
+        "digits_3way_unseen",
+        "8",
+    ),
+    "3-way at 32 shots, handwritten digits never seen": (
+        "few_shot_details",
+        "digits_3way_unseen",
+        "32",
+    ),
     "captions": ("captions", "seen"),
     "captions, colour and shape never seen together": ("captions", "held_out"),
     "captions of two objects": ("captions", "two_objects"),
     "question: what color?": ("questions", "color"),
     "question: what color, never seen with this shape?": ("questions", "color_held_out"),
     "question about one of two objects": ("questions", "two_objects"),
+    "question about one of two, never seen so": ("questions", "two_objects_held_out"),
     "motion": ("motion", "direction"),
 }
 
@@ -144,8 +167,9 @@ def both_table(document, alone, shipped):
     alone: the document of `measure`, shipped: the metrics of `evaluate`.
     """
     runs, own = document["runs"].values(), alone["runs"].values()
-    yield f"| asked | of both, seeds: {len(runs)} | of one world alone | seeds |"
-    yield "|---|---|---|---|"
+    own_split = alone["split"]
+    yield f"| {document['split']} | of both | seeds | of one world alone, {own_split} | seeds |"
+    yield "|---" * 5 + "|"
     for group in ("letters", "symbols"):
         for task, k in AIMS:
             pair = [[run["groups"][group][task][k] for run in each] for each in (runs, own)]
@@ -159,9 +183,9 @@ def _beside(question, both, alone):
     cells = []
     for figures in (both, alone):
         each = sorted(f["accuracy"] for f in figures)
-        span = (each[0], each[-1]) if len(each) > 1 else figures[0]["interval"]
-        cells.append(_spread(float(np.median(each)), span))
-    return f"| {question} | {' | '.join(cells)} | {len(alone)} |"
+        whole = {"accuracy": float(np.median(each)), "range": (each[0], each[-1])}
+        cells += [_spread(figures[0] | whole | {"seeds": len(each)}), str(len(each))]
+    return f"| {question} | {' | '.join(cells)} |"
 
 
 def _at(metrics, path):

@@ -38,7 +38,7 @@
 # **Open questions.** "Does a gate's different sign mean something?" No, see guess 9.e. "Is it the
 # LM's pre-training on long text documents that makes 32 shots work?" In the world of glyphs it was
 # measured, with an LM that read at most 5 shots, and two to four hundredths were lost: guess 10.g.
-# With this module's LM, whose heads all look less at what is far, it was not.
+# With this module's LM it was not measured.
 #
 # **Misconceptions.** "A larger gate means that the layer looks at the picture more": the branch's
 # size counts, too. "Frozen means gradient 0": it means that the optimiser does not have the weight.

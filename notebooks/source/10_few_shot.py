@@ -39,8 +39,8 @@
 # **Open questions.** How much of the curve beyond 5 pictures is owed to φ, and how much to the LM's
 # pre-training on long text documents? Without φ, with all previous images, names stay at chance
 # (module 11). Without the long texts little is lost in the world of glyphs (10.g), where two of the
-# LM's four heads look back without regard to the distance; with heads that all prefer what is near
-# it was not tried. "Is the likeliest answer the right one?" (open-ended section): no, the
+# LM's four heads look back without regard to the distance, in this one's LM one of four; what these
+# are worth was not measured. "Is the likeliest answer the right one?" (open-ended section): no, the
 # circle that is called a cross shows it.
 #
 # **Misconceptions.** "The model learns from the shots": no number of it changes. "Accuracy at 4
@@ -705,14 +705,14 @@ print("3-way at 8 shots, digits never seen, of three trainings:",
 # %% [markdown]
 # So does it learn from the shots, or does it know a list of things by heart? It had six shapes and
 # seven digits to learn of, and nothing told it what makes two pictures alike *in general*. For
-# text, experiments show what makes a model learn new classes from its prompt ([Chan et al.,
-# 2022](https://arxiv.org/abs/2205.05055)): very many classes, each of them rare, that come in
-# bursts, so that looking back pays and remembering does not.
+# pictures and labels, experiments show what makes a Transformer learn new classes from its prompt
+# ([Chan et al., 2022](https://arxiv.org/abs/2205.05055)): very many classes, each of them rare,
+# that come in bursts, so that looking back pays and remembering does not.
 #
 # A second small world has that: letters and signs of a font. A Flamingo of its own is trained there
 # by the same three stages (`python -m miniflamingo fewshot train`), on Latin, Greek, Cyrillic,
-# Hebrew, Arabic, Canadian syllabics and mathematics, also turned and mirrored. Georgian, Lao, N'Ko,
-# Old Italic, geometric shapes and dingbats were kept from every stage, the eye included.
+# Hebrew, Arabic, Canadian syllabics, digits and mathematics, also turned and mirrored. Georgian,
+# Lao, N'Ko, Old Italic, geometric shapes and dingbats were kept from every stage, the eye included.
 
 # %%
 from miniflamingo.fewshot import report
@@ -777,13 +777,13 @@ show(
 #
 # What the figures do not show: they are of one recipe, whose settings were chosen on other
 # held-out scripts, and of five trainings; the frozen language model has read texts of up to 33
-# invented names, so that *looking back* is learned, too, and only *what* is looked at is new.
+# shots, so that *looking back* is learned, too, and only *what* is looked at is new.
 #
 # Is it the many classes, then, and the bursts? Three things were changed one at a time, with
 # bridges of 500 steps (`python -m miniflamingo fewshot experiment`): the number of classes that the
-# bridge learns of; the share of its documents in which a class comes back, while the others show
-# each class once, under a name that it always has; and the texts of the language model, which in
-# one case never had more than five shots.
+# bridge learns of; the share of its documents in which classes come back, under names for this
+# document alone, while the others show each class once, under a name that it always has; and the
+# texts of the language model, which in one case never had more than five shots.
 #
 # **Predict, then run:** one picture each of five letters, as before. The accuracy of a bridge that
 # learned of 7 classes, and of one that learned of 938 (two numbers, a tenth more or less)? And does
@@ -819,15 +819,16 @@ for name in ("burstiness", "shots"):
 #
 # - **Classes.** With seven the model is far above the blind guess and far below what it can be.
 #   With a hundred the visual tokens carry as much as with all (the rule says so), and reading them
-#   still gains up to 938, in both of the two seeds. 3,947 (every glyph turned and mirrored, too)
-#   add nothing in 500 steps. The eye and the LM were the same in all of these.
-# - **Bursts.** Where no document shows a class again, no name is ever taken from the prompt: 0.02
-#   to 0.04, below the blind guess, because the model says names that it has learned by heart. One
-#   document in four is enough for most of it. Chan et al. trained from scratch; here the frozen LM
-#   knows from its texts how to look back, and the bridge has only to let it.
-# - **The LM's shots.** Of texts with no more than five shots two to four hundredths are lost at 32,
-#   in either of the two seeds, and nothing that could be told at five. What carries a model from
-#   five pictures to 32 is above all not the long texts: φ, and heads that look back far.
+#   still gains up to 938, in both of the two seeds. 3,947 (the same, turned and mirrored, too) are
+#   not better after 500 steps. A seed's eye and LM were the same in all of these.
+# - **Bursts.** Where no document shows a class again, 0.02 to 0.04 are right, about as
+#   many as if one of all 48 names were drawn. One document in four is enough for most of it. Chan et al. trained from
+#   scratch, with names that never change; here the frozen LM knows from its texts how to look back,
+#   and a class that comes back has a new name each time, so two things change at once.
+# - **The LM's shots.** After texts of no more than five shots all figures are a little lower, by
+#   0.02 at 32 shots and by 0.01 at five. So long texts are not what carries a model from a few
+#   pictures to 32. What does was not varied here: φ (module 11 takes it away), and perhaps heads
+#   that look back without regard to the distance (two of this LM's four).
 #
 # </details>
 

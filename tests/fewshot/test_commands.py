@@ -57,7 +57,7 @@ def test_an_experiment_goes_on_where_it_was(few, tmp_path, experiment, capsys):
     assert Image.open(tmp_path / "f.png").size[0] > 600
     assert main(["fewshot", "table", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert all(f"| {name} | {group} |" in printed for name in cells for group in measure_groups)
+    assert all(f"| {name} | 1 | {group} |" in printed for name in cells for group in measure_groups)
     assert set(document["cells"][0]["figures"]) == set(measure_groups)
     assert main([*command[:-4], "--steps", "3"]) == 2
     assert "expected steps 3, got 2" in capsys.readouterr().err
@@ -78,7 +78,8 @@ def test_the_median_of_seeds_keeps_their_range():
     each = [{"accuracy": a, "interval": (a, a), "n": 9} | beside for a in (0.7, 0.9, 0.8)]
     found = report.median(each)
     assert found["accuracy"] == 0.8 and found["range"] == (0.7, 0.9)
-    assert found["interval"] == (0.8, 0.8) and found["blind"] == 0.5
+    assert found["interval"] == (0.8, 0.8) and found["blind"] == 0.5 and found["seeds"] == 3
+    assert report.median(each[:2])["interval"] == (0.7, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,9 @@ def test_the_median_of_seeds_keeps_their_range():
         (["table", "other.json"], "other.json: expected a file of fewshot"),
         (["table", "list.json"], "list.json: expected a file of fewshot"),
         (["table", "half.json"], "half.json: expected a file of fewshot"),
+        (["table", "none.json"], "none.json: expected a file of fewshot"),
+        (["plot", "cells.json", "f.png"], "cells.json: expected a file of fewshot"),
+        (["table", "classe"], "nor one of figures, classes, burstiness, shots, both"),
         (["plot", "other.json", "f.jpg"], "expected a file that ends in .png, got f.jpg"),
         (["measure", "run", "--split", "tset"], "invalid choice: 'tset'"),
         (["train"], "run"),
@@ -96,7 +100,9 @@ def test_the_median_of_seeds_keeps_their_range():
 )
 def test_bad_input_is_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("other", '{"a": 1}'), ("list", "[]"), ("half", '{"runs": {}}')):
+    for name, text in (("other", '{"a": 1}'), ("list", "[]"), ("half", '{"runs": {}}'),
+                       ("none", '{"runs": {}, "split": "test"}'),
+                       ("cells", '{"cells": [], "experiment": "classes"}')):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(text, "utf-8")
     try:
         assert main(["fewshot", *options]) == 2
@@ -133,9 +139,9 @@ def test_a_name_prints_and_draws_what_is_committed(tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["fewshot", "table", "classes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| classes that the bridge learns of, seeds: ")
-    assert lines[-1].startswith("| blind | letters | 0.")
-    assert {line.count("|") for line in lines} == {9}
+    assert lines[0].startswith("| classes that the bridge learns of | seeds | asked of |")
+    assert lines[-1].startswith("| blind | | letters | 0.")
+    assert {line.count("|") for line in lines} == {10}
     assert main(["fewshot", "plot", "classes", "classes.png"]) == 0
     assert Image.open("classes.png").size[0] > 600
 
@@ -147,8 +153,13 @@ def test_shapes_are_asked_too_and_stand_beside_models_of_one_world(few, tmp_path
     (run,) = json.loads(path.read_text("utf-8"))["runs"].values()
     motion = run["shapes"]["motion"]["direction"]
     low, high = motion["interval"]
-    line = f"| shapes: motion | {motion['accuracy']:.3f} ({low:.3f} to {high:.3f}) | 0.998 (0."
+    line = f"| shapes: motion | {motion['accuracy']:.3f} ({low:.3f} to {high:.3f}) | 1 | 0.998 (0."
     assert any(x.startswith(line) for x in capsys.readouterr().out.splitlines())
     both, alone = {"accuracy": 0.5, "interval": (0.4, 0.6)}, {"accuracy": 0.7, "interval": (0, 1)}
     asked = "x", [both, both | {"accuracy": 0.6}], [alone]
-    assert report._beside(*asked) == "| x | 0.550 (0.500 to 0.600) | 0.700 (0.000 to 1.000) | 1 |"
+    line = "| x | 0.550 (0.500 to 0.600) | 2 | 0.700 (0.000 to 1.000) | 1 |"
+    assert report._beside(*asked) == line
+    again = ["fewshot", "measure", str(trained), f"{trained}/../{trained.name}"]
+    assert main(again) == 2 and "folders of different names" in capsys.readouterr().err
+    assert main(["fewshot", "measure", str(trained), "--shapes", "--split", "train"]) == 2
+    assert "expected --split validation or test, got train" in capsys.readouterr().err
