@@ -821,10 +821,11 @@ for name in ("burstiness", "shots"):
 #   With a hundred the visual tokens carry as much as with all (the rule says so), and reading them
 #   still gains up to 938, in both of the two seeds. 3,947 (the same, turned and mirrored, too) are
 #   not better after 500 steps. A seed's eye and LM were the same in all of these.
-# - **Bursts.** Where no document shows a class again, 0.02 to 0.04 are right, about as
-#   many as if one of all 48 names were drawn. One document in four is enough for most of it. Chan et al. trained from
-#   scratch, with names that never change; here the frozen LM knows from its texts how to look back,
-#   and a class that comes back has a new name each time, so two things change at once.
+# - **Bursts.** Where no document shows a class again, 0.02 to 0.04 are right, about as many as if
+#   one of all 48 names were drawn. One document in four is enough for most of it. Chan et al.
+#   trained from scratch, with names that never change; here the frozen LM knows from its texts how
+#   to look back, and a class that comes back has a new name each time, so two things change at
+#   once.
 # - **The LM's shots.** After texts of no more than five shots all figures are a little lower, by
 #   0.02 at 32 shots and by 0.01 at five. So long texts are not what carries a model from a few
 #   pictures to 32. What does was not varied here: φ (module 11 takes it away), and perhaps heads
