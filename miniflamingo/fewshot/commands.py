@@ -3,7 +3,7 @@
     python -m miniflamingo fewshot train runs/glyphs/0 --seed 0
     python -m miniflamingo fewshot measure runs/glyphs/0 --json runs/glyphs/figures.json
     python -m miniflamingo fewshot experiment classes --out runs/glyphs --json classes.json
-    python -m miniflamingo fewshot table [classes]
+    python -m miniflamingo fewshot table classes
     python -m miniflamingo fewshot plot classes classes.png
 
 Settings are chosen by --split validation, the default; --split test is for the end.
