@@ -115,8 +115,6 @@ ELSEWHERE = {  # not ours, or a whole test of its own
     "classes.json": "tests/fewshot/test_commands.py, with small models",
     "python -m miniflamingo fewshot experiment classes --out runs/glyphs --json "
     "classes.json --seeds 0 1 --torch": "tests/fewshot/test_commands.py, with small models",
-    "python -m miniflamingo fewshot experiment": "tests/fewshot/test_commands.py, with small "
-    "models",
     "python -m miniflamingo.worlds.glyph_masks": "tests/worlds/test_glyphs.py draws a part",
     "python -m miniflamingo.worlds.glyph_masks --write": "tests/worlds/test_glyphs.py compares",
     "python -m pytest": "these tests",
