@@ -454,8 +454,8 @@ show(
     plots.plot_dots(depths, xlabel="overall", limits=(0, 1)),
     alt="Three panels, language models of 3, 6 and 12 blocks: the overall score at rates 0.001, "
     "0.003, 0.01 and 0.03, with the gate and without, three dots each. Up to 0.003 all lie "
-    "between 0.7 and 0.9. At 0.01 no gate is ahead with 3 blocks and behind with 12. At 0.03 all "
-    "are below 0.4, and no gate is the lower one everywhere.",
+    "around 0.7 to 0.9. At 0.01 no gate is ahead with 3 blocks, and with 12 two of its three dots "
+    "are behind. At 0.03 all are below 0.4, and no gate is the lower one on average.",
 )
 
 # %% tags=["reveal"]
