@@ -67,7 +67,8 @@ def median(figures):
     ordered = sorted(figures, key=lambda f: f["accuracy"])
     each = [f["accuracy"] for f in ordered]
     lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    beside = {name: float(np.median([f[name] for f in figures])) for name in BESIDE}
+    known = [name for name in BESIDE if name in lower]  # the small world has fewer
+    beside = {name: float(np.median([f[name] for f in figures])) for name in known}
     return lower | beside | {
         "accuracy": float(np.median(each)), "range": (each[0], each[-1]), "seeds": len(each),
         "interval": (lower["interval"][0], upper["interval"][1]),
@@ -78,11 +79,10 @@ def lines(document, quoted=False):
     """The lines of a document's Markdown table; quoted: of `measure` what is quoted first alone."""
     if "cells" in document:
         return list(settings_table(document))
-    found = list(table(document, AIMS if quoted else None))
-    if all("shapes" in run for run in document["runs"].values()):
-        beside = read(RESULTS), json.loads(SHIPPED.read_text("utf-8"))
-        found = [*([] if quoted else [*found, ""]), *both_table(document, *beside)]
-    return found
+    if not all("shapes" in run for run in document["runs"].values()):
+        return list(table(document, AIMS if quoted else None))
+    beside = both_table(document, read(RESULTS), json.loads(SHIPPED.read_text("utf-8")))
+    return list(beside) if quoted else [*table(document), "", *beside]
 
 
 def rows_of(document):
@@ -139,16 +139,8 @@ def _spread(figure):
 SHAPES = {
     "8-way binding, 16 shots": ("few_shot_details", "binding_8way", "16"),
     "4-way binding, 8 shots": ("few_shot_details", "binding_4way", "8"),
-    "3-way at 8 shots, handwritten digits never seen": (
-        "few_shot_details",
-        "digits_3way_unseen",
-        "8",
-    ),
-    "3-way at 32 shots, handwritten digits never seen": (
-        "few_shot_details",
-        "digits_3way_unseen",
-        "32",
-    ),
+    "handwritten digits never seen, 8 shots": ("few_shot_details", "digits_3way_unseen", "8"),
+    "handwritten digits never seen, 32 shots": ("few_shot_details", "digits_3way_unseen", "32"),
     "captions": ("captions", "seen"),
     "captions, colour and shape never seen together": ("captions", "held_out"),
     "captions of two objects": ("captions", "two_objects"),
@@ -180,11 +172,7 @@ def both_table(document, alone, shipped):
 
 
 def _beside(question, both, alone):
-    cells = []
-    for figures in (both, alone):
-        each = sorted(f["accuracy"] for f in figures)
-        whole = {"accuracy": float(np.median(each)), "range": (each[0], each[-1])}
-        cells += [_spread(figures[0] | whole | {"seeds": len(each)}), str(len(each))]
+    cells = (f"{_spread(median(figures))} | {len(figures)}" for figures in (both, alone))
     return f"| {question} | {' | '.join(cells)} |"
 
 

@@ -473,11 +473,12 @@ for gate in ("gate", "no gate"):
 # on average, but only in seven of the nine pairs.
 #
 # So there is a trace of the paper's finding where layers are many and steps are large: two runs
-# fail and one does not, which is what *unstable* means. A gate that starts at 0 lets the new layers
-# come in slowly; without it all of them disturb the stream from the first step on, and a small rate
-# makes up for that. It is a trace and no more: none of the twelve pairs, three seeds each, is told
-# after Holm's correction. And α learns at ten times the rate in all of these, so a large rate is
-# very large for the gates, which may be what they suffer from with 3 blocks.
+# fail and one does not, which is what *unstable* means. A reason could be that a gate that starts
+# at 0 lets the new layers come in slowly, while without it all of them disturb the stream from the
+# first step on, and that a small rate makes up for it; this was not measured. It is a trace and no
+# more: none of the twelve pairs, three seeds each, is told after Holm's correction. And α learns at
+# ten times the rate in all of these, so a large rate is very large for the gates, which may be what
+# they suffer from with 3 blocks.
 #
 # </details>
 
