@@ -139,8 +139,8 @@ def _spread(figure):
 SHAPES = {
     "8-way binding, 16 shots": ("few_shot_details", "binding_8way", "16"),
     "4-way binding, 8 shots": ("few_shot_details", "binding_4way", "8"),
-    "handwritten digits never seen, 8 shots": ("few_shot_details", "digits_3way_unseen", "8"),
-    "handwritten digits never seen, 32 shots": ("few_shot_details", "digits_3way_unseen", "32"),
+    "3-way, unseen handwritten digits, 8 shots": ("few_shot_details", "digits_3way_unseen", "8"),
+    "3-way, unseen handwritten digits, 32 shots": ("few_shot_details", "digits_3way_unseen", "32"),
     "captions": ("captions", "seen"),
     "captions, colour and shape never seen together": ("captions", "held_out"),
     "captions of two objects": ("captions", "two_objects"),
