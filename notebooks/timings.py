@@ -25,11 +25,12 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from pathlib import Path
 
 import nbformat
 
-from miniflamingo.command import Parser, run_command
+from miniflamingo.command import Parser, in_processes, run_command
 from miniflamingo.module import write_atomically
 from miniflamingo.rooms import path_of
 
@@ -394,7 +395,10 @@ def with_table(readme):
 def update(path, timings):
     """Measure a module; writes timings.json and the sentence in the source. -> a line to print."""
     number = path.stem.split("_")[0]
-    record = {kind: measure(path, kind) for kind in ("student", "teacher")}
+    kinds = ("student", "teacher")
+    # in a process of its own: what nbclient does at the exit of its process, a signal would disturb
+    measured = in_processes(1, measure, repeat(path), kinds, method="spawn")
+    record = dict(zip(kinds, measured))
     timings[number] = record | {"machine": machine()}
     lines = json.dumps(dict(sorted(timings.items())), indent=1, ensure_ascii=False)
     write_atomically(FILE, f"{lines}\n".encode())

@@ -248,6 +248,29 @@ def test_a_signal_at_any_moment_is_one_line_and_nothing_is_left(moment, tmp_path
     assert not list(tmp_path.glob("o/*")) and not (tmp_path / "a.json").exists()
 
 
+SLOW_KERNEL = """
+import asyncio, sys
+from jupyter_client.manager import AsyncKernelManager
+from miniflamingo.course.timings import main
+async def is_alive(manager):
+    return True
+def sleep(seconds, sleep=asyncio.sleep):
+    return sleep(max(seconds, 1))
+AsyncKernelManager.is_alive, asyncio.sleep = is_alive, sleep
+if __name__ == "__main__":
+    sys.exit(main(["08"]))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_a_notebooks_kernel_that_is_slow_to_die_is_no_traceback(seconds, tmp_path):
+    needs("miniflamingo.course.timings")
+    (tmp_path / "slow_kernel.py").write_text(SLOW_KERNEL, encoding="utf-8")
+    started = Command("slow_kernel", cwd=tmp_path)
+    assert_interrupted(started, later(has_child("ipykernel"), seconds), TERM)
+
+
 @needs_proc
 @pytest.mark.parametrize(
     "words, happened",
