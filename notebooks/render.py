@@ -140,7 +140,11 @@ def _target(cell, outputs):
 
 
 def execute(notebook, folder):
-    """Run a notebook in place, in `folder`. ValueError for a cell that fails or makes noise."""
+    """Run a notebook in place, in `folder`. ValueError for a cell that fails or makes noise.
+
+    A command calls it in a process of its own (`in_processes`): nbclient ends the kernel once more
+    when its process exits, and stumbles where a signal has just killed it.
+    """
     folder.mkdir(exist_ok=True)
     client = NotebookClient(
         notebook, timeout=PATIENCE, startup_timeout=600, kernel_name="python3", record_timing=False,

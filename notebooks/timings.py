@@ -396,7 +396,6 @@ def update(path, timings):
     """Measure a module; writes timings.json and the sentence in the source. -> a line to print."""
     number = path.stem.split("_")[0]
     kinds = ("student", "teacher")
-    # in a process of its own: what nbclient does at the exit of its process, a signal would disturb
     measured = in_processes(1, measure, repeat(path), kinds, method="spawn")
     record = dict(zip(kinds, measured))
     timings[number] = record | {"machine": machine()}
